@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_hetero"
 
 PURE = ("plan", "step_time", "allocation", "balancer", "planner", "weighting")
 TORCH = ("sampler", "timing", "loss_count", "batch_norm", "borrowing")
-DISTRIBUTED = ("collectives", "agreement", "failures")
+DISTRIBUTED = ("collectives", "agreement", "failures", "training_step")
 LIGHTNING = ("loaders", "metrics", "checkpoint", "monitor", "strategy", "accelerator")
 OUTERMOST = ("__init__", "ray", "report", "demo", "cli")
 
@@ -64,7 +64,9 @@ def test_every_file_has_a_place_in_the_house():
     assert {room_of(file) for file in FILES} - set(ROOMS) == set(), "place the new room in ROOMS"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if room_of(file) in ROOMS], ids=lambda file: str(file.relative_to(PACKAGE))
+)
 def test_rooms_import_earlier_rooms_only(file):
     package = ".".join(["lightning_hetero", *file.relative_to(PACKAGE).parts[:-1]])
     assert violations(room_of(file), file.read_text(encoding="utf-8"), package) == []

@@ -1,0 +1,52 @@
+"""What must be equal on all ranks at the start; what differs is listed, instead of hanging later."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from lightning_hetero.collectives import Exchange
+
+
+def facts(module: nn.Module, precision: str) -> dict[str, Any]:
+    """What has to be the same on all ranks before the first step."""
+    return {
+        "version of lightning-hetero": version("lightning-hetero"),
+        "version of torch": version("torch"),
+        "precision": precision,
+        "module": type(module).__name__,
+        **{f"shape of {name}": tuple(parameter.shape) for name, parameter in module.named_parameters()},
+    }
+
+
+def differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a fact on which ranks differ, with the values and the ranks that hold them.
+
+    Args:
+        facts: one mapping a rank, from what is compared to its value.
+    """
+    lines = []
+    for name in dict.fromkeys(name for mapping in facts for name in mapping):
+        holders: dict[str, list[int]] = {}
+        for rank, mapping in enumerate(facts):
+            holders.setdefault(repr(mapping.get(name, "missing")), []).append(rank)
+        if len(holders) > 1:
+            values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
+            lines.append(f"{name}: {values}")
+    return lines
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def require(exchange: Exchange, facts: Mapping[str, Any], topic: str) -> None:
+    """Compare `facts` over all ranks.
+
+    Raises:
+        ValueError: they differ; the same sentence on every rank.
+    """
+    lines = differences(exchange.gather(dict(facts)))
+    if lines:
+        raise ValueError(f"the ranks don't agree on {topic}; " + "; ".join(lines) + ". Make them equal on every rank.")

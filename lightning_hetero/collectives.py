@@ -1,0 +1,114 @@
+"""The few exchanges between ranks, over a gloo group of their own.
+
+They never share a group with the gradients: a rank that goes astray meets the others here, in an exchange whose
+rows say where each of them stands, instead of in a gradient bucket that waits for ever.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import GradBucket
+
+from lightning_hetero.timing import WorkClock
+
+T = TypeVar("T")
+
+Hook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
+"""A DDP communication hook: from its state and a gradient bucket to the averaged gradients."""
+
+
+class PendingRows:
+    """Rows that are on their way; see `Exchange.start`."""
+
+    def __init__(self, table: torch.Tensor, work: dist.Work | None) -> None:
+        self._table = table
+        self._work = work
+
+    def wait(self) -> npt.NDArray[np.float64]:
+        """Rows of all ranks, (W, columns); blocks until the slowest rank has sent its own."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._table.numpy()
+
+
+class Exchange:
+    """Exchange of numbers and small objects between all ranks.
+
+    Args:
+        rank: this rank.
+        world_size: W.
+        columns: numbers in a row of `start`.
+        timeout: how long an exchange may wait for a rank.
+    """
+
+    def __init__(self, rank: int, world_size: int, columns: int, timeout: timedelta | None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout = timeout
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        # Two tables in turn: the rows of one step may still be read while the next step's are under way.
+        self._tables = [torch.zeros(world_size, columns, dtype=torch.float64) for _ in range(2)]
+
+    def start(self, row: Sequence[float]) -> PendingRows:
+        """Send this rank's row and receive everybody's, without waiting.
+
+        The rows of the call before the last are overwritten.
+        """
+        table, other = self._tables
+        self._tables = [other, table]
+        # Adding zeros to a row leaves it exactly as it is, so a sum is a gather that needs one buffer only.
+        table.zero_()
+        table[self.rank] = torch.tensor(row, dtype=torch.float64)
+        work = None
+        if self._group is not None:
+            work = dist.all_reduce(table, group=self._group, async_op=True)
+        return PendingRows(table, work)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value."""
+        if self._group is None:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        result: T = values[0]
+        return result
+
+
+def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does with a bucket when it has no hook: the mean over all ranks."""
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    buffer = bucket.buffer().div_(group.size())
+    work = dist.all_reduce(buffer, group=group, async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Any] = work.get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def until_last_bucket(hook: Hook, clock: WorkClock) -> Hook:
+    """Wrap a DDP communication hook so that the clock pauses when the last local gradient is ready.
+
+    DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass.
+    """
+
+    def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        future = hook(state, bucket)
+        if bucket.is_last():
+            clock.pause()
+        return future
+
+    return timed

@@ -1,0 +1,98 @@
+"""What a rank logs in a step in which it has nothing, or nothing valid, to log."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class StepLogging:
+    """Stands between `self.log` and Lightning's result collection while training.
+
+    A borrowed step registers its keys but adds nothing. A step in which nothing counts adds everything but the loss.
+    A step value with `sync_dist` becomes the mean over ranks weighted by batch size; Lightning's is a plain one.
+
+    Args:
+        results: the training loop's collection.
+        reduce: the strategy's, over all ranks.
+    """
+
+    def __init__(self, results: _ResultCollection, reduce: Callable[..., Any]) -> None:
+        self._results = results
+        self._reduce = reduce
+        self._borrowed = self._empty = False
+        self._logged: list[tuple[_ResultMetric, Tensor, int]] = []
+
+    def begin(self, *, borrowed: bool, empty: bool) -> None:
+        """A training step begins.
+
+        Args:
+            borrowed: it is on other ranks' samples.
+            empty: nothing of the rank's own samples counts.
+        """
+        self._borrowed, self._empty = borrowed, empty and not borrowed
+        self._logged.clear()
+
+    def end(self, loss: Tensor | None) -> None:
+        """The training step has returned its loss; take back what was logged of it where nothing counts."""
+        for metric, value, batch_size in self._logged if loss is not None else ():
+            if value.shape == loss.shape and torch.equal(value.to(loss.dtype), loss.detach()):  # type: ignore[union-attr] # narrowed above
+                metric.value = metric.value - value * batch_size
+                metric.cumulated_batch_size = metric.cumulated_batch_size - batch_size
+        self._borrowed = self._empty = False
+        self._logged.clear()
+
+    def update(self, key: str, value: Any, batch_size: int) -> None:
+        """What the collection calls for every logged value; see `_ResultCollection.update_metrics`."""
+        metric = self._results[key]
+        if isinstance(value, Metric) or not metric.is_tensor:
+            if self._borrowed:
+                metric.value = value  # the key is known; the step's value stays what it was
+            else:
+                metric.forward(value, batch_size)
+            metric.has_reset = False
+            return
+        left_out = self._borrowed or (self._empty and not bool(torch.isfinite(value).all()))
+        mean = metric.meta.is_mean_reduction
+        synced = metric.meta.on_step and metric.meta.sync.should and not metric.meta.sync.rank_zero_only
+        if mean and synced:
+            self._synced_step_value(metric, value, 0 if left_out else batch_size)
+        elif left_out:
+            self._keep_matched(metric, value, synced=synced)
+        else:
+            metric.forward(value, batch_size)
+        if self._empty and mean and metric.meta.on_epoch and not left_out:
+            self._logged.append((metric, value, batch_size))
+        metric.has_reset = False
+
+    def _synced_step_value(self, metric: _ResultMetric, value: Tensor, weight: int) -> None:
+        """Lightning's update, with [sum of n*v, sum of n] in one exchange in place of a plain mean."""
+        value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        own = value * weight if weight else torch.zeros_like(value)
+        pair = torch.stack([own, torch.full_like(own, float(weight))])
+        total = self._reduce(pair, group=metric.meta.sync.group, reduce_op="sum")
+        metric._forward_cache = total[0] / total[1]
+        metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
+        metric._computed = None
+        if not metric.meta.on_epoch:
+            metric.value = metric._forward_cache
+        elif weight:
+            metric.value = metric.value + own
+            metric.cumulated_batch_size = metric.cumulated_batch_size + weight
+
+    @staticmethod
+    def _keep_matched(metric: _ResultMetric, value: Tensor, *, synced: bool) -> None:
+        """Add nothing, but take part in the exchange that the other ranks are in."""
+        metric._update_count += 1
+        if not synced:
+            return
+        if metric.meta.is_max_reduction or metric.meta.is_min_reduction:
+            neutral = torch.full_like(value, float("-inf") if metric.meta.is_max_reduction else float("inf"))
+        else:
+            neutral = torch.zeros_like(value)
+        metric._forward_cache = metric.meta.sync(neutral)
+        if not metric.meta.on_epoch:
+            metric.value = metric._forward_cache

@@ -1,0 +1,98 @@
+"""A plan says how a global batch is split over the ranks; a schedule says which plan holds at which step."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The local batch of every rank, and the step from which it holds.
+
+    Args:
+        first_step: the first global batch (counted from 0 over the whole run) that is split this way.
+        local_batches: W numbers of samples, one a rank; their sum is the global batch.
+        predicted_seconds: W seconds of own work that the step-time models expect; None before anything is known.
+        reason: why this plan was made, for the log.
+
+    Raises:
+        ValueError: the numbers can't be a plan.
+    """
+
+    first_step: int
+    local_batches: tuple[int, ...]
+    predicted_seconds: tuple[float, ...] | None = None
+    reason: str = "equal"
+
+    def __post_init__(self) -> None:
+        if self.first_step < 0:
+            raise ValueError(f"a plan can't start at step {self.first_step}")
+        if not self.local_batches or min(self.local_batches) < 0 or sum(self.local_batches) < 1:
+            raise ValueError(f"local batches {self.local_batches} are no split of a global batch")
+        if self.predicted_seconds is not None and len(self.predicted_seconds) != len(self.local_batches):
+            raise ValueError(
+                f"{len(self.predicted_seconds)} predicted times for {len(self.local_batches)} ranks: they must match"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one step over all ranks."""
+        return sum(self.local_batches)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.local_batches)
+
+    @property
+    def checksum(self) -> int:
+        """A number that differs between different splits; ranks compare it at every step."""
+        return crc32(repr(self.local_batches).encode())
+
+
+class Schedule:
+    """The plans of a run over its steps; plans are only ever added at the end.
+
+    Args:
+        first: the plan of step 0.
+    """
+
+    def __init__(self, first: Plan) -> None:
+        if first.first_step != 0:
+            raise ValueError(f"the first plan has to hold from step 0, not from step {first.first_step}")
+        self._plans = [first]
+        self._starts = [0]
+
+    @property
+    def plans(self) -> Sequence[Plan]:
+        """All plans so far, oldest first."""
+        return tuple(self._plans)
+
+    @property
+    def newest(self) -> Plan:
+        """The plan that was decided last; it may not be in force yet."""
+        return self._plans[-1]
+
+    def at(self, step: int) -> Plan:
+        """The plan in force at a step."""
+        if step < 0:
+            raise ValueError(f"there is no step {step}")
+        return self._plans[bisect_right(self._starts, step) - 1]
+
+    def append(self, plan: Plan) -> None:
+        """Let `plan` hold from its first step on.
+
+        Raises:
+            ValueError: it starts before the newest plan does, or splits another global batch.
+        """
+        newest = self._plans[-1]
+        if plan.first_step < newest.first_step:
+            raise ValueError(f"a plan for step {plan.first_step} comes after one for step {newest.first_step}")
+        if (plan.global_batch, plan.world_size) != (newest.global_batch, newest.world_size):
+            raise ValueError(
+                f"a plan for {plan.global_batch} samples on {plan.world_size} ranks can't follow one for "
+                f"{newest.global_batch} samples on {newest.world_size} ranks"
+            )
+        self._plans.append(plan)
+        self._starts.append(plan.first_step)

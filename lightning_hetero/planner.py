@@ -1,0 +1,105 @@
+"""From the user's `shares` and the ranks' measurements to the schedule of plans; pure, the same on every rank."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from lightning_hetero.allocation import proportional
+from lightning_hetero.balancer import Balancer
+from lightning_hetero.plan import Plan, Schedule
+
+Shares = Literal["auto", "equal"] | Sequence[float]
+
+
+def check_shares(shares: Shares, world_size: int | None = None) -> None:
+    """See that `shares` can be used.
+
+    Args:
+        shares: "auto", "equal", or one number a rank.
+        world_size: W, once it is known.
+
+    Raises:
+        ValueError: they can't, in one sentence.
+    """
+    if isinstance(shares, str):
+        if shares not in ("auto", "equal"):
+            raise ValueError(f"shares={shares!r} is unknown: use 'auto', 'equal', or one number a rank such as [4, 1]")
+        return
+    try:
+        values = [float(share) for share in shares]
+    except (TypeError, ValueError):
+        raise ValueError(f"shares={shares!r} has to be 'auto', 'equal', or one number a rank such as [4, 1]") from None
+    for rank, value in enumerate(values):
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(
+                f"shares={list(shares)}: the share of rank {rank} is {value:g}; give a number of 0 or more"
+            )
+    if sum(values) <= 0:
+        raise ValueError(f"shares={list(shares)} add up to 0; at least one rank needs a share above 0")
+    if world_size is not None and len(values) != world_size:
+        raise ValueError(
+            f"shares={list(shares)} has {len(values)} number{'s' if len(values) != 1 else ''}, but there "
+            f"{'are' if world_size != 1 else 'is'} {world_size} rank{'s' if world_size != 1 else ''}: give one a rank"
+        )
+
+
+class Planner:
+    """Decides the plans of a run.
+
+    Args:
+        shares: see `check_shares`.
+        world_size: W.
+        global_batch: samples of a step over all ranks.
+        minimum: the least that a rank can compute with; less where the global batch does not give each as much.
+        granularity: local batches are multiples of it.
+
+    Raises:
+        ValueError: the global batch can't be split so.
+    """
+
+    def __init__(
+        self, shares: Shares, world_size: int, global_batch: int, *, minimum: int = 1, granularity: int = 1
+    ) -> None:
+        check_shares(shares, world_size)
+        if global_batch < world_size:
+            raise ValueError(
+                f"a global batch of {global_batch} is smaller than the number of ranks, {world_size}: raise "
+                "global_batch or the loader's batch_size, or use fewer devices"
+            )
+        self.world_size = world_size
+        self.global_batch = global_batch
+        self.minimum = max(1, min(minimum, global_batch // world_size))
+        # A multiple of the granularity that reaches the minimum is the least that a plan can give.
+        least = -(-self.minimum // granularity) * granularity
+        fixed = [1.0] * world_size if isinstance(shares, str) else [float(share) for share in shares]
+        local_batches = proportional(global_batch, fixed, minimum=least, granularity=granularity)
+        self.schedule = Schedule(Plan(0, local_batches, reason="equal" if isinstance(shares, str) else "shares"))
+        self._balancer = (
+            Balancer(world_size, global_batch, minimum=least, granularity=granularity)
+            if shares == "auto" and world_size > 1
+            else None
+        )
+
+    def observe(self, step: int, seconds: Sequence[float], drawn: int) -> Plan | None:
+        """Take in what each rank's own work took, and decide.
+
+        Args:
+            step: the step that was measured; it was a full global batch.
+            seconds: W numbers.
+            drawn: the last step that any rank's loaders have handed out.
+
+        Returns:
+            The new plan, already in the schedule, or None.
+        """
+        if self._balancer is None:
+            return None
+        self._balancer.observe(step, self.schedule.at(step).local_batches, seconds)
+        newest = self.schedule.newest
+        proposal = self._balancer.propose(newest.local_batches)
+        if proposal is None:
+            return None
+        plan = Plan(
+            max(drawn + 1, newest.first_step), proposal.local_batches, proposal.predicted_seconds, proposal.reason
+        )
+        self.schedule.append(plan)
+        return plan

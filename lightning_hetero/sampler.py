@@ -1,0 +1,456 @@
+"""One global stream of indices, the same on every rank, and the slice of it that one rank computes.
+
+The user's sampler or batch sampler is wrapped, never rebuilt. Its indices, in its own order, are cut into
+global batches; each global batch is split by the plan in force at its step. What ranks have to tell each other
+goes through a callable that is given from outside, so that one process can check the arithmetic for all ranks.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from lightning_hetero.allocation import proportional
+from lightning_hetero.plan import Schedule
+
+Index = Any
+"""What a sampler draws: a number, or TorchGeo's slices of space and time."""
+
+
+def split(size: int, local_batches: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
+    """How many of `size` samples each rank gets when a full global batch is split into `local_batches`.
+
+    A batch as large as the plan is split as planned. Another size is split in proportion, with at least `minimum`
+    samples a rank; if there are not enough for that, the ranks with the largest shares get them, at least
+    `minimum` each as far as possible, and the others get none.
+
+    Args:
+        size: samples at hand, at least 1.
+        local_batches: the plan, W numbers.
+        minimum: the least that a rank can compute with.
+
+    Returns:
+        W numbers that add up to `size`.
+    """
+    if size == sum(local_batches):
+        return tuple(local_batches)
+    world_size = len(local_batches)
+    if size >= world_size * minimum:
+        return proportional(size, local_batches, minimum=minimum)
+    ranks = max(1, size // minimum)
+    chosen = sorted(sorted(range(world_size), key=lambda rank: (-local_batches[rank], rank))[:ranks])
+    counts = proportional(size, [local_batches[rank] for rank in chosen], minimum=min(minimum, size))
+    result = [0] * world_size
+    for rank, count in zip(chosen, counts, strict=True):
+        result[rank] = count
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank computes of one global batch.
+
+    Args:
+        step: which global batch, counted from 0 over the whole run.
+        counts: W numbers, the samples of each rank; 0 for a rank that borrows.
+        borrowed: this rank has no sample of its own in this step and computes some of the others' with weight 0.
+        checksum: the plan's, see `Plan.checksum`.
+    """
+
+    step: int
+    counts: tuple[int, ...]
+    borrowed: bool
+    checksum: int
+
+
+def cut(indices: Sequence[Index], counts: Sequence[int], rank: int, minimum: int = 1) -> list[Index]:
+    """The samples of a global batch that `rank` computes: its own slice, or borrowed ones from the front."""
+    if counts[rank] == 0:
+        return list(indices[: min(minimum, len(indices))])
+    start = sum(counts[:rank])
+    return list(indices[start : start + counts[rank]])
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How a stream is cut into global batches.
+
+    Args:
+        size: entries of the stream in a global batch: samples, or whole batches of a user's batch sampler.
+        batched: the stream's entries are lists of indices.
+        drop_last: leave out a last global batch that is not full.
+        even: spread the entries evenly over the steps instead of leaving a short last one (evaluation).
+    """
+
+    size: int
+    batched: bool = False
+    drop_last: bool = False
+    even: bool = False
+
+    def __call__(self, entries: Iterable[Any]) -> Iterator[list[Index]]:
+        """Global batches, one list of indices each; lazily, unless they are to be even."""
+        if self.even:
+            drawn = list(entries)
+            steps = -(-len(drawn) // self.size)
+            bounds = [step * len(drawn) // steps for step in range(steps + 1)] if steps else [0]
+            groups: Iterator[list[Any]] = (drawn[a:b] for a, b in zip(bounds, bounds[1:], strict=False))
+        else:
+            iterator = iter(entries)
+            groups = iter(lambda: list(islice(iterator, self.size)), [])
+        for group in groups:
+            if self.drop_last and len(group) < self.size:
+                return
+            yield list(chain.from_iterable(group)) if self.batched else group
+
+
+class PrivateRandomState:
+    """The random state that a stream is drawn under: torch's, numpy's and Python's global generators, seeded alike.
+
+    Nothing that a training step draws (dropout, augmentation) can move the stream, and the stream moves nothing else.
+    """
+
+    def __init__(self, seed: int) -> None:
+        with self._kept():
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002 - samplers may draw from numpy's global generator
+            random.seed(seed)
+            self._state = self._read()
+
+    @staticmethod
+    def _read() -> tuple[Any, Any, Any]:
+        return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - the same
+
+    @staticmethod
+    def _write(state: tuple[Any, Any, Any]) -> None:
+        torch.set_rng_state(state[0])
+        np.random.set_state(state[1])  # noqa: NPY002 - the same
+        random.setstate(state[2])
+
+    @classmethod
+    @contextmanager
+    def _kept(cls) -> Iterator[None]:
+        outside = cls._read()
+        try:
+            yield
+        finally:
+            cls._write(outside)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Draw from this state; outside, everything is as it was."""
+        with self._kept():
+            self._write(self._state)
+            try:
+                yield
+            finally:
+                self._state = self._read()
+
+
+def fingerprint(batches: Sequence[Sequence[Index]]) -> str:
+    """A hash of drawn indices; equal draws have equal hashes on every rank.
+
+    Indices that print alike but differ (an object whose `repr` hides its value) can't be told apart; those that print
+    differently though they are equal only cost a broadcast.
+    """
+    plain = [[index.tolist() if hasattr(index, "tolist") else index for index in batch] for batch in batches]
+    return hashlib.blake2b(repr(plain).encode(), digest_size=16).hexdigest()
+
+
+class Agree(Protocol):
+    """Make ranks agree on what was drawn: see `Stream`."""
+
+    def __call__(self, drawn: list[list[Index]], *, complete: bool) -> list[list[Index]]:
+        """Return what all ranks use: `drawn` where it is the same everywhere, rank 0's otherwise."""
+
+
+class Stream:
+    """The global batches of one loader, epoch by epoch.
+
+    Args:
+        source: the user's sampler (indices) or batch sampler (lists of indices).
+        chunks: how the stream is cut.
+        seed: shared by all ranks.
+        agree: called once a draw with all global batches of the pass; for a source without a length, with the
+            first one only (`complete=False`).
+    """
+
+    def __init__(self, source: Iterable[Any], chunks: Chunks, seed: int, agree: Agree) -> None:
+        self.source = source
+        self._chunks = chunks
+        self._seed = seed
+        self._agree = agree
+        self._key: tuple[int, int] | None = None
+        self._drawn: list[list[Index]] = []
+        self._rest: Iterator[list[Index]] = iter(())
+        self.endless = not chunks.even and not self._has_length()
+        """Whether the source has no length; then it is drawn as it is needed. Evaluation always comes to an end."""
+
+    def _has_length(self) -> bool:
+        if not isinstance(self.source, Sized):
+            return False
+        try:
+            with PrivateRandomState(self._seed).active():  # some samplers draw when they are asked for their length
+                len(self.source)
+        except (TypeError, NotImplementedError):
+            return False
+        return True
+
+    def _entries(self, state: PrivateRandomState) -> Iterator[Any]:
+        """The source's entries, each drawn under the private state, for a source that may never end."""
+        with state.active():
+            iterator = iter(self.source)
+        while True:
+            with state.active():
+                try:
+                    entry = next(iterator)
+                except StopIteration:
+                    return
+            yield entry
+
+    def draw(self, epoch: int, repeat: int) -> None:
+        """Draw a pass over the source; asking again for the same one keeps what was drawn.
+
+        Args:
+            epoch: the trainer's epoch; given to `set_epoch` of whatever has one.
+            repeat: the how-manieth pass within the epoch, for loaders that are cycled.
+        """
+        if self._key == (epoch, repeat):
+            return
+        for sampler in (self.source, getattr(self.source, "sampler", None)):
+            set_epoch = getattr(sampler, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
+        state = PrivateRandomState(int(np.random.SeedSequence([self._seed, epoch, repeat]).generate_state(1)[0]))
+        if not self.endless:
+            with state.active():
+                drawn = list(self._chunks(self.source))
+            self._drawn, self._rest = self._agree(drawn, complete=True), iter(())
+        else:
+            self._rest = self._chunks(self._entries(state))
+            self._drawn = self._agree(list(islice(self._rest, 1)), complete=False)
+        self._key = (epoch, repeat)
+
+    @property
+    def first_batch(self) -> int:
+        """Samples of the first global batch that was drawn; 0 when there is none."""
+        return len(self._drawn[0]) if self._drawn else 0
+
+    def __iter__(self) -> Iterator[list[Index]]:
+        """The global batches that were drawn last."""
+        if self.endless:
+            return chain(self._drawn, self._rest)
+        return iter(self._drawn)
+
+    def __len__(self) -> int:
+        """Global batches in the pass that was drawn last.
+
+        Raises:
+            TypeError: the source has no length.
+        """
+        if self.endless:
+            raise TypeError(f"{type(self.source).__name__} has no length")
+        return len(self._drawn)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: the epoch, and how many global batches have been started since the run began."""
+
+    epoch: int
+    step: int
+
+
+class Drawing:
+    """Which pass over a stream comes next, and at which step it begins.
+
+    Args:
+        stream: the loader's global batches.
+        position: where training stands now.
+    """
+
+    def __init__(self, stream: Stream, position: Callable[[], Position]) -> None:
+        self.stream = stream
+        self._position = position
+        self._key: tuple[int, int] | None = None  # epoch and repeat
+        self._base = 0
+
+    def open(self) -> int:
+        """Draw the pass that comes next; nothing happens when it was drawn already but nothing of it was used.
+
+        Returns:
+            The step of its first global batch.
+        """
+        position = self._position()
+        if self._key is None or self._key[0] != position.epoch:
+            self._key, self._base = (position.epoch, 0), position.step
+        elif position.step > self._base:
+            # A loader that is cycled within the epoch goes on where its last pass ended.
+            self._key = (position.epoch, self._key[1] + 1)
+            self._base += len(self.stream)
+        self.stream.draw(*self._key)
+        return self._base
+
+    def first_batch(self) -> int:
+        """Samples of the first global batch of the first pass; 0 when there is none."""
+        if self._key is None:
+            self.open()
+        return self.stream.first_batch
+
+    def __len__(self) -> int:
+        """Global batches of the newest pass."""
+        if self._key is None and not self.stream.endless:
+            self.open()
+        return len(self.stream)
+
+
+class HandedOut:
+    """The shares that a loader has been given but that were not trained on yet."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._shares: dict[int, Share] = {}
+        self.drawn = -1
+        """The last step that was handed out in this pass; plans up to it can't change any more."""
+
+    def add(self, share: Share) -> None:
+        """A share goes to the loader."""
+        self._shares[share.step] = share
+        self.drawn = share.step
+
+    def take(self, step: int) -> Share:
+        """The share that this rank computes at `step`; earlier ones are forgotten.
+
+        Raises:
+            RuntimeError: no share was handed out for that step.
+        """
+        share = self._shares.get(step)
+        if share is None:
+            raise RuntimeError(
+                f"rank {self._rank} trains on global batch {step}, but its loader has handed out "
+                f"{sorted(self._shares) or 'none'}: a batch was skipped or fetched behind the strategy's back"
+            )
+        for old in [known for known in self._shares if known < step]:
+            del self._shares[old]
+        return share
+
+
+class ShareSampler(Sampler[list[Index]]):
+    """The batch sampler of one rank in training: its share of each global batch, by the plan at that step.
+
+    Args:
+        drawing: of the loader's global batches.
+        schedule: the plans.
+        rank: whose shares.
+        minimum: the least that a rank can compute with.
+        on_borrow: called just before a borrowed share is handed out.
+    """
+
+    def __init__(
+        self,
+        drawing: Drawing,
+        schedule: Schedule,
+        rank: int,
+        *,
+        minimum: int,
+        on_borrow: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._drawing = drawing
+        self._schedule = schedule
+        self._rank = rank
+        self._minimum = minimum
+        self._on_borrow = on_borrow
+        self.handed_out = HandedOut(rank)
+
+    def __iter__(self) -> Iterator[list[Index]]:
+        return self._slices(self._drawing.open())
+
+    def _slices(self, base: int) -> Iterator[list[Index]]:
+        for step, indices in enumerate(self._drawing.stream, start=base):
+            plan = self._schedule.at(step)
+            counts = split(len(indices), plan.local_batches, self._minimum)
+            share = Share(step, counts, counts[self._rank] == 0, plan.checksum)
+            self.handed_out.add(share)
+            if share.borrowed:
+                self._on_borrow()
+            yield cut(indices, counts, self._rank, self._minimum)
+
+    def __len__(self) -> int:
+        return len(self._drawing)
+
+
+class CountSampler(Sampler[list[None]]):
+    """The batch sampler of one rank for an iterable data set: only how many samples to take, without an end.
+
+    An iterable data set can't be sliced: each rank has its own stream, and its local batch follows the plan.
+
+    Args:
+        schedule: the plans.
+        rank: whose local batches.
+        global_batch: samples of a full step over all ranks.
+        minimum: the least that a rank can compute with.
+        position: where training stands now.
+    """
+
+    def __init__(
+        self, schedule: Schedule, rank: int, *, global_batch: int, minimum: int, position: Callable[[], Position]
+    ) -> None:
+        self._schedule = schedule
+        self._rank = rank
+        self._global_batch = global_batch
+        self._minimum = minimum
+        self._position = position
+        self.handed_out = HandedOut(rank)
+
+    def __iter__(self) -> Iterator[list[None]]:
+        step = self._position().step
+        while True:
+            plan = self._schedule.at(step)
+            counts = split(self._global_batch, plan.local_batches, self._minimum)
+            self.handed_out.add(Share(step, counts, borrowed=False, checksum=plan.checksum))
+            yield [None] * counts[self._rank]
+            step += 1
+
+
+class EvaluationSampler(Sampler[list[Index]]):
+    """The batch sampler of one rank in evaluation: the stream is spread evenly over the steps, then over the ranks.
+
+    With at least as many entries as ranks, each is evaluated exactly once and no rank runs out before another.
+
+    Args:
+        stream: the loader's global batches, cut evenly.
+        proportions: W numbers, the plan's local batches.
+        rank: whose shares.
+        epoch: the trainer's epoch.
+    """
+
+    def __init__(self, stream: Stream, proportions: Sequence[int], rank: int, epoch: Callable[[], int]) -> None:
+        self.stream = stream
+        self._proportions = tuple(proportions)
+        self._rank = rank
+        self._epoch = epoch
+        self._drawn = False
+
+    def _draw(self) -> None:
+        self.stream.draw(self._epoch(), 0)
+        self._drawn = True
+
+    def __iter__(self) -> Iterator[list[Index]]:
+        self._draw()
+        for indices in self.stream:
+            yield cut(indices, split(len(indices), self._proportions), self._rank)
+
+    def __len__(self) -> int:
+        if not self._drawn:
+            self._draw()
+        return len(self.stream)
+
+    def smallest_step(self) -> int:
+        """Samples of the smallest global batch that was drawn; 0 before anything was."""
+        return min(map(len, self.stream), default=0) if len(self) else 0

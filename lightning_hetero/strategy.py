@@ -1,0 +1,335 @@
+"""The Lightning strategy: wires the rooms into Lightning's hooks, and holds no logic of its own."""
+# ruff: noqa: SLF001 - a strategy is part of Lightning's inside; what it touches of a Trainer is guarded by a test
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.exceptions import _augment_message
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
+from typing_extensions import override
+
+from lightning_hetero import agreement, failures, loss_count
+from lightning_hetero.attachment import Attachment, StepCallback
+from lightning_hetero.batch_norm import smallest_local_batch
+from lightning_hetero.collectives import Exchange, allreduce_mean, until_last_bucket
+from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
+from lightning_hetero.loaders import Context, Loaders, content_hash
+from lightning_hetero.metrics import StepLogging
+from lightning_hetero.monitor import PlanLog, device_name, table
+from lightning_hetero.plan import Plan
+from lightning_hetero.planner import Planner, Shares
+from lightning_hetero.sampler import Position
+from lightning_hetero.timing import WorkClock
+from lightning_hetero.training_step import SameData, TrainingSteps
+from lightning_hetero.weighting import COLUMNS, Rows, column
+
+
+class HeteroStrategy(DDPStrategy):
+    """Data parallelism on unequal devices: every global batch is split so that all devices finish together.
+
+    The averaged gradient is the gradient of the global batch, however unevenly it is split, and which samples make up
+    global batch k depends neither on the number of devices nor on their speeds.
+
+    Args:
+        shares: ``"auto"`` learns how much each device can do; ``"equal"`` splits as plain DDP does; one number a rank,
+            such as ``[4, 1]``, is a fixed proportion.
+        global_batch: samples in a step over all ranks; None means the loader's ``batch_size`` times the number of
+            ranks, what DDP would use. With several training loaders it holds for each of them.
+        loss_count: from the module and a batch, as ``training_step`` gets it, to the number that the loss is a mean
+            over. None: the module's own ``loss_count(batch)``, what is known of TorchGeo's tasks, or samples.
+        memory_limit: the part of a device's memory that a share may fill, or bytes. Not enforced yet.
+        granularity: local batches are multiples of it, but for the last of an epoch.
+        **ddp_options: all that Lightning's ``DDPStrategy`` takes.
+
+    Raises:
+        ValueError: an argument can't be used, in one sentence.
+    """
+
+    def __init__(
+        self,
+        shares: Shares = "auto",
+        global_batch: int | None = None,
+        loss_count: Callable[[Any, Any], float | Tensor] | None = None,
+        memory_limit: float = 0.9,
+        granularity: int = 1,
+        **ddp_options: Any,
+    ) -> None:
+        check_options(shares, global_batch, memory_limit, granularity)
+        super().__init__(**ddp_options)
+        self._shares = shares
+        self._global_batch = global_batch
+        self._loss_count = loss_count
+        self._memory_limit = memory_limit
+        self._granularity = granularity
+        self._clock = WorkClock()
+        self._batches = 0  # training batches begun since the planner was made
+        self._exchange: Exchange | None = None
+        self._planner: Planner | None = None
+        self._loaders: Loaders | None = None
+        self._attachment: Attachment | None = None
+        self._steps: TrainingSteps | None = None
+        self._logging: StepLogging | None = None
+        self._same_data = SameData()
+        self._content = 0.0
+        self._last_ready = -1
+        self._plan_log: PlanLog | None = None
+        self._devices: list[str] = []
+        self._launched = False
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force.
+
+        Raises:
+            RuntimeError: there is none before the training loader is set up, nor where the user shards.
+        """
+        if self._planner is None:
+            raise RuntimeError("there is no plan before the training loader has been set up")
+        return self._planner.schedule.at(max(0, self._batches - 1))
+
+    # ---- before and after a run ----
+
+    @override
+    def _configure_launcher(self) -> None:
+        if self._launched:
+            raise ValueError("this HeteroStrategy already belongs to a Trainer; give each Trainer one of its own")
+        self._launched = True
+        warning = check_devices(self.parallel_devices or [])
+        if warning:
+            rank_zero_warn(warning)
+        check_job(self._shares, self._global_batch, self.world_size)
+        super()._configure_launcher()
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        assert self.lightning_module is not None
+        if self._exchange is None:
+            self._exchange = Exchange(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
+            self._devices = self._exchange.gather(device_name(self.root_device))
+        seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
+        self._attach(self.lightning_module.trainer, self._exchange.broadcast(seed) % 2**32)
+
+    def _attach(self, trainer: "pl.Trainer", seed: int) -> None:
+        assert self._exchange is not None
+        if self._attachment is not None:  # a run that was interrupted may not have been torn down
+            self._attachment.remove()
+        context = Context(
+            exchange=self._exchange,
+            seed=seed,
+            global_batch=self._global_batch,
+            planner=self._planner_for,
+            plan=lambda: self._planner.schedule.newest if self._planner is not None else None,
+            position=lambda: Position(trainer.current_epoch, self._batches),
+            on_borrow=lambda: self._steps.remember_random_states() if self._steps is not None else None,
+        )
+        self._loaders = Loaders(trainer, context)
+        self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, self.reduce)
+        self._attachment = Attachment(
+            trainer,
+            prepare_dataloader=self._loaders.prepare,
+            before_batch=self._clock.start,
+            update_metrics=self._logging.update,
+            callback=StepCallback(self._batch_over, self._epoch_over),
+        )
+
+    def _planner_for(self, global_batch: int) -> Planner:
+        """The planner for the first training loader's global batch; what was learnt for the same one is kept."""
+        first = self._loaders is None or self._loaders.first_in_round
+        if self._planner is None or (first and self._planner.global_batch != global_batch):
+            assert self.lightning_module is not None
+            self._planner = Planner(
+                self._shares,
+                self.world_size,
+                global_batch,
+                minimum=smallest_local_batch(self.lightning_module),
+                granularity=self._granularity,
+            )
+            self._batches = 0
+        return self._planner
+
+    @override
+    def setup(self, trainer: "pl.Trainer") -> None:
+        assert self.lightning_module is not None
+        assert self._exchange is not None
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_trainable(self.lightning_module)
+            agreement.require(self._exchange, agreement.facts(self.lightning_module, trainer.precision), "the job")
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            counter = loss_count.find(self.lightning_module, self._loss_count, loss_count.sample_count)
+            if counter.advice:
+                rank_zero_warn(counter.advice)
+            self._steps = TrainingSteps(
+                self.lightning_module, counter, self._exchange, self.root_device, self._clock, self._hear
+            )
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        folder = self.lightning_module.trainer.log_dir  # asks all ranks
+        if self._planner is not None and self.is_global_zero:
+            self._plan_log = PlanLog(folder or self.lightning_module.trainer.default_root_dir)
+            self._show(self._planner.schedule.newest)
+
+    @override
+    def teardown(self) -> None:
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+        self._steps = None
+        super().teardown()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        _augment_message(
+            exception,
+            pattern=".*Expected to have finished reduction in the prior iteration.*",
+            new_message=(
+                "Your LightningModule has parameters that were not used in producing the loss returned by"
+                " training_step. If this is intentional, use strategy='hetero_find_unused_parameters_true' or"
+                " HeteroStrategy(find_unused_parameters=True)."
+            ),
+        )
+        if not failures.is_echo(exception):
+            failures.publish(self.global_rank, device_name(self.root_device), exception)
+        elif cause := failures.heard():
+            exception.args = (f"{cause} (this rank, {self.global_rank}, then lost the connection: {exception})",)
+
+    # ---- a training step ----
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if self._steps is not None and self._is_new_batch():
+            assert self._loaders is not None
+            shares = self._loaders.take(self._batches)
+            self._steps.arrive(shares[0] if shares else None)
+            self._content = 0.0
+            if self._loaders.user_shards and self._batches < SameData.WATCHED:
+                self._content = SameData.number(self._loaders.index_hash(), content_hash(batch))
+            self._batches += 1
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def _is_new_batch(self) -> bool:
+        """Whether the training loop has just fetched a batch; a module may move further data by itself."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        ready = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        if trainer.state.stage != RunningStage.TRAINING or ready == self._last_ready:
+            return False
+        self._last_ready = ready
+        return True
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._steps is not None
+        assert self._loaders is not None
+        assert self._logging is not None
+        if isinstance(args[0], Iterator):
+            raise TypeError(
+                "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
+            )
+        self._steps.begin(self._batches - 1, args[0], self._loaders.drawn(), self._content)
+        with self._steps.logged(self._logging) as returned:
+            output = super().training_step(*args, **kwargs)
+            returned(output)
+        return output
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        assert self._steps is not None
+        with self._steps.weighted(closure_loss) as loss:
+            return super().backward(loss, optimizer, *args, **kwargs)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        if isinstance(getattr(optimizer, "_optimizer", optimizer), LBFGS):
+            assert self._steps is not None
+            closure = self._steps.global_loss(closure, self.reduce)
+        return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+    def _batch_over(self) -> None:
+        assert self._steps is not None
+        assert self.lightning_module is not None
+        self._steps.end(
+            stepped=not self.lightning_module.trainer.fit_loop._should_accumulate()
+            or not self.lightning_module.automatic_optimization,
+            global_batch=self._planner.global_batch if self._planner is not None else None,
+        )
+
+    def _epoch_over(self) -> None:
+        assert self._steps is not None
+        self._steps.leave_epoch(self._batches)
+
+    def _hear(self, step: int, rows: Rows) -> None:
+        """All ranks' messages of a step."""
+        assert self.lightning_module is not None
+        self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
+        measured = column(rows, "measured")
+        if self._planner is None or measured[0] < 0 or len(set(measured)) > 1:
+            return
+        plan = self._planner.observe(
+            int(measured[0]), column(rows, "seconds").tolist(), int(column(rows, "drawn").max())
+        )
+        if plan is not None:
+            self._show(plan, column(rows, "memory").tolist())
+
+    def _show(self, plan: Plan, memory: list[float] | None = None) -> None:
+        if self._plan_log is not None:
+            self._plan_log.write(plan)
+        rank_zero_info(table(plan, self._devices, memory))
+
+    # ---- exchanges, which are no work of this rank ----
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        assert isinstance(self.model, DistributedDataParallel)
+        hook = self._ddp_comm_hook or allreduce_mean
+        if self._ddp_comm_wrapper is not None:
+            hook = self._ddp_comm_wrapper(hook)
+        if self.world_size > 1:
+            self.model.register_comm_hook(self._ddp_comm_state, until_last_bucket(hook, self._clock))
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        with self._clock.waiting():
+            return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        # A rank that fails runs hooks with barriers in them, while the others sit in another exchange.
+        module = self.lightning_module
+        if module is not None and module._trainer is not None and module.trainer.interrupted:
+            return
+        with self._clock.waiting():
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with self._clock.waiting():
+            return super().broadcast(obj, src)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        with self._clock.waiting():
+            return super().all_gather(tensor, group, sync_grads)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        for name, description, options in (
+            ("hetero", "Data parallelism on unequal devices", {}),
+            ("hetero_find_unused_parameters_true", "The same, for unused parameters", {"find_unused_parameters": True}),
+            ("hetero_spawn", "The same, with spawned processes", {"start_method": "spawn"}),
+        ):
+            strategy_registry.register(name, cls, description=description, override=True, **options)

@@ -1,0 +1,319 @@
+"""One training step of a rank, from its batch to the weight of its loss."""
+
+import hashlib
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_hetero.borrowing import ModuleState, RandomStates
+from lightning_hetero.collectives import Exchange, PendingRows
+from lightning_hetero.loss_count import LossCounter
+from lightning_hetero.sampler import Share
+from lightning_hetero.timing import WorkClock
+from lightning_hetero.weighting import LEFT_EPOCH, TRAINS, Message, Rows, check, column, weight
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes that this process has held so far: on its GPU, or resident in main memory."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+@contextmanager
+def gradients_left_alone(module: nn.Module) -> Iterator[None]:
+    """A backward pass inside adds exact zeros to the gradients, whatever it computes.
+
+    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN.
+    """
+    handles = [
+        parameter.register_hook(torch.zeros_like) for parameter in module.parameters() if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Window:
+    """A rank's own work since its last optimizer step.
+
+    Micro-batches that can't be compared with others (a short last batch, a change of plan in between) spoil it.
+    """
+
+    seconds: float = 0.0
+    shares: list[Share] = field(default_factory=list)
+    comparable: bool = True
+
+    def add(self, seconds: float | None, share: Share | None, global_batch: int) -> None:
+        """One more micro-batch."""
+        if seconds is None or share is None or share.borrowed or sum(share.counts) != global_batch:
+            self.comparable = False
+            return
+        self.seconds += seconds
+        self.shares.append(share)
+
+    def measured(self) -> tuple[int, float] | None:
+        """The window's last step and the mean seconds of one of its micro-batches."""
+        if not self.comparable or not self.shares or len({share.checksum for share in self.shares}) > 1:
+            return None
+        return self.shares[-1].step, self.seconds / len(self.shares)
+
+
+class Logging(Protocol):
+    """What a step tells the room that handles `self.log`; see `metrics.StepLogging`."""
+
+    def begin(self, *, borrowed: bool, empty: bool) -> None:
+        """The module's training step begins."""
+
+    def end(self, loss: Tensor | None) -> None:
+        """It has returned its loss."""
+
+
+class TrainingSteps:
+    """The training steps of one rank.
+
+    A step's batch arrives (`arrive`), is counted and announced (`begin`), is weighted when its backward pass begins
+    (`weigh`), and ends (`end`). Borrowed batches are undone at their end.
+
+    Args:
+        module: the LightningModule.
+        counter: its loss counts.
+        exchange: for the messages.
+        device: of this rank.
+        clock: runs while this rank works.
+        on_rows: called once a step with all ranks' messages.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        counter: LossCounter,
+        exchange: Exchange,
+        device: torch.device,
+        clock: WorkClock,
+        on_rows: Callable[[int, Rows], None],
+    ) -> None:
+        self._module = module
+        self._counter = counter
+        self._exchange = exchange
+        self._device = device
+        self._clock = clock
+        self._on_rows = on_rows
+        self._share: Share | None = None
+        self._random: RandomStates | None = None
+        self._state: ModuleState | None = None
+        self._begun = False
+        self._empty = False
+        self._pending: PendingRows | None = None
+        self._fault: Exception | None = None
+        self._device_counts: tuple[Tensor, Tensor, dist.Work | None] | None = None
+        self._weight: float | Tensor = 1.0
+        self._window = Window()
+        self._measured: tuple[int, float] | None = None
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether this rank computes other ranks' samples in this step."""
+        return self._share is not None and self._share.borrowed
+
+    def remember_random_states(self) -> None:
+        """A borrowed batch is about to be loaded in this process."""
+        self._random = RandomStates()
+
+    def arrive(self, share: Share | None) -> None:
+        """The batch of a step has been loaded; nothing of the user's code has seen it yet."""
+        self._share = share
+        self._begun = False
+        self._weight = 1.0
+        if self.borrowed:
+            self._random = self._random or RandomStates()
+            self._state = ModuleState(self._module)
+
+    def begin(self, step: int, batch: Any, drawn: int, content: float) -> None:
+        """Count the batch as `training_step` gets it, and send the message of the step.
+
+        Closures that are called again change nothing. An error in counting is sent as a count that is none, so that
+        all ranks hear of it; it is raised by `weigh`.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        self._fault = None
+        count: float | Tensor = 0.0
+        if not self.borrowed:
+            try:
+                count = self._counter(self._module, batch)
+            except Exception as error:  # noqa: BLE001 - whatever the user's rule raises has to reach the other ranks
+                self._fault, count = error, float("nan")
+        known = float(count) if not isinstance(count, Tensor) or count.device.type == "cpu" else 1.0
+        self._empty = known == 0
+        if self._device.type == "cuda":
+            self._add_up_on_device(count)
+        measured, seconds = self._measured or (-1, 0.0)
+        self._measured = None
+        message = Message(
+            kind=TRAINS,
+            step=step,
+            count=known,
+            checksum=self._share.checksum if self._share is not None else 0,
+            drawn=drawn,
+            measured=measured,
+            seconds=seconds,
+            memory=peak_memory(self._device),
+            content=content,
+        )
+        self._pending = self._exchange.start(message.row())
+
+    def _add_up_on_device(self, count: float | Tensor) -> None:
+        """On CUDA counts are added up on the device: reading them would make the host wait for it."""
+        own = torch.as_tensor(count, dtype=torch.float64).to(self._device, non_blocking=True)
+        total = own.clone()
+        work = dist.all_reduce(total, async_op=True) if self._exchange.world_size > 1 else None
+        self._device_counts = (own, total, work)
+
+    def weigh(self) -> float | Tensor:
+        """The weight of this rank's loss; waits for the other ranks' messages the first time in a step.
+
+        Raises:
+            RuntimeError, ValueError: see `weighting.check`; or what counting the batch raised on this rank.
+        """
+        if self._pending is None:
+            return self._weight
+        pending, self._pending = self._pending, None
+        with self._clock.waiting():
+            rows = pending.wait()
+        if self._fault is not None:
+            raise self._fault
+        check(rows)
+        if self._device_counts is not None:
+            own, total, work = self._device_counts
+            self._device_counts = None
+            if work is not None:
+                work.wait()  # orders the streams; the host goes on
+            self._weight = torch.where(total > 0, self._exchange.world_size * own / total, 0.0)
+        else:
+            self._weight = weight(column(rows, "count"), self._exchange.rank)
+        self._on_rows(int(column(rows, "step")[0]), rows)
+        return self._weight
+
+    @contextmanager
+    def weighted(self, loss: Tensor) -> Iterator[Tensor]:
+        """The loss to go backward from; gradients of a batch in which nothing counts are left alone meanwhile."""
+        factor = self.weigh()
+        try:
+            if self._empty:
+                with gradients_left_alone(self._module):
+                    yield loss
+            elif isinstance(factor, Tensor) or factor != 1.0:
+                yield loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
+            else:
+                yield loss
+        finally:
+            self._clock.resume()
+
+    def global_loss(self, closure: Callable[[], Any], reduce: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        """A closure that returns the loss of the global batch, for optimizers that decide by it (LBFGS).
+
+        Args:
+            closure: computes the loss of this rank, and its gradients.
+            reduce: the mean over all ranks.
+        """
+
+        def computed() -> Any:
+            loss = closure()
+            if not isinstance(loss, Tensor):
+                return loss
+            factor = self.weigh()
+            return reduce(torch.zeros_like(loss) if self._empty else loss.detach() * factor)
+
+        return computed
+
+    @contextmanager
+    def logged(self, logging: Logging) -> Iterator[Callable[[Any], None]]:
+        """The module's training step runs inside; give what it returned to the callable."""
+        loss: Tensor | None = None
+
+        def returned(output: Any) -> None:
+            nonlocal loss
+            value = output.get("loss") if isinstance(output, dict) else output
+            loss = value if isinstance(value, Tensor) else None
+
+        logging.begin(borrowed=self.borrowed, empty=self._empty)
+        try:
+            yield returned
+        finally:
+            logging.end(loss)
+
+    def end(self, *, stepped: bool, global_batch: int | None) -> None:
+        """The step is over.
+
+        Args:
+            stepped: the optimizer has made its step, or may have.
+            global_batch: samples of a full step; None where the user shards.
+        """
+        self.weigh()  # a module in manual optimization may have had nothing to go backward from
+        seconds = self._clock.stop()
+        if global_batch is not None:
+            self._window.add(seconds, self._share, global_batch)
+        if stepped:
+            self._measured, self._window = self._window.measured(), Window()
+        if self._state is not None:
+            self._state.restore()
+        if self._random is not None and self.borrowed:
+            self._random.restore()
+        self._state = self._random = self._share = None
+
+    def leave_epoch(self, step: int) -> None:
+        """Tell the others that this rank has no more batches in this epoch.
+
+        Raises:
+            RuntimeError: another rank has.
+        """
+        check(self._exchange.start(Message(LEFT_EPOCH, step).row()).wait())
+
+
+class SameData:
+    """Finds out whether all ranks train on the same data where the user shards; looks at the first batches only."""
+
+    WATCHED = 3
+
+    def __init__(self) -> None:
+        self._same = 0
+
+    @staticmethod
+    def number(*hashes: str | None) -> float:
+        """A number above 0 that stands for the data, exact as a float."""
+        text = "/".join(part for part in hashes if part)
+        return float(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") + 1)
+
+    def look(self, step: int, rows: Rows, last: float) -> None:
+        """Compare the data of a step.
+
+        Args:
+            step: which.
+            rows: all ranks' messages.
+            last: steps in the epoch.
+
+        Raises:
+            ValueError: the data of all steps so far was the same on all ranks, and they were enough.
+        """
+        contents = column(rows, "content")
+        if len(contents) == 1 or step >= self.WATCHED or contents[0] == 0:
+            return
+        self._same += len(set(contents)) == 1
+        if self._same == min(self.WATCHED, last):
+            raise ValueError(
+                "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the strategy "
+                "then gives each rank its own share"
+            )

@@ -1,0 +1,297 @@
+"""The balancer against simulated devices whose best split is known, with noise, lags, outliers and changes of speed."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from lightning_hetero.allocation import allocate, proportional
+from lightning_hetero.balancer import Balancer, Proposal
+
+Curve = Callable[[float], float]
+
+# Own seconds of two one-thread CPU ranks at 100% and 25% quota (ResNet-18, 64x64 pixels), by local batch.
+RANK_0 = {32: 0.244, 48: 0.342, 52: 0.373, 54: 0.378, 56: 0.384, 58: 0.412, 60: 0.418, 62: 0.439}
+RANK_1 = {32: 1.138, 16: 0.660, 12: 0.576, 10: 0.517, 8: 0.481, 6: 0.437, 4: 0.355, 2: 0.260}
+BEST_MEASURED = 0.418  # at 60/4
+
+
+def measured(points: dict[int, float]) -> Curve:
+    at = sorted(points)
+    return lambda b: float(np.interp(b, at, [points[x] for x in at]) + 0.007 * max(b - at[-1], 0))
+
+
+def affine_devices(world_size: int, rng: np.random.Generator) -> list[Curve]:
+    """Devices up to six times as fast as each other, with fixed costs of 2 to 40 samples."""
+    speeds, fixed = rng.uniform(1, 6, world_size), rng.uniform(2, 40, world_size)
+    return [lambda b, s=s, f=f: 0.01 * (f + b) / s for s, f in zip(speeds, fixed, strict=True)]
+
+
+def gpu_like_devices(world_size: int, rng: np.random.Generator) -> list[Curve]:
+    """Devices that take as long for one sample as for their first 4 to 40."""
+    speeds, flat = rng.uniform(1, 6, world_size), rng.integers(4, 41, world_size)
+    return [lambda b, s=s, f=f: 0.005 + 0.01 * max(b, f) / s for s, f in zip(speeds, flat, strict=True)]
+
+
+@dataclass
+class Known:
+    """A curve as allocation wants it."""
+
+    seconds: Curve
+
+
+def best_makespan(curves: Sequence[Curve], global_batch: int) -> float:
+    split = allocate([Known(curve) for curve in curves], global_batch)
+    return max(curve(b) for curve, b in zip(curves, split, strict=True))
+
+
+@dataclass
+class Run:
+    """Simulated training: what is measured in a step is known one step later, and a new plan starts one step after that."""
+
+    curves: list[Curve]
+    global_batch: int
+    noise: float
+    seed: int
+    outliers: dict[int, float] = field(default_factory=dict)  # by step: the factor on a rank of its own
+    changes: list[tuple[int, Proposal]] = field(default_factory=list)
+    makespans: list[float] = field(default_factory=list)  # by step, without noise
+
+    def __post_init__(self) -> None:
+        world_size = len(self.curves)
+        self.rng = np.random.default_rng(self.seed)
+        self.balancer = Balancer(world_size, self.global_batch)
+        self.plans = [(0, proportional(self.global_batch, [1] * world_size))]
+        self.late: list[tuple[int, tuple[int, ...], list[float]]] = []
+
+    def steps(self, number: int) -> "Run":
+        for step in range(len(self.makespans), len(self.makespans) + number):
+            plan = next(plan for first, plan in reversed(self.plans) if first <= step)
+            own = np.array([curve(b) for curve, b in zip(self.curves, plan, strict=True)])
+            self.makespans.append(own.max())
+            own *= self.rng.lognormal(0, self.noise, len(own))
+            if step == 0:
+                own *= 10  # lazy initialisation
+            if step == 1:
+                own *= self.rng.uniform(1, 1.3, len(own))
+            if step in self.outliers:
+                own[step % len(own)] *= self.outliers[step]
+            self.late.append((step, plan, own.tolist()))
+            if len(self.late) > 1:
+                self.balancer.observe(*self.late.pop(0))
+                if (proposal := self.balancer.propose(self.plans[-1][1])) is not None:
+                    self.plans.append((step + 2, proposal.local_batches))
+                    self.changes.append((step, proposal))
+        return self
+
+
+def slowed(curve: Curve, factor: float) -> Curve:
+    return lambda b: factor * curve(b)
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.05])
+def test_the_measured_pair_of_ranks_is_balanced_within_ten_steps_and_then_left_alone(noise: float) -> None:
+    """From 1.14 s a step to within 5% of the best measured split; afterwards at most one correction in 300 steps.
+
+    Waiting for two measurements more in each stage, or re-solving on noise, fails here.
+    """
+    corrections = []
+    for seed in range(12):
+        run = Run([measured(RANK_0), measured(RANK_1)], 64, noise, seed).steps(310)
+        assert run.makespans[10] <= 1.05 * BEST_MEASURED
+        assert np.mean(run.makespans[10:]) <= 1.05 * BEST_MEASURED
+        corrections.append(sum(step >= 10 for step, _ in run.changes))
+    assert max(corrections) <= 2
+    assert sum(number > 1 for number in corrections) <= 1
+
+
+@pytest.mark.parametrize("devices", [affine_devices, gpu_like_devices])
+@pytest.mark.parametrize("world_size", [3, 4, 8])
+def test_devices_of_any_speed_are_balanced_within_ten_steps(world_size: int, devices: Callable) -> None:
+    """Within 5% of the best in nearly all runs, and never far off; then the plan is left alone."""
+    ratios, corrections = [], []
+    for seed in range(10):
+        curves = devices(world_size, np.random.default_rng(100 + seed))
+        run = Run(curves, 32 * world_size, 0.03, seed).steps(130)
+        best = best_makespan(curves, 32 * world_size)
+        ratios.append(run.makespans[10] / best)
+        assert np.mean(run.makespans[12:]) <= 1.05 * best
+        corrections.append(sum(step >= 10 for step, _ in run.changes))
+    assert sum(ratio <= 1.05 for ratio in ratios) >= 9
+    assert max(ratios) <= 1.1
+    assert max(corrections) <= 2
+    assert np.mean(corrections) <= 1
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_changes_speed_is_followed_within_twenty_steps(rank: int, factor: float) -> None:
+    """Without scaling the older points, the model mixes two devices, and the plan stops half-way."""
+    for seed in range(8):
+        run = Run([measured(RANK_0), measured(RANK_1)], 64, 0.04, seed).steps(100)
+        run.curves[rank] = slowed(run.curves[rank], factor)
+        best = best_makespan(run.curves, 64)
+        run.steps(40)
+        assert max(run.makespans[120:]) <= 1.06 * best
+        assert sum(step >= 100 for step, _ in run.changes) <= 4
+        assert "drift" in {proposal.reason for step, proposal in run.changes if step >= 100}
+
+
+def test_one_of_eight_ranks_that_changes_speed_is_followed() -> None:
+    for seed, factor in enumerate([2.0, 0.5, 2.0, 0.5]):
+        run = Run(affine_devices(8, np.random.default_rng(seed)), 256, 0.03, seed).steps(100)
+        run.curves[seed] = slowed(run.curves[seed], factor)
+        run.steps(40)
+        assert np.mean(run.makespans[120:]) <= 1.06 * best_makespan(run.curves, 256)
+
+
+def test_equal_devices_keep_the_equal_split() -> None:
+    """No tax where there is nothing to balance: noise of 5% on two early steps is no reason to explore."""
+    for seed in range(10):
+        assert not Run([lambda b: 0.1 + 0.01 * b] * 4, 128, 0.05, seed).steps(100).changes
+
+
+def test_single_disturbed_steps_change_nothing() -> None:
+    """A pause of the garbage collector, a checkpoint: ten times the time, now and then, on any rank."""
+    outliers = dict.fromkeys(range(40, 240, 7), 10.0) | dict.fromkeys(range(43, 240, 35), 0.1)
+    for seed in range(8):
+        calm = Run([measured(RANK_0), measured(RANK_1)], 64, 0.01, seed).steps(240)
+        disturbed = Run([measured(RANK_0), measured(RANK_1)], 64, 0.01, seed, outliers).steps(240)
+        assert [plan for _, plan in disturbed.plans] == [plan for _, plan in calm.plans]
+
+
+def test_the_first_step_of_a_process_is_not_a_measurement() -> None:
+    """Also not after a resume: lazy initialisation is paid again."""
+    balancer = Balancer(2, 8)
+    balancer.observe(0, (4, 4), [100.0, 1.0])
+    assert balancer.models() is None
+    assert balancer.predicted((4, 4)) is None
+    balancer.observe(1, (4, 4), [1.0, 2.0])
+    assert balancer.predicted((4, 4)) == pytest.approx((1.0, 2.0))
+
+    resumed = Balancer(2, 8)
+    resumed.load_state_dict(balancer.state_dict())
+    resumed.observe(2, (4, 4), [100.0, 1.0])
+    assert resumed.predicted((4, 4)) == pytest.approx((1.0, 2.0))
+
+
+def test_two_useful_steps_give_a_first_proposal_and_it_is_not_repeated_while_the_old_plan_still_runs() -> None:
+    """Loaders prefetch, so steps under the old plan go on for a while; they are recorded, and decide nothing."""
+    balancer = Balancer(2, 64)
+    for step in range(2):
+        balancer.observe(step, (32, 32), [0.25, 1.0])
+        assert balancer.propose((32, 32)) is None
+    balancer.observe(2, (32, 32), [0.25, 1.0])
+    proposal = balancer.propose((32, 32))
+    assert proposal is not None
+    assert proposal.reason == "explore"
+    assert sum(proposal.local_batches) == 64
+    assert 51 <= proposal.local_batches[0] <= 58  # beyond the proportional 51/13
+    for step in range(3, 9):
+        balancer.observe(step, (32, 32), [0.25, 1.0])
+        assert balancer.propose(proposal.local_batches) is None
+    for step in range(9, 11):
+        balancer.observe(step, proposal.local_batches, [0.4, 0.6])
+    again = balancer.propose(proposal.local_batches)
+    assert again is not None
+    assert again.reason == "balance"
+    assert again.predicted_seconds == balancer.predicted(again.local_batches)
+
+
+def test_one_rank_alone_is_never_given_another_plan() -> None:
+    balancer = Balancer(1, 8)
+    for step in range(9):
+        balancer.observe(step, (8,), [1.0 + step])
+        assert balancer.propose((8,)) is None
+
+
+def test_every_proposal_keeps_the_limits() -> None:
+    """A share below `minimum` or off the granularity would break what a rank can compute."""
+    balancer = Balancer(3, 96, minimum=4, granularity=8)
+    plan = proportional(96, [1, 1, 1], granularity=8)
+    plans = [plan]
+    for step in range(60):
+        balancer.observe(step, plan, [0.01 * plan[0], 0.05 * plan[1], 3.0 + 0.5 * plan[2]])
+        if (proposal := balancer.propose(plan)) is not None:
+            plan = proposal.local_batches
+            plans.append(plan)
+    assert len(plans) > 1
+    assert all(sum(p) == 96 and min(p) >= 8 and not any(b % 8 for b in p) for p in plans)
+    assert plan[2] == 8
+
+
+def test_a_run_that_is_saved_and_loaded_decides_as_if_it_had_not_stopped() -> None:
+    """The state is plain numbers: it survives JSON, and a checkpoint with `weights_only=True`."""
+    run = Run([measured(RANK_0), measured(RANK_1)], 64, 0.05, 3).steps(8)
+    resumed = Balancer(2, 64)
+    resumed.load_state_dict(json.loads(json.dumps(run.balancer.state_dict())))
+    assert resumed.state_dict() == run.balancer.state_dict()
+    plan = run.plans[-1][1]
+    resumed.observe(8, plan, [9.0, 9.0])  # dropped
+    for step in range(9, 30):
+        for balancer in (run.balancer, resumed):
+            balancer.observe(step, plan, [0.5, 0.3])
+        assert resumed.propose(plan) == run.balancer.propose(plan)
+
+
+def test_what_is_kept_is_bounded() -> None:
+    """A run of weeks must not grow its checkpoint."""
+    balancer, rng = Balancer(2, 64), np.random.default_rng(0)
+    sizes = set()
+    for step in range(600):
+        first = int(rng.integers(1, 64))
+        balancer.observe(step, (first, 64 - first), [0.1 + 0.01 * first, 0.1])
+        sizes.add(sum(len(s) for rank in balancer.state_dict()["measured"] for _, s in rank))
+    assert max(sizes) <= 2 * 8 * 25
+
+
+@pytest.mark.parametrize(
+    ("local_batches", "seconds", "said"),
+    [
+        ((4, 4), [1.0], "got 2 local batches and 1 times for 2 ranks"),
+        ((8,), [1.0, 1.0], "got 1 local batches and 2 times for 2 ranks"),
+        ((4, 5), [1.0, 1.0], r"\(4, 5\) are not a split of 8 samples"),
+        ((0, 8), [1.0, 1.0], r"\(0, 8\) are not a split of 8 samples"),
+        ((4, 4), [1.0, math.nan], "step 7: rank 1 measured nan seconds"),
+        ((4, 4), [-0.5, 1.0], r"step 7: rank 0 measured -0\.5 seconds"),
+        ((4, 4), [1.0, math.inf], "rank 1 measured inf"),
+    ],
+)
+def test_what_cannot_have_been_measured_raises_with_the_numbers(local_batches: tuple, seconds: list, said: str) -> None:
+    """Also in the first step, which is not used: a broken clock is news at once."""
+    with pytest.raises(ValueError, match=said):
+        Balancer(2, 8).observe(7, local_batches, seconds)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 2}, "version 2 into one of 1"),
+        ({"world_size": 3}, "world_size 3 into one of 2"),
+        ({"global_batch": 16}, "global_batch 16 into one of 8"),
+        ({"colour": "red"}, "entries"),
+        ({"measured": [[[4, [1.0]]]]}, "measurements of all 2 ranks"),
+        ({"measured": [[], [[4, [1.0]]]]}, "measurements of all 2 ranks"),
+        ({"measured": [[[4, [1.0]]], [[4, [math.nan]]]]}, "measured nan seconds"),
+        ({"observed": []}, "measurements of all 2 ranks"),
+    ],
+)
+def test_a_state_that_is_not_understood_is_rejected_and_changes_nothing(change: dict, said: str) -> None:
+    saved = Balancer(2, 8)
+    for step in range(3):
+        saved.observe(step, (4, 4), [1.0, 2.0])
+    balancer = Balancer(2, 8)
+    before = balancer.state_dict()
+    with pytest.raises(ValueError, match=said):
+        balancer.load_state_dict(saved.state_dict() | change)
+    assert balancer.state_dict() == before
+
+
+def test_limits_that_leave_no_split_raise_at_once() -> None:
+    with pytest.raises(ValueError, match="add up to 16 samples, 8 more than the global batch 8"):
+        Balancer(2, 8, minimum=8)
+    with pytest.raises(ValueError, match="at least 1 sample to be measured, got minimum 0"):
+        Balancer(2, 8, minimum=0)

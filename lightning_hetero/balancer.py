@@ -1,6 +1,7 @@
 """When to change the plan: exploration, refinement, hysteresis, drift.
 
-Pure decisions on measured seconds: no clock, no I/O, no randomness. Ranks that are fed the same numbers decide the same.
+Pure decisions on measured seconds: no clock, no I/O, no randomness. Ranks that are fed the same numbers decide the
+same.
 """
 
 import math
@@ -26,8 +27,10 @@ _BEYOND = 1.4
 _HYSTERESIS = 0.03
 _STANDARD_ERRORS = 2.0
 
-# Plans that follow each other quickly, on few measurements and without regard to noise, at the start and after a drift.
+# At the start and after a drift, that many plans follow each other quickly: on that many steps, and without regard to
+# noise. A plan that turns out less good costs little then, and what it measures makes the next one better.
 _QUICK_PLANS = 2
+_QUICK_STEPS = 2
 
 # That many steps in a row, all off by this factor (or by so many times the noise, if that is more), are a drift.
 _DRIFT_STEPS = 3
@@ -45,9 +48,6 @@ _FIXED = 0.25
 # Quick plans need a hint that something is wrong at all: on equal devices, two noisy steps are none.
 _UNEQUAL = 0.15
 
-# A single measurement this far from what was predicted may be an outlier: wait for more.
-_SURPRISE = 1.25
-
 
 @dataclass(frozen=True)
 class Proposal:
@@ -56,7 +56,8 @@ class Proposal:
     Attributes:
         local_batches: W samples.
         predicted_seconds: W seconds of own work.
-        reason: "explore" (to tell fixed cost and cost per sample apart), "balance", or "drift" (a rank's speed changed).
+        reason: "explore" (to tell fixed cost and cost per sample apart), "balance", or "drift" (a rank's speed has
+            changed).
 
     """
 
@@ -69,7 +70,7 @@ class _Rank:
     """What was measured of one rank: seconds of its last steps at each of the last local batches it had."""
 
     def __init__(self, seconds: Mapping[int, Sequence[float]] | None = None) -> None:
-        self.seconds: dict[int, list[float]] = {b: list(s) for b, s in (seconds or {}).items()}  # oldest first
+        self.seconds = {b: list(s) for b, s in (seconds or {}).items()}  # oldest first, local batches by last use
 
     def observe(self, local_batch: int, seconds: float) -> bool:
         """Record a step; tells whether it showed the speed of the rank to have changed."""
@@ -88,7 +89,7 @@ class _Rank:
         known = {b: median(s) for b, s in older.items() if len(s) >= _DRIFT_STEPS}  # one step alone may be an outlier
         if len(last) < _DRIFT_STEPS or not known:
             return False
-        # Samples never make a step shorter. So whatever the curve, its speed being the same, these bound the last steps.
+        # Samples never make a step shorter. So, whatever the curve, these bound the last steps at unchanged speed.
         most = min((time for b, time in known.items() if b >= local_batch), default=math.inf)
         least = max((time for b, time in known.items() if b <= local_batch), default=0.0)
         factor = max(_DRIFT, 1 + _DRIFT_SPREADS * self.spread())
@@ -143,7 +144,6 @@ class Balancer:
         self._observed: tuple[int, ...] = ()  # the split of the last step
         self._times_observed = 0  # in a row
         self._quick_plans = _QUICK_PLANS
-        self._expected: tuple[float, ...] | None = None  # seconds predicted for the newest proposal
         self._drifted = False
 
     def observe(self, step: int, local_batches: Sequence[int], seconds: Sequence[float]) -> None:
@@ -173,7 +173,7 @@ class Balancer:
             return
         drifts = [rank.observe(b, float(t)) for rank, b, t in zip(self._ranks, split, seconds, strict=True)]
         if any(drifts):
-            self._drifted, self._quick_plans, self._expected = True, _QUICK_PLANS, None
+            self._drifted, self._quick_plans = True, _QUICK_PLANS
         self._times_observed = self._times_observed + 1 if split == self._observed else 1
         self._observed = split
 
@@ -190,7 +190,7 @@ class Balancer:
         models = self.models()
         if self.world_size == 1 or models is None or self._observed != tuple(current):
             return None
-        if self._times_observed < self._needed():
+        if self._times_observed < (_QUICK_STEPS if self._quick_plans > 0 else _DRIFT_STEPS):
             return None
         now = [model.seconds(b) for model, b in zip(models, current, strict=True)]
         explore = all(len(rank.seconds) == 1 for rank in self._ranks)
@@ -210,7 +210,7 @@ class Balancer:
         if split == tuple(current) or gain <= (_HYSTERESIS if quick else self._significant()):
             return None
         reason = "drift" if self._drifted else "explore" if explore else "balance"
-        self._expected, self._drifted = None if explore else predicted, False
+        self._drifted = False
         self._quick_plans = max(self._quick_plans - 1, 0)
         return Proposal(split, predicted, reason)
 
@@ -239,7 +239,6 @@ class Balancer:
             "observed": list(self._observed),
             "times_observed": self._times_observed,
             "quick_plans": self._quick_plans,
-            "expected": None if self._expected is None else list(self._expected),
             "drifted": self._drifted,
         }
 
@@ -266,18 +265,7 @@ class Balancer:
                 StepTimeModel.fit([b] * len(seconds), seconds)  # raises for what cannot have been measured
         self._ranks, self._observed, self._times_observed = ranks, observed, int(state["times_observed"])
         self._quick_plans, self._drifted = int(state["quick_plans"]), bool(state["drifted"])
-        self._expected = None if state["expected"] is None else tuple(float(v) for v in state["expected"])
         self._started = False
-
-    def _needed(self) -> int:
-        """Steps of the current split that a decision takes."""
-        if self._quick_plans == 0:
-            return _DRIFT_STEPS
-        if self._expected is None:  # nothing to compare with
-            return 2
-        found = [median(rank.seconds[b]) for rank, b in zip(self._ranks, self._observed, strict=True)]
-        off = [max(a / b, b / a) for a, b in zip(found, self._expected, strict=True)]
-        return 1 if max(off) <= _SURPRISE else _DRIFT_STEPS
 
     def _significant(self) -> float:
         """The part of the makespan that a new plan must promise to save, so that it is not noise."""
@@ -287,7 +275,7 @@ class Balancer:
         return _HYSTERESIS + _STANDARD_ERRORS * spread / math.sqrt(min(self._times_observed, _KEPT))
 
 
-def _fit(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:
+def _fit(measured: dict[int, list[float]]) -> StepTimeModel:
     """Fit a model to seconds by local batch, the last used last."""
     if max(measured) >= _NARROW * min(measured):
         return StepTimeModel.fit([b for b, s in measured.items() for _ in s], [v for s in measured.values() for v in s])

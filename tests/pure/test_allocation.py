@@ -1,4 +1,4 @@
-"""Splits are exact: checked against all splits where they can be counted, and against an integer programme elsewhere."""
+"""Splits are exact: checked against all splits where these can be counted, elsewhere against an integer programme."""
 
 import itertools
 import math
@@ -84,6 +84,13 @@ def test_one_bisection_for_all_ranks_gives_the_split_of_the_sample_by_sample_wal
     result = allocate(models, global_batch, **limits)
     assert_within_limits(result, global_batch, limits)
     assert result == allocate([Asked(model) for model in models], global_batch, **limits)
+
+
+def test_rounding_does_not_move_a_sample() -> None:
+    """Decimal times tie but for the last bit, where inverting a curve is off by one sample unless that is put right."""
+    models = [StepTimeModel((0,), (0.1 * (r % 7),), 0.1 * (1 + r % 3)) for r in range(42)]
+    for global_batch in range(500, 2500, 42):
+        assert allocate(models, global_batch) == allocate([Asked(model) for model in models], global_batch)
 
 
 @pytest.mark.parametrize("seed", range(6))

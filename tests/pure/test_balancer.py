@@ -50,7 +50,7 @@ def best_makespan(curves: Sequence[Curve], global_batch: int) -> float:
 
 @dataclass
 class Run:
-    """Simulated training: what is measured in a step is known one step later, and a new plan starts one step after that."""
+    """Simulated training: a step's measurements are known one step later, and a new plan starts one step after that."""
 
     curves: list[Curve]
     global_batch: int
@@ -199,6 +199,23 @@ def test_two_useful_steps_give_a_first_proposal_and_it_is_not_repeated_while_the
     assert again is not None
     assert again.reason == "balance"
     assert again.predicted_seconds == balancer.predicted(again.local_batches)
+
+
+def test_a_pause_right_after_a_re_plan_does_not_undo_it() -> None:
+    """Once the first plans are through, one step, however slow, is no ground for the next."""
+    balancer, plan = Balancer(2, 64), (32, 32)
+    for step in range(3):
+        balancer.observe(step, plan, [0.3, 1.2])
+    plan = balancer.propose(plan).local_batches
+    for step in range(3, 5):
+        balancer.observe(step, plan, [0.5, 0.8])
+    proposal = balancer.propose(plan)
+    plan = proposal.local_batches
+    balancer.observe(5, plan, [proposal.predicted_seconds[0], 10 * proposal.predicted_seconds[1]])
+    assert balancer.propose(plan) is None
+    for step in range(6, 12):
+        balancer.observe(step, plan, proposal.predicted_seconds)
+        assert balancer.propose(plan) is None
 
 
 def test_one_rank_alone_is_never_given_another_plan() -> None:

@@ -119,5 +119,5 @@ def test_no_prediction_for_less_than_one_sample() -> None:
 )
 def test_a_curve_that_cannot_be_a_step_time_raises(fields: tuple) -> None:
     """A model is checked once, when it is made."""
-    with pytest.raises(ValueError, match="must|cannot"):
+    with pytest.raises(ValueError, match=r"must|cannot"):
         StepTimeModel(*fields)

@@ -218,6 +218,16 @@ def test_a_pause_right_after_a_re_plan_does_not_undo_it() -> None:
         assert balancer.propose(plan) is None
 
 
+def test_a_noisy_second_step_is_no_reference_for_a_drift() -> None:
+    """The steps after it are all faster: that is the end of the initialisation, not a device that sped up."""
+    balancer = Balancer(2, 64)
+    for step, factor in enumerate([9.0, 1.3, 1.0, 1.0, 1.0, 1.0]):
+        balancer.observe(step, (32, 32), [0.3 * factor, 1.2 * factor])
+    proposal = balancer.propose((32, 32))
+    assert proposal is not None
+    assert proposal.reason == "explore"
+
+
 def test_one_rank_alone_is_never_given_another_plan() -> None:
     balancer = Balancer(1, 8)
     for step in range(9):

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +19,9 @@ from torch.utils.data import Sampler
 
 from lightning_hetero.allocation import proportional
 from lightning_hetero.plan import Schedule
+
+# A source that draws so many times its length, and more than this, never comes to an end by itself.
+_FAR, _MANY = 10, 1000
 
 Index = Any
 """What a sampler draws: a number, or TorchGeo's slices of space and time."""
@@ -100,7 +103,7 @@ class Chunks:
             drawn = list(entries)
             steps = -(-len(drawn) // self.size)
             bounds = [step * len(drawn) // steps for step in range(steps + 1)] if steps else [0]
-            groups: Iterator[list[Any]] = (drawn[a:b] for a, b in zip(bounds, bounds[1:], strict=False))
+            groups: Iterator[list[Any]] = (drawn[a:b] for a, b in pairwise(bounds))
         else:
             iterator = iter(entries)
             groups = iter(lambda: list(islice(iterator, self.size)), [])
@@ -189,30 +192,36 @@ class Stream:
         self._key: tuple[int, int] | None = None
         self._drawn: list[list[Index]] = []
         self._rest: Iterator[list[Index]] = iter(())
-        self.endless = not chunks.even and not self._has_length()
+        self._length = self._claimed_length()
+        self.endless = not chunks.even and self._length is None
         """Whether the source has no length; then it is drawn as it is needed. Evaluation always comes to an end."""
 
-    def _has_length(self) -> bool:
+    def _claimed_length(self) -> int | None:
         if not isinstance(self.source, Sized):
-            return False
+            return None
         try:
             with PrivateRandomState(self._seed).active():  # some samplers draw when they are asked for their length
-                len(self.source)
+                return len(self.source)
         except (TypeError, NotImplementedError):
-            return False
-        return True
+            return None
 
-    def _entries(self, state: PrivateRandomState) -> Iterator[Any]:
-        """The source's entries, each drawn under the private state, for a source that may never end."""
-        with state.active():
-            iterator = iter(self.source)
+    def _entries(self) -> Iterable[Any]:
+        """What the source draws. A length need not be exact, but one that is far exceeded is where the pass ends."""
+        if self._length is None:
+            return self.source
+        limit = max(_FAR * self._length, _MANY)
+        entries = list(islice(self.source, limit + 1))
+        return entries if len(entries) <= limit else entries[: self._length]
+
+    def _lazily(self, state: PrivateRandomState) -> Iterator[list[Index]]:
+        """Global batches of a source that may never end, each drawn under the private state when it is needed."""
+        groups = self._chunks(self.source)
         while True:
             with state.active():
-                try:
-                    entry = next(iterator)
-                except StopIteration:
-                    return
-            yield entry
+                group = next(groups, None)
+            if group is None:
+                return
+            yield group
 
     def draw(self, epoch: int, repeat: int) -> None:
         """Draw a pass over the source; asking again for the same one keeps what was drawn.
@@ -230,11 +239,11 @@ class Stream:
         state = PrivateRandomState(int(np.random.SeedSequence([self._seed, epoch, repeat]).generate_state(1)[0]))
         if not self.endless:
             with state.active():
-                drawn = list(self._chunks(self.source))
+                drawn = list(self._chunks(self._entries()))
             self._drawn, self._rest = self._agree(drawn, complete=True), iter(())
         else:
-            self._rest = self._chunks(self._entries(state))
-            self._drawn = self._agree(list(islice(self._rest, 1)), complete=False)
+            self._rest = self._lazily(state)
+            self._drawn = [*self._agree(list(islice(self._rest, 1)), complete=False)]
         self._key = (epoch, repeat)
 
     @property
@@ -242,11 +251,18 @@ class Stream:
         """Samples of the first global batch that was drawn; 0 when there is none."""
         return len(self._drawn[0]) if self._drawn else 0
 
-    def __iter__(self) -> Iterator[list[Index]]:
-        """The global batches that were drawn last."""
-        if self.endless:
-            return chain(self._drawn, self._rest)
-        return iter(self._drawn)
+    def batches(self, keep: Callable[[], bool]) -> Iterator[list[Index]]:
+        """The global batches of the pass that was drawn last.
+
+        Args:
+            keep: whether the pass may be asked for again from its start. Of a source without a length, batches that
+                were drawn meanwhile are remembered.
+        """
+        yield from tuple(self._drawn)
+        for batch in self._rest:
+            if keep():
+                self._drawn.append(batch)
+            yield batch
 
     def __len__(self) -> int:
         """Global batches in the pass that was drawn last.
@@ -280,6 +296,7 @@ class Drawing:
         self._position = position
         self._key: tuple[int, int] | None = None  # epoch and repeat
         self._base = 0
+        self._end: int | None = None  # the step after the pass, once it was read to its end
 
     def open(self) -> int:
         """Draw the pass that comes next; nothing happens when it was drawn already but nothing of it was used.
@@ -293,9 +310,21 @@ class Drawing:
         elif position.step > self._base:
             # A loader that is cycled within the epoch goes on where its last pass ended.
             self._key = (position.epoch, self._key[1] + 1)
-            self._base += len(self.stream)
+            self._base = position.step if self._end is None else self._end
+        self._end = None
         self.stream.draw(*self._key)
         return self._base
+
+    def __iter__(self) -> Iterator[tuple[int, list[Index]]]:
+        """The global batches of the pass that comes next, each with its step."""
+        return self._numbered(self.open())
+
+    def _numbered(self, base: int) -> Iterator[tuple[int, list[Index]]]:
+        step = base
+        for indices in self.stream.batches(lambda: self._position().step == base):
+            yield step, indices
+            step += 1
+        self._end = step
 
     def first_batch(self) -> int:
         """Samples of the first global batch of the first pass; 0 when there is none."""
@@ -369,10 +398,10 @@ class ShareSampler(Sampler[list[Index]]):
         self.handed_out = HandedOut(rank)
 
     def __iter__(self) -> Iterator[list[Index]]:
-        return self._slices(self._drawing.open())
+        return self._slices(iter(self._drawing))
 
-    def _slices(self, base: int) -> Iterator[list[Index]]:
-        for step, indices in enumerate(self._drawing.stream, start=base):
+    def _slices(self, batches: Iterator[tuple[int, list[Index]]]) -> Iterator[list[Index]]:
+        for step, indices in batches:
             plan = self._schedule.at(step)
             counts = split(len(indices), plan.local_batches, self._minimum)
             share = Share(step, counts, counts[self._rank] == 0, plan.checksum)
@@ -421,7 +450,8 @@ class CountSampler(Sampler[list[None]]):
 class EvaluationSampler(Sampler[list[Index]]):
     """The batch sampler of one rank in evaluation: the stream is spread evenly over the steps, then over the ranks.
 
-    With at least as many entries as ranks, each is evaluated exactly once and no rank runs out before another.
+    No rank runs out before another. Each sample is evaluated exactly once where every step has at least one for each
+    rank: with at least as many samples as ranks, and batches of more than one sample (or an even division).
 
     Args:
         stream: the loader's global batches, cut evenly.
@@ -443,7 +473,7 @@ class EvaluationSampler(Sampler[list[Index]]):
 
     def __iter__(self) -> Iterator[list[Index]]:
         self._draw()
-        for indices in self.stream:
+        for indices in self.stream.batches(lambda: False):
             yield cut(indices, split(len(indices), self._proportions), self._rank)
 
     def __len__(self) -> int:
@@ -453,4 +483,4 @@ class EvaluationSampler(Sampler[list[Index]]):
 
     def smallest_step(self) -> int:
         """Samples of the smallest global batch that was drawn; 0 before anything was."""
-        return min(map(len, self.stream), default=0) if len(self) else 0
+        return min(map(len, self.stream.batches(lambda: False)), default=0) if len(self) else 0

@@ -3,12 +3,14 @@
 Each is an attribute that Lightning calls on the instance, set on one Trainer only and taken away afterwards. A test
 fails when Lightning changes any of them.
 """
+# ruff: noqa: SLF001 - that is what this room is for
 
 from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 
@@ -33,14 +35,43 @@ class StepCallback(Callback):
         self._on_epoch_end()
 
 
+class StopRequest:
+    """A signal that asks this rank to stop, until all ranks know of it.
+
+    Lightning's own handler, and its check before each batch, are blocking broadcasts: a rank that meets one alone hangs
+    there. Here the handler sets a flag; it travels with the next step's message, and all ranks stop after that step.
+
+    Args:
+        trainer: whose; between ranks only training has messages, so other runs stop by themselves.
+    """
+
+    def __init__(self, trainer: "pl.Trainer") -> None:
+        self._trainer = trainer
+        self.made = False
+
+    def handle(self, signum: int, _: object) -> None:
+        """The handler of SIGTERM."""
+        launcher = self._trainer.strategy.launcher
+        if not self.made and launcher is not None:
+            launcher.kill(signum)
+        self.made = True
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            self.grant()
+
+    def grant(self) -> None:
+        """All ranks know: Lightning stops at the end of the step."""
+        self._trainer._signal_connector.received_sigterm = True
+
+
 class Attachment:
     """Connects a strategy to its Trainer for one run.
 
     Args:
         trainer: whose.
         prepare_dataloader: in place of Lightning's, which injects samplers.
-        before_batch: called before a batch is fetched, when the ranks have just been in step.
+        before_batch: called before a batch is fetched, in place of a broadcast; see `StopRequest`.
         update_metrics: in place of the training results' own.
+        stop: handles SIGTERM.
         callback: see `StepCallback`.
     """
 
@@ -51,25 +82,22 @@ class Attachment:
         prepare_dataloader: Callable[..., object],
         before_batch: Callable[[], None],
         update_metrics: Callable[..., None],
+        stop: StopRequest,
         callback: Callback,
     ) -> None:
-        epoch_loop = trainer.fit_loop.epoch_loop
-        # Its blocking broadcast of a stop flag comes before each batch; the wait in it is not this rank's work.
-        in_step = epoch_loop._broadcast_sigterm_tensor
-
-        def in_step_then_fetch() -> None:
-            in_step()
-            before_batch()
-
         self._set: list[tuple[Any, str]] = []
+        epoch_loop = trainer.fit_loop.epoch_loop
         for owner, name, value in (
             (trainer._data_connector, "_prepare_dataloader", prepare_dataloader),
-            (epoch_loop, "_broadcast_sigterm_tensor", in_step_then_fetch),
+            (epoch_loop, "_broadcast_sigterm_tensor", before_batch),
             (epoch_loop._results, "update_metrics", update_metrics),
+            (trainer._signal_connector, "_sigterm_notifier_fn", stop.handle),
         ):
+            if not hasattr(owner, name):
+                raise RuntimeError(f"this version of Lightning has no {type(owner).__name__}.{name}; see the README")
             setattr(owner, name, value)
             self._set.append((owner, name))
-        self._callbacks: list[Callback] = trainer.callbacks
+        self._callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy can't see it
         self._callback = callback
         self._callbacks.insert(0, callback)
 

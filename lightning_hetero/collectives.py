@@ -51,7 +51,11 @@ class Exchange:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if world_size > 1:
+            group = dist.new_group(backend="gloo", timeout=timeout)
+            assert isinstance(group, dist.ProcessGroup), "this rank is in the group of all ranks"
+            self._group = group
         # Two tables in turn: the rows of one step may still be read while the next step's are under way.
         self._tables = [torch.zeros(world_size, columns, dtype=torch.float64) for _ in range(2)]
 

@@ -61,8 +61,8 @@ def check_devices(devices: Sequence[torch.device]) -> str | None:
     ranks = sum(device.type == "cpu" for device in devices)
     if ranks > cores:
         return (
-            f"{ranks} CPU ranks share {cores} core{'s' if cores > 1 else ''}: they slow each other down; use at most as "
-            "many devices as there are cores"
+            f"{ranks} CPU ranks share {cores} core{'s' if cores > 1 else ''}: they slow each other down; use at most "
+            "as many devices as there are cores"
         )
     return None
 

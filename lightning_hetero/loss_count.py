@@ -75,7 +75,7 @@ def find(module: nn.Module, given: Callable[[Any, Any], Count] | None, samples: 
     if given is not None:
         return LossCounter("the strategy's loss_count", given)
     if callable(getattr(module, "loss_count", None)):
-        return LossCounter("the module's loss_count", lambda owner, batch: owner.loss_count(batch))
+        return LossCounter("the module's loss_count", _declared)
     task = _torchgeo_rule(module)
     if task is not None:
         return task
@@ -98,20 +98,18 @@ def _torchgeo_task(module: nn.Module) -> str | None:
 
 def _torchgeo_rule(module: nn.Module) -> LossCounter | None:
     task = _torchgeo_task(module)
-    criterion = getattr(module, "criterion", None)
+    criterion = getattr(module, "criterion", None)  # the live one, not what hparams once said
     if task is None or getattr(criterion, "reduction", None) != "mean":
         return None
     key = str(getattr(module, "target_key", _TARGETS[task]))
     if isinstance(criterion, nn.CrossEntropyLoss):
-        return LossCounter(
-            f"valid targets of {task}", lambda owner, batch: cross_entropy_count(owner.criterion, batch[key])
-        )
+        return LossCounter(f"valid targets of {task}", lambda _, batch: cross_entropy_count(criterion, batch[key]))
     if type(criterion) in (nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss):
         return LossCounter(f"target elements of {task}", lambda _, batch: float(batch[key].numel()))
     return None
 
 
-def cross_entropy_count(criterion: nn.Module, target: Tensor) -> Count:
+def cross_entropy_count(criterion: nn.CrossEntropyLoss | nn.NLLLoss, target: Tensor) -> Count:
     """What `nn.CrossEntropyLoss` and `nn.NLLLoss` divide by: valid targets, or their summed class weights.
 
     Args:
@@ -120,13 +118,17 @@ def cross_entropy_count(criterion: nn.Module, target: Tensor) -> Count:
     """
     if target.is_floating_point():  # class probabilities: the mean is over everything but the class dimension
         return float(target.numel() // target.shape[1] if target.ndim > 1 else target.numel())
-    ignore_index = criterion.ignore_index
+    valid = target != int(criterion.ignore_index)
     weight = criterion.weight
-    valid = target != ignore_index
     if not isinstance(weight, Tensor):
         return valid.sum()
     classes = torch.where(valid, target, 0)
     return (weight.double()[classes] * valid).sum()
+
+
+def _declared(module: Any, batch: Any) -> Count:
+    count: Count = module.loss_count(batch)
+    return count
 
 
 def _weighted_losses(module: nn.Module) -> Iterable[str]:

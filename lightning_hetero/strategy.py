@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import _augment_message
@@ -18,7 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_hetero import agreement, failures, loss_count
-from lightning_hetero.attachment import Attachment, StepCallback
+from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.batch_norm import smallest_local_batch
 from lightning_hetero.collectives import Exchange, allreduce_mean, until_last_bucket
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
@@ -64,6 +65,7 @@ class HeteroStrategy(DDPStrategy):
         **ddp_options: Any,
     ) -> None:
         check_options(shares, global_batch, memory_limit, granularity)
+        self._trainers_accelerator: Accelerator | None = None
         super().__init__(**ddp_options)
         self._shares = shares
         self._global_batch = global_batch
@@ -76,6 +78,7 @@ class HeteroStrategy(DDPStrategy):
         self._planner: Planner | None = None
         self._loaders: Loaders | None = None
         self._attachment: Attachment | None = None
+        self._stop: StopRequest | None = None
         self._steps: TrainingSteps | None = None
         self._logging: StepLogging | None = None
         self._same_data = SameData()
@@ -97,6 +100,17 @@ class HeteroStrategy(DDPStrategy):
         return self._planner.schedule.at(max(0, self._batches - 1))
 
     # ---- before and after a run ----
+
+    @property
+    @override
+    def accelerator(self) -> Accelerator | None:
+        # Kept apart from one that the user gave to the constructor: a second Trainer would find it and complain of
+        # that, before `_configure_launcher` can say what is wrong.
+        return self._accelerator or self._trainers_accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self._trainers_accelerator = accelerator
 
     @override
     def _configure_launcher(self) -> None:
@@ -134,11 +148,13 @@ class HeteroStrategy(DDPStrategy):
         )
         self._loaders = Loaders(trainer, context)
         self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, self.reduce)
+        self._stop = StopRequest(trainer)
         self._attachment = Attachment(
             trainer,
             prepare_dataloader=self._loaders.prepare,
             before_batch=self._clock.start,
             update_metrics=self._logging.update,
+            stop=self._stop,
             callback=StepCallback(self._batch_over, self._epoch_over),
         )
 
@@ -204,7 +220,7 @@ class HeteroStrategy(DDPStrategy):
         if not failures.is_echo(exception):
             failures.publish(self.global_rank, device_name(self.root_device), exception)
         elif cause := failures.heard():
-            exception.args = (f"{cause} (this rank, {self.global_rank}, then lost the connection: {exception})",)
+            exception.args = (f"{cause} (rank {self.global_rank} then lost the connection)",)
 
     # ---- a training step ----
 
@@ -239,7 +255,13 @@ class HeteroStrategy(DDPStrategy):
             raise TypeError(
                 "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
             )
-        self._steps.begin(self._batches - 1, args[0], self._loaders.drawn(), self._content)
+        self._steps.begin(
+            self._batches - 1,
+            args[0],
+            drawn=self._loaders.drawn(),
+            content=self._content,
+            stop=self._stop is not None and self._stop.made,
+        )
         with self._steps.logged(self._logging) as returned:
             output = super().training_step(*args, **kwargs)
             returned(output)
@@ -274,6 +296,8 @@ class HeteroStrategy(DDPStrategy):
     def _hear(self, step: int, rows: Rows) -> None:
         """All ranks' messages of a step."""
         assert self.lightning_module is not None
+        if self._stop is not None and column(rows, "stop").any():
+            self._stop.grant()
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         measured = column(rows, "measured")
         if self._planner is None or measured[0] < 0 or len(set(measured)) > 1:

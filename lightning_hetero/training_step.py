@@ -140,7 +140,7 @@ class TrainingSteps:
             self._random = self._random or RandomStates()
             self._state = ModuleState(self._module)
 
-    def begin(self, step: int, batch: Any, drawn: int, content: float) -> None:
+    def begin(self, step: int, batch: Any, *, drawn: int, content: float, stop: bool) -> None:
         """Count the batch as `training_step` gets it, and send the message of the step.
 
         Closures that are called again change nothing. An error in counting is sent as a count that is none, so that
@@ -172,6 +172,7 @@ class TrainingSteps:
             seconds=seconds,
             memory=peak_memory(self._device),
             content=content,
+            stop=stop,
         )
         self._pending = self._exchange.start(message.row())
 
@@ -314,6 +315,6 @@ class SameData:
         self._same += len(set(contents)) == 1
         if self._same == min(self.WATCHED, last):
             raise ValueError(
-                "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the strategy "
-                "then gives each rank its own share"
+                "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the "
+                "strategy then gives each rank its own share"
             )

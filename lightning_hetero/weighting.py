@@ -26,6 +26,7 @@ class Message:
         seconds: its own work in that step.
         memory: most bytes that the rank has held so far.
         content: a hash of the data of the first batches, where the user shards; 0 otherwise.
+        stop: 1 when the rank has been asked to stop.
     """
 
     kind: float
@@ -37,6 +38,7 @@ class Message:
     seconds: float = 0.0
     memory: float = 0.0
     content: float = 0.0
+    stop: float = 0.0
 
     def row(self) -> tuple[float, ...]:
         """The numbers, in the order of the fields."""

@@ -141,7 +141,10 @@ def test_plain_ddp_is_off_where_ranks_count_unequally() -> None:
     recipe = Recipe(module=partial(Classifier, ignore_index=0))
     plain = plain_fit(recipe, 12)
     assert relative_error(run_ranks(2, ddp_fit, recipe)[0], plain["parameters"]) > 1e-3
-    assert relative_error(run_ranks(2, hetero_fit, recipe, {"shares": [1, 1]})[0]["parameters"], plain["parameters"]) <= EXACT
+    assert (
+        relative_error(run_ranks(2, hetero_fit, recipe, {"shares": [1, 1]})[0]["parameters"], plain["parameters"])
+        <= EXACT
+    )
 
 
 def test_global_batches_are_the_same_whatever_the_ranks() -> None:

@@ -1,5 +1,6 @@
 """What is logged, and what a step leaves behind, where a rank has nothing of its own to add."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_a_loss_over_nothing_is_left_out(module: Any) -> None:
     """Where all targets of a rank are ignored, its loss is logged by nobody, and the others' are."""
     outs = run_ranks(2, logs_fit, partial(module, ignore_index=1), [3, 1])
     for out in outs:
-        assert all(value == value for value in out["metrics"].values()), out["metrics"]
+        assert not any(math.isnan(value) for value in out["metrics"].values()), out["metrics"]
     labels = Numbers(24).label
     assert any(int(labels[i]) == 1 for i in range(3, 24, 4)), "rank 1 has a step in which nothing counts"
     if module is Finite:  # each rank logged with its count: the epoch's value is the mean over all valid targets
@@ -171,7 +172,7 @@ def batch_norm_fit(size: int) -> Any:
 
 
 def test_batch_norm_gets_two_samples_everywhere() -> None:
-    """With a live BatchNorm no rank computes fewer than 2 samples, neither by plan, nor in the last batch, nor borrowed."""
+    """With a live BatchNorm no rank computes fewer than 2, neither by plan, nor in the last batch, nor borrowed."""
     outs = run_ranks(3, batch_norm_fit, 18 + 3)
     assert outs[0][0] == (14, 2, 2)
     assert [sizes[-1] for _, sizes in outs] == [3, 2, 2], "a last batch of 3 goes to one rank; the others borrow 2"

@@ -98,12 +98,12 @@ def _torchgeo_task(module: nn.Module) -> str | None:
 
 def _torchgeo_rule(module: nn.Module) -> LossCounter | None:
     task = _torchgeo_task(module)
-    criterion = getattr(module, "criterion", None)  # the live one, not what hparams once said
+    criterion = getattr(module, "criterion", None)
     if task is None or getattr(criterion, "reduction", None) != "mean":
         return None
     key = str(getattr(module, "target_key", _TARGETS[task]))
     if isinstance(criterion, nn.CrossEntropyLoss):
-        return LossCounter(f"valid targets of {task}", lambda _, batch: cross_entropy_count(criterion, batch[key]))
+        return LossCounter(f"valid targets of {task}", lambda owner, batch: cross_entropy_count(_criterion(owner), batch[key]))
     if type(criterion) in (nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss):
         return LossCounter(f"target elements of {task}", lambda _, batch: float(batch[key].numel()))
     return None
@@ -124,6 +124,12 @@ def cross_entropy_count(criterion: nn.CrossEntropyLoss | nn.NLLLoss, target: Ten
         return valid.sum()
     classes = torch.where(valid, target, 0)
     return (weight.double()[classes] * valid).sum()
+
+
+def _criterion(module: Any) -> nn.CrossEntropyLoss:
+    """The module's criterion as it is now; a user may have put another one there."""
+    criterion: nn.CrossEntropyLoss = module.criterion
+    return criterion
 
 
 def _declared(module: Any, batch: Any) -> Count:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-_PRELOADED = ["torch", "lightning.pytorch", "torchmetrics", "hypothesis", "pytest", "lightning_hetero"]
+_PRELOADED = ["torch", "lightning.pytorch", "torchmetrics", "torchgeo.trainers", "torchgeo.datamodules", "lightning_hetero"]
 _CHILD = 90
 """Seconds after which a rank shows its stacks and ends; pytest's own deadline lies beyond."""
 

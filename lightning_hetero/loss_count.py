@@ -39,7 +39,7 @@ class LossCounter:
     """
 
     rule: str
-    count: Callable[[nn.Module, Any], Count]
+    count: Callable[[Any, Any], Count]
     advice: str = ""
 
     def __call__(self, module: nn.Module, batch: Any) -> Count:
@@ -103,7 +103,9 @@ def _torchgeo_rule(module: nn.Module) -> LossCounter | None:
         return None
     key = str(getattr(module, "target_key", _TARGETS[task]))
     if isinstance(criterion, nn.CrossEntropyLoss):
-        return LossCounter(f"valid targets of {task}", lambda owner, batch: cross_entropy_count(_criterion(owner), batch[key]))
+        return LossCounter(
+            f"valid targets of {task}", lambda owner, batch: cross_entropy_count(_criterion(owner), batch[key])
+        )
     if type(criterion) in (nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss):
         return LossCounter(f"target elements of {task}", lambda _, batch: float(batch[key].numel()))
     return None
@@ -124,12 +126,6 @@ def cross_entropy_count(criterion: nn.CrossEntropyLoss | nn.NLLLoss, target: Ten
         return valid.sum()
     classes = torch.where(valid, target, 0)
     return (weight.double()[classes] * valid).sum()
-
-
-def _criterion(module: Any) -> nn.CrossEntropyLoss:
-    """The module's criterion as it is now; a user may have put another one there."""
-    criterion: nn.CrossEntropyLoss = module.criterion
-    return criterion
 
 
 def _declared(module: Any, batch: Any) -> Count:

@@ -57,6 +57,9 @@ class Planner:
         ValueError: the global batch can't be split so.
     """
 
+    PATIENCE = 64
+    """Steps after which a measurement that not all ranks have is given up."""
+
     def __init__(
         self, shares: Shares, world_size: int, global_batch: int, *, minimum: int = 1, granularity: int = 1
     ) -> None:
@@ -79,13 +82,14 @@ class Planner:
             if shares == "auto" and world_size > 1
             else None
         )
+        self._told: dict[int, dict[int, float]] = {}
 
-    def observe(self, step: int, seconds: Sequence[float], drawn: int) -> Plan | None:
-        """Take in what each rank's own work took, and decide.
+    def observe(self, steps: Sequence[int], seconds: Sequence[float], drawn: int) -> Plan | None:
+        """Take in what ranks have measured, and decide once a step is known of all of them.
 
         Args:
-            step: the step that was measured; it was a full global batch.
-            seconds: W numbers.
+            steps: W numbers, the step that each rank tells of; -1 for none. Each was a full global batch.
+            seconds: W numbers, the rank's own work in that step.
             drawn: the last step that any rank's loaders have handed out.
 
         Returns:
@@ -93,7 +97,21 @@ class Planner:
         """
         if self._balancer is None:
             return None
-        self._balancer.observe(step, self.schedule.at(step).local_batches, seconds)
+        for rank, (step, value) in enumerate(zip(steps, seconds, strict=True)):
+            if step >= 0:  # ranks may be some steps behind each other in telling
+                self._told.setdefault(step, {})[rank] = value
+        complete = [step for step, told in self._told.items() if len(told) == self.world_size]
+        for step in complete:
+            told = self._told.pop(step)
+            self._balancer.observe(
+                step, self.schedule.at(step).local_batches, [told[rank] for rank in range(self.world_size)]
+            )
+        for step in [step for step in self._told if step < max(steps) - self.PATIENCE]:
+            del self._told[step]
+        return self._decide(drawn) if complete else None
+
+    def _decide(self, drawn: int) -> Plan | None:
+        assert self._balancer is not None
         newest = self.schedule.newest
         proposal = self._balancer.propose(newest.local_batches)
         if proposal is None:

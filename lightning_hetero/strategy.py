@@ -29,7 +29,7 @@ from lightning_hetero.monitor import PlanLog, device_name, table
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner, Shares
 from lightning_hetero.sampler import Position
-from lightning_hetero.timing import WorkClock
+from lightning_hetero.timing import HostMarks, WorkClock, clock_of
 from lightning_hetero.training_step import SameData, TrainingSteps
 from lightning_hetero.weighting import COLUMNS, Rows, column
 
@@ -72,7 +72,7 @@ class HeteroStrategy(DDPStrategy):
         self._loss_count = loss_count
         self._memory_limit = memory_limit
         self._granularity = granularity
-        self._clock = WorkClock()
+        self._clock = WorkClock(HostMarks())
         self._batches = 0  # training batches begun since the planner was made
         self._exchange: Exchange | None = None
         self._planner: Planner | None = None
@@ -96,7 +96,9 @@ class HeteroStrategy(DDPStrategy):
             RuntimeError: there is none before the training loader is set up, nor where the user shards.
         """
         if self._planner is None:
-            raise RuntimeError("there is no plan before the training loader has been set up")
+            raise RuntimeError(
+                "there is no plan: it is made with the training loader, and stays in the process that trains"
+            )
         return self._planner.schedule.at(max(0, self._batches - 1))
 
     # ---- before and after a run ----
@@ -128,6 +130,7 @@ class HeteroStrategy(DDPStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         if self._exchange is None:
+            self._clock = clock_of(self.root_device)
             self._exchange = Exchange(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
@@ -219,7 +222,8 @@ class HeteroStrategy(DDPStrategy):
         )
         if not failures.is_echo(exception):
             failures.publish(self.global_rank, device_name(self.root_device), exception)
-        elif cause := failures.heard():
+        else:
+            cause = failures.heard() or "another rank ended without saying why; it may have been killed"
             exception.args = (f"{cause} (rank {self.global_rank} then lost the connection)",)
 
     # ---- a training step ----
@@ -299,11 +303,12 @@ class HeteroStrategy(DDPStrategy):
         if self._stop is not None and column(rows, "stop").any():
             self._stop.grant()
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
-        measured = column(rows, "measured")
-        if self._planner is None or measured[0] < 0 or len(set(measured)) > 1:
+        if self._planner is None:
             return
         plan = self._planner.observe(
-            int(measured[0]), column(rows, "seconds").tolist(), int(column(rows, "drawn").max())
+            column(rows, "measured").astype(int).tolist(),
+            column(rows, "seconds").tolist(),
+            int(column(rows, "drawn").max()),
         )
         if plan is not None:
             self._show(plan, column(rows, "memory").tolist())

@@ -1,48 +1,124 @@
 """How long a rank works on a step by itself: never the time that it waits for other ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+
+
+class Marks(Protocol):
+    """Points in time on a device."""
+
+    def mark(self) -> Any:
+        """Now."""
+
+    def known(self, mark: Any) -> bool:
+        """Whether the device has come to that point."""
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two known points."""
+
+
+class HostMarks:
+    """Points in time of a device that works while the host calls: the CPU."""
+
+    def mark(self) -> float:
+        """Now."""
+        return perf_counter()
+
+    def known(self, mark: float) -> bool:  # noqa: ARG002 - the host's time is known at once
+        """Always."""
+        return True
+
+    def seconds(self, start: float, end: float) -> float:
+        """Between two points."""
+        return end - start
+
+
+class CudaMarks:
+    """Points in a CUDA stream: the host runs ahead of it, so they are read when the device has passed them."""
+
+    def mark(self) -> torch.cuda.Event:
+        """The end of what has been queued so far on the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def known(self, mark: torch.cuda.Event) -> bool:
+        """Whether the device has passed it; does not wait."""
+        return bool(mark.query())
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """Between two points that the device has passed."""
+        return float(start.elapsed_time(end)) / 1000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A rank's own work in one step: the stretches between its waits.
+
+    Args:
+        marks: reads the points.
+        stretches: pairs of points, in order.
+    """
+
+    marks: Marks
+    stretches: Sequence[tuple[Any, Any]]
+
+    def known(self) -> bool:
+        """Whether the device has come to the end of the step."""
+        return self.marks.known(self.stretches[-1][1])
+
+    def seconds(self) -> float:
+        """Seconds of own work.
+
+        Raises:
+            RuntimeError: the clock went back.
+        """
+        parts = [self.marks.seconds(start, end) for start, end in self.stretches]
+        if min(parts) < 0:
+            raise RuntimeError(f"the clock went back by {-min(parts)} s during a step")
+        return sum(parts)
 
 
 class WorkClock:
     """A stopwatch for a rank's own work; it is stopped wherever the rank waits for others.
 
     Args:
-        now: seconds on a clock that only goes forward.
+        marks: points in time on the rank's device.
     """
 
-    def __init__(self, now: Callable[[], float] = perf_counter) -> None:
-        self._now = now
-        self._since: float | None = None
-        self._seconds = 0.0
+    def __init__(self, marks: Marks) -> None:
+        self._marks = marks
+        self._since: Any = None
+        self._stretches: list[tuple[Any, Any]] = []
         self._open = False
 
     def start(self) -> None:
         """Begin a step, with data loading; a step that was not finished is forgotten."""
-        self._seconds, self._since, self._open = 0.0, self._now(), True
+        self._stretches, self._since, self._open = [], self._marks.mark(), True
 
     def pause(self) -> None:
         """The rank begins to wait for others."""
         if self._since is not None:
-            elapsed = self._now() - self._since
-            if elapsed < 0:
-                raise RuntimeError(f"the clock went back by {-elapsed} s during a step")
-            self._seconds += elapsed
+            self._stretches.append((self._since, self._marks.mark()))
             self._since = None
 
     def resume(self) -> None:
         """The rank works again; outside a step nothing happens."""
         if self._open and self._since is None:
-            self._since = self._now()
+            self._since = self._marks.mark()
 
-    def stop(self) -> float | None:
-        """Seconds of own work since `start`; None where no step was begun."""
+    def stop(self) -> Reading | None:
+        """The step is over; None where none was begun."""
         if not self._open:
             return None
         self.pause()
         self._open = False
-        return self._seconds
+        return Reading(self._marks, self._stretches)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -54,3 +130,8 @@ class WorkClock:
         finally:
             if was_running:
                 self.resume()
+
+
+def clock_of(device: torch.device) -> WorkClock:
+    """The clock of a device."""
+    return WorkClock(CudaMarks() if device.type == "cuda" else HostMarks())

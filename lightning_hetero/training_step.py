@@ -3,6 +3,7 @@
 import hashlib
 import resource
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from lightning_hetero.borrowing import ModuleState, RandomStates
 from lightning_hetero.collectives import Exchange, PendingRows
 from lightning_hetero.loss_count import LossCounter
 from lightning_hetero.sampler import Share
-from lightning_hetero.timing import WorkClock
+from lightning_hetero.timing import Reading, WorkClock
 from lightning_hetero.weighting import LEFT_EPOCH, TRAINS, Message, Rows, check, column, weight
 
 
@@ -51,23 +52,29 @@ class Window:
     Micro-batches that can't be compared with others (a short last batch, a change of plan in between) spoil it.
     """
 
-    seconds: float = 0.0
+    readings: list[Reading] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
     comparable: bool = True
 
-    def add(self, seconds: float | None, share: Share | None, global_batch: int) -> None:
+    def add(self, reading: Reading | None, share: Share | None, global_batch: int) -> None:
         """One more micro-batch."""
-        if seconds is None or share is None or share.borrowed or sum(share.counts) != global_batch:
+        if reading is None or share is None or share.borrowed or sum(share.counts) != global_batch:
             self.comparable = False
             return
-        self.seconds += seconds
+        self.readings.append(reading)
         self.shares.append(share)
 
-    def measured(self) -> tuple[int, float] | None:
+    def usable(self) -> bool:
+        """Whether it tells how long a micro-batch takes under one plan."""
+        return self.comparable and bool(self.shares) and len({share.checksum for share in self.shares}) == 1
+
+    def known(self) -> bool:
+        """Whether the device has come to its end."""
+        return self.readings[-1].known()
+
+    def measured(self) -> tuple[int, float]:
         """The window's last step and the mean seconds of one of its micro-batches."""
-        if not self.comparable or not self.shares or len({share.checksum for share in self.shares}) > 1:
-            return None
-        return self.shares[-1].step, self.seconds / len(self.shares)
+        return self.shares[-1].step, sum(reading.seconds() for reading in self.readings) / len(self.readings)
 
 
 class Logging(Protocol):
@@ -95,6 +102,9 @@ class TrainingSteps:
         on_rows: called once a step with all ranks' messages.
     """
 
+    REMEMBERED = 16
+    """Windows that wait for their device; it is never that far behind the host."""
+
     def __init__(
         self,
         module: nn.Module,
@@ -120,7 +130,7 @@ class TrainingSteps:
         self._device_counts: tuple[Tensor, Tensor, dist.Work | None] | None = None
         self._weight: float | Tensor = 1.0
         self._window = Window()
-        self._measured: tuple[int, float] | None = None
+        self._finished: deque[Window] = deque(maxlen=self.REMEMBERED)
 
     @property
     def borrowed(self) -> bool:
@@ -160,8 +170,9 @@ class TrainingSteps:
         self._empty = known == 0
         if self._device.type == "cuda":
             self._add_up_on_device(count)
-        measured, seconds = self._measured or (-1, 0.0)
-        self._measured = None
+        measured, seconds = -1, 0.0
+        if self._finished and self._finished[0].known():
+            measured, seconds = self._finished.popleft().measured()
         message = Message(
             kind=TRAINS,
             step=step,
@@ -264,11 +275,13 @@ class TrainingSteps:
             global_batch: samples of a full step; None where the user shards.
         """
         self.weigh()  # a module in manual optimization may have had nothing to go backward from
-        seconds = self._clock.stop()
+        reading = self._clock.stop()
         if global_batch is not None:
-            self._window.add(seconds, self._share, global_batch)
+            self._window.add(reading, self._share, global_batch)
         if stepped:
-            self._measured, self._window = self._window.measured(), Window()
+            if self._window.usable():
+                self._finished.append(self._window)
+            self._window = Window()
         if self._state is not None:
             self._state.restore()
         if self._random is not None and self.borrowed:

@@ -105,7 +105,7 @@ def test_first_plans_give_every_rank_at_least_the_minimum(data, world_size, more
 def test_only_auto_learns(shares):
     planner = Planner(shares, 2, 16)
     for step in range(20):
-        assert planner.observe(step, [0.1, 1.0], step + 3) is None
+        assert planner.observe([step, step], [0.1, 1.0], step + 3) is None
     assert len(planner.schedule.plans) == 1
 
 
@@ -118,7 +118,7 @@ def test_auto_gives_the_slow_rank_less_from_a_step_that_is_not_drawn_yet(ahead):
         split = planners[0].schedule.at(step).local_batches
         seconds = [0.01 + 0.01 * split[0], 0.01 + 0.04 * split[1]]
         drawn = step + ahead
-        decided = [planner.observe(step, seconds, drawn) for planner in planners]
+        decided = [planner.observe([step] * len(seconds), seconds, drawn) for planner in planners]
         assert decided[0] == decided[1]
         if decided[0] is not None:
             assert decided[0].first_step > drawn
@@ -132,7 +132,9 @@ def test_auto_never_takes_a_step_back_in_time():
     starts = []
     for step in range(60):
         split = planner.schedule.at(step).local_batches
-        plan = planner.observe(step, [0.01 + 0.01 * split[0], 0.01 + 0.04 * split[1]], step + (30 if step < 5 else 0))
+        plan = planner.observe(
+            [step, step], [0.01 + 0.01 * split[0], 0.01 + 0.04 * split[1]], step + (30 if step < 5 else 0)
+        )
         starts += [plan.first_step] if plan is not None else []
     assert starts == sorted(starts)
     assert len(starts) >= 2
@@ -141,4 +143,26 @@ def test_auto_never_takes_a_step_back_in_time():
 def test_one_rank_has_nothing_to_balance():
     planner = Planner("auto", 1, 7)
     assert planner.schedule.newest.local_batches == (7,)
-    assert all(planner.observe(step, [0.1], step) is None for step in range(10))
+    assert all(planner.observe([step], [0.1], step) is None for step in range(10))
+
+
+def test_ranks_may_tell_at_different_times() -> None:
+    """A rank whose device is some steps behind its host tells later; a step counts once all ranks have told of it."""
+    prompt, late = (Planner("auto", 2, 64) for _ in range(2))
+    decided: list[list[tuple[int, ...]]] = [[], []]
+    for step in range(40):
+        for number, planner in enumerate((prompt, late)):
+            told = [step, step] if number == 0 else [step, step - 2]
+            plan = planner.observe(told, [0.1, 1.0 if told[1] >= 0 else 0.0], step)
+            if plan is not None:
+                decided[number].append(plan.local_batches)
+    assert decided[0]
+    assert decided[0][0] == decided[1][0]
+
+
+def test_what_one_rank_never_tells_is_forgotten() -> None:
+    """Nothing is decided, and memory stays bounded, while a rank has no measurement."""
+    planner = Planner("auto", 2, 64)
+    for step in range(500):
+        assert planner.observe([step, -1], [0.1, 0.0], step) is None
+    assert len(planner._told) <= Planner.PATIENCE + 1

@@ -3,6 +3,7 @@
 Lightning injects its own sampler before a strategy is asked, and loaders may be built as early as the user's
 `setup`. So the hook that prepares a loader is replaced on the one Trainer that the strategy works for.
 """
+# ruff: noqa: SLF001 - what is touched of a Trainer and of its loaders is guarded by tests
 
 import copy
 import hashlib
@@ -38,6 +39,8 @@ from lightning_hetero.sampler import (
 )
 from lightning_hetero.training_step import SameData
 
+_USERS = "_lightning_hetero_users_loader"  # where a prepared loader keeps the one that it was made from
+
 
 @dataclass(frozen=True)
 class Context:
@@ -68,6 +71,7 @@ class Agreement:
     def __init__(self, exchange: Exchange, name: str) -> None:
         self._exchange = exchange
         self._name = name
+        self._warned = False
 
     def __call__(self, drawn: list[list[Index]], *, complete: bool) -> list[list[Index]]:
         """See `sampler.Agree`."""
@@ -78,6 +82,13 @@ class Agreement:
                 f"{self._name} has no length and draws other indices on every rank: give it a length, or let it take "
                 "its randomness from torch's, numpy's or Python's global generators"
             )
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{self._name} draws other indices on every rank, so those of rank 0 are used on all of them. If it "
+                "shards the data by rank itself, set Trainer(use_distributed_sampler=False); else let it take its "
+                "randomness from torch's, numpy's or Python's global generators, and runs can be repeated"
+            )
         return self._exchange.broadcast(drawn)
 
 
@@ -87,7 +98,13 @@ def replace_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> DataLo
     # DataLoader forbids to set it after construction, and rebuilding one needs arguments that can only be guessed.
     object.__setattr__(clone, "batch_sampler", batch_sampler)
     clone._iterator = None
+    vars(clone)[_USERS] = loader
     return clone
+
+
+def users_loader(loader: object) -> object:
+    """The user's loader behind one that was prepared; Lightning puts prepared ones into the user's CombinedLoader."""
+    return getattr(loader, _USERS, loader)
 
 
 class Recorder:
@@ -128,22 +145,16 @@ class LockstepLoader:
     """
 
     def __init__(self, loader: DataLoader[Any], exchange: Exchange) -> None:
-        self._loader = loader
-        self._exchange = exchange
+        vars(self).update(_loader=loader, _exchange=exchange)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_loader":
             raise AttributeError(name)
         return getattr(self._loader, name)
 
-    @property
-    def worker_init_fn(self) -> Any:
-        """The loader's; Lightning sets it when workers are to be seeded."""
-        return self._loader.worker_init_fn
-
-    @worker_init_fn.setter
-    def worker_init_fn(self, function: Any) -> None:
-        self._loader.worker_init_fn = function
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets `worker_init_fn` when workers are to be seeded, and `_iterator` when it has shut them down.
+        setattr(self._loader, name, value)
 
     def __iter__(self) -> Iterator[Any]:
         iterator = iter(self._loader)
@@ -158,6 +169,12 @@ class LockstepLoader:
 
 def _geographic(dataset: object) -> bool:
     return any(cls.__name__ == "GeoDataset" and cls.__module__.startswith("torchgeo.") for cls in type(dataset).__mro__)
+
+
+def _distributed(loader: DataLoader[Any]) -> bool:
+    """Whether the user's own sampler gives each rank its part."""
+    samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
 
 
 def _name(thing: object) -> str:
@@ -187,13 +204,14 @@ class Loaders:
 
     def prepare(self, dataloader: object, shuffle: bool, mode: RunningStage) -> object:
         """What Lightning calls for every loader, on all ranks alike."""
+        dataloader = users_loader(dataloader)
         if not isinstance(dataloader, DataLoader):
             return dataloader
-        if self.user_shards or isinstance(dataloader.sampler, DistributedSampler):
+        if self.user_shards or _distributed(dataloader):
             prepared = self._lightnings(dataloader, shuffle, mode)
-            if mode == RunningStage.TRAINING and prepared.batch_sampler is not None and self.user_shards:
-                return replace_batch_sampler(prepared, Recorder(prepared.batch_sampler))
-            return prepared
+            if mode != RunningStage.TRAINING or not self.user_shards or dataloader.batch_sampler is None:
+                return prepared
+            return replace_batch_sampler(dataloader, Recorder(dataloader.batch_sampler))
         if mode == RunningStage.TRAINING:
             return self._training(dataloader)
         if isinstance(dataloader.dataset, IterableDataset):
@@ -209,7 +227,8 @@ class Loaders:
 
     def _training(self, loader: DataLoader[Any]) -> object:
         number = self._number_in_round()
-        if self._trainer.overfit_batches and _geographic(loader.dataset):
+        overfits: float = vars(self._trainer)["overfit_batches"]  # Lightning sets it without declaring it
+        if overfits and _geographic(loader.dataset):
             raise ValueError(
                 "overfit_batches replaces the geographic sampler by plain numbers, which "
                 f"{_name(loader.dataset)} can't be indexed with: use limit_train_batches instead"
@@ -322,8 +341,8 @@ class Loaders:
         )
         if 0 < sampler.smallest_step() < world_size:
             rank_zero_warn(
-                f"the {mode.dataloader_prefix} data has fewer samples than there are ranks in a step: ranks without one "
-                "evaluate another rank's again, so metrics are not exact"
+                f"the {mode.dataloader_prefix} data has a step with fewer samples than there are ranks: ranks without "
+                "one evaluate another rank's again, so metrics are not exact"
             )
         return replace_batch_sampler(
             loader, _IndexBatchSamplerWrapper(sampler) if mode == RunningStage.PREDICTING else sampler
@@ -341,7 +360,7 @@ class Loaders:
 
     def take(self, step: int) -> list[Share]:
         """This rank's share of global batch `step` in every loader that is split; see `ShareSampler.take`."""
-        shares = [handed_out.take(step) for handed_out in self._handed_out()]
+        shares = [handed_out.take(step) for handed_out in self._handed_out() if not handed_out.exhausted(step)]
         if len(shares) > 1 and not self._warned_inexact and not _proportional(shares):
             self._warned_inexact = True
             rank_zero_warn(

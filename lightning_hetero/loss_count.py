@@ -104,7 +104,7 @@ def _torchgeo_rule(module: nn.Module) -> LossCounter | None:
     key = str(getattr(module, "target_key", _TARGETS[task]))
     if isinstance(criterion, nn.CrossEntropyLoss):
         return LossCounter(
-            f"valid targets of {task}", lambda owner, batch: cross_entropy_count(_criterion(owner), batch[key])
+            f"valid targets of {task}", lambda owner, batch: cross_entropy_count(owner.criterion, batch[key])
         )
     if type(criterion) in (nn.BCEWithLogitsLoss, nn.MSELoss, nn.L1Loss):
         return LossCounter(f"target elements of {task}", lambda _, batch: float(batch[key].numel()))

@@ -315,11 +315,8 @@ class Drawing:
         self.stream.draw(*self._key)
         return self._base
 
-    def __iter__(self) -> Iterator[tuple[int, list[Index]]]:
-        """The global batches of the pass that comes next, each with its step."""
-        return self._numbered(self.open())
-
-    def _numbered(self, base: int) -> Iterator[tuple[int, list[Index]]]:
+    def numbered(self, base: int) -> Iterator[tuple[int, list[Index]]]:
+        """The global batches of the pass that was opened, each with its step, the first being `base`."""
         step = base
         for indices in self.stream.batches(lambda: self._position().step == base):
             yield step, indices
@@ -347,6 +344,21 @@ class HandedOut:
         self._shares: dict[int, Share] = {}
         self.drawn = -1
         """The last step that was handed out in this pass; plans up to it can't change any more."""
+        self._over = False
+
+    def begin(self, base: int) -> None:
+        """A pass begins at step `base`; what an abandoned one has handed out from there on is void."""
+        for void in [step for step in self._shares if step >= base]:
+            del self._shares[void]
+        self._over = False
+
+    def end(self) -> None:
+        """The pass has nothing more to hand out."""
+        self._over = True
+
+    def exhausted(self, step: int) -> bool:
+        """Whether the pass had come to its end before `step`; other loaders may still go on."""
+        return self._over and step > self.drawn
 
     def add(self, share: Share) -> None:
         """A share goes to the loader."""
@@ -398,7 +410,9 @@ class ShareSampler(Sampler[list[Index]]):
         self.handed_out = HandedOut(rank)
 
     def __iter__(self) -> Iterator[list[Index]]:
-        return self._slices(iter(self._drawing))
+        base = self._drawing.open()
+        self.handed_out.begin(base)
+        return self._slices(self._drawing.numbered(base))
 
     def _slices(self, batches: Iterator[tuple[int, list[Index]]]) -> Iterator[list[Index]]:
         for step, indices in batches:
@@ -409,6 +423,7 @@ class ShareSampler(Sampler[list[Index]]):
             if share.borrowed:
                 self._on_borrow()
             yield cut(indices, counts, self._rank, self._minimum)
+        self.handed_out.end()
 
     def __len__(self) -> int:
         return len(self._drawing)

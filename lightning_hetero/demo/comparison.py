@@ -1,0 +1,268 @@
+"""One rank's part in the demo: a `hetero` run, in which plain DDP and the fast device alone have their turns.
+
+All three do what they do in a user's script: a Trainer with one argument that differs. They take turns in the same
+processes, on the same cores, so that whatever else the machine does hits all three.
+"""
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from numpy.typing import NDArray
+from torch.nn.utils import parameters_to_vector
+from torchgeo.trainers import SemanticSegmentationTask
+from typing_extensions import override
+
+from lightning_hetero.demo.devices import Devices, prepare_process
+from lightning_hetero.demo.processes import Ask
+from lightning_hetero.demo.recipe import Recipe
+from lightning_hetero.demo.schedule import Schedule
+from lightning_hetero.demo.stopwatch import StepTime, Stopwatch, clock_for
+from lightning_hetero.strategy import HeteroStrategy
+
+CHECKPOINT = "landcover.ckpt"
+Side = Literal["plain DDP", "hetero", "alone"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all ranks are told.
+
+    Args:
+        devices: see `devices.choose`.
+        recipe: what is trained.
+        schedule: when.
+        out: the folder for the results.
+    """
+
+    devices: Devices
+    recipe: Recipe
+    schedule: Schedule
+    out: Path
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one rank did in one turn of a side.
+
+    Args:
+        steps: those that are compared.
+        all_steps: with those before them.
+        weights: the model's parameters in a row at the end.
+    """
+
+    steps: list[StepTime]
+    all_steps: list[StepTime]
+    weights: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What rank 0 tells after a round of turns.
+
+    Args:
+        number: counted from 1.
+        local_batches: the plan of `hetero`.
+        hetero: the steps of `hetero` in it.
+        ddp: those of plain DDP.
+    """
+
+    number: int
+    local_batches: tuple[int, ...]
+    hetero: list[StepTime]
+    ddp: list[StepTime]
+
+
+@dataclass
+class Record:
+    """What one rank did.
+
+    Args:
+        turns: of each side, in order; `hetero` has one.
+        local_batches: the plan that `hetero` had at the end.
+    """
+
+    turns: dict[Side, list[Turn]] = field(default_factory=dict)
+    local_batches: tuple[int, ...] = ()
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's progress bar with the side's name in front; it leaves the line when another side has its turn.
+
+    Args:
+        side: whose.
+    """
+
+    def __init__(self, side: Side) -> None:
+        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 20)  # a file keeps what a terminal overwrites
+        self._side = side
+
+    def clear(self) -> None:
+        """Make room for another bar, or for a line of text."""
+        self.train_progress_bar.clear()
+
+    @property
+    @override
+    def train_description(self) -> str:
+        return f"{self._side:<9}"
+
+    @override
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.leave = self._side == "hetero"
+        return bar
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer, *_)
+        self.train_progress_bar.set_description(self.train_description)
+
+
+def flat(module: LightningModule) -> NDArray[np.float32]:
+    """All parameters in a row, as a copy."""
+    weights: NDArray[np.float32] = parameters_to_vector(module.parameters()).detach().cpu().numpy().copy()
+    return weights
+
+
+def trainer_for(job: Job, side: Side, callbacks: list[Callback], **options: Any) -> Trainer:
+    """A Trainer as a user writes it; between the sides, `strategy` and `devices` differ and nothing else."""
+    gpus = list(job.devices.gpus)
+    world_size = 1 if side == "alone" else job.devices.world_size
+    return Trainer(
+        strategy={"plain DDP": "ddp", "hetero": "hetero", "alone": "auto"}[side],
+        accelerator=job.devices.accelerator,
+        devices=gpus[:world_size] or world_size,
+        callbacks=[*callbacks, Bar(side)],
+        default_root_dir=job.out,
+        plugins=[LightningEnvironment()],  # this demo has started the ranks, whatever cluster it runs in
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+def take_turn(job: Job, side: Side, start: SemanticSegmentationTask) -> Turn:
+    """A short run of a side, from the same weights and the same patches each time."""
+    task = copy.deepcopy(start)
+    data = job.recipe.data(1 if side == "alone" else job.devices.world_size, job.schedule.max_steps)
+    stopwatch = Stopwatch(clock_for(job.devices.accelerator), data.newly_visited)
+    steps = job.schedule.warm_up + job.schedule.steps
+    trainer = trainer_for(job, side, [stopwatch], max_steps=steps, limit_val_batches=0)
+    trainer.fit(task, datamodule=data)
+    times = stopwatch.steps()
+    return Turn(times[job.schedule.warm_up :], times, flat(task))
+
+
+class Turns(Callback):
+    """Lets the other sides have their turns between steps of the `hetero` run.
+
+    Args:
+        job: see `Job`.
+        start: the task before training.
+        stopwatch: of the `hetero` run.
+        record: where the results go.
+        ask: gives the main process the turn, for the fast device alone.
+    """
+
+    def __init__(
+        self, job: Job, start: SemanticSegmentationTask, stopwatch: Stopwatch, record: Record, ask: Ask
+    ) -> None:
+        self._job = job
+        self._start = copy.deepcopy(start)
+        self._stopwatch = stopwatch
+        self._record = record
+        self._ask = ask
+        self._weights = np.empty(0, np.float32)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        schedule = self._job.schedule
+        if trainer.global_step == schedule.warm_up + schedule.steps:
+            self._weights = flat(pl_module)  # to be compared with the others' after as many steps
+        if not schedule.others_turn(trainer.global_step):
+            return
+        bar = trainer.progress_bar_callback
+        assert isinstance(bar, Bar)
+        bar.clear()
+        turns = self._record.turns.setdefault("plain DDP", [])
+        turns.append(take_turn(self._job, "plain DDP", self._start))
+        if trainer.is_global_zero:
+            newest = self._stopwatch.steps()[1 - schedule.steps :]
+            self._ask(Round(len(turns), tuple(_local_batches(trainer)), newest, turns[-1].steps))
+        trainer.strategy.barrier()  # all wait until the fast device has had its turn
+        self._stopwatch.resume()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = self._stopwatch.steps()
+        compared = [step for number, step in enumerate(steps) if self._job.schedule.compared(number)]
+        self._record.turns["hetero"] = [Turn(compared, steps, self._weights)]
+        self._record.local_batches = _local_batches(trainer)
+
+
+def _local_batches(trainer: Trainer) -> tuple[int, ...]:
+    assert isinstance(trainer.strategy, HeteroStrategy)
+    return tuple(trainer.strategy.plan.local_batches)
+
+
+def train(job: Job, rank: int, ask: Ask) -> Record:
+    """All that one rank does.
+
+    Args:
+        job: see `Job`.
+        rank: its number, which Lightning finds in the environment.
+        ask: see `Turns`.
+    """
+    quieten()
+    seed_everything(job.recipe.seed, verbose=False)
+    task = job.recipe.task()
+    data = job.recipe.data(job.devices.world_size, job.schedule.max_steps)
+    stopwatch = Stopwatch(clock_for(job.devices.accelerator), data.newly_visited)
+    record = Record()
+    callbacks: list[Callback] = [stopwatch, Turns(job, task, stopwatch, record, ask)]
+    trainer = trainer_for(job, "hetero", callbacks, max_steps=job.schedule.max_steps)
+    prepare_process(job.devices, rank)
+    trainer.fit(task, datamodule=data)
+    trainer.save_checkpoint(job.out / CHECKPOINT)
+    return record
+
+
+class Alone:
+    """The main process as the fast device alone: it belongs to no process group, so that its runs are plain ones.
+
+    Args:
+        job: see `Job`.
+        round_over: told of each round.
+    """
+
+    def __init__(self, job: Job, round_over: Callable[[Round, Turn], None]) -> None:
+        seed_everything(job.recipe.seed, verbose=False)
+        self._job = job
+        self._start = job.recipe.task()
+        self._round_over = round_over
+        self.turns: list[Turn] = []
+
+    def take_turn(self, finished: Round) -> None:
+        """What rank 0 asks for when the others have had their turns of a round."""
+        prepare_process(self._job.devices, 0)
+        self.turns.append(take_turn(self._job, "alone", self._start))
+        self._round_over(finished, self.turns[-1])
+
+
+def quieten() -> None:
+    """Silence Lightning's advice, which is for those who wrote the script."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,24 @@
+"""A process that wants a CPU core for itself: the colleague's job beside which one rank of the demo has to train.
+
+Run as a file, so that it imports nothing: `python competitor.py PARENT CORE`. It ends when its parent ends.
+"""
+
+import os
+import sys
+
+
+def compete(parent: int, core: int) -> None:
+    """Count on one core for as long as the process `parent` lives.
+
+    Args:
+        parent: the process that started this one.
+        core: where to run; below 0 the system chooses.
+    """
+    if core >= 0:
+        os.sched_setaffinity(0, {core})
+    while os.getppid() == parent:
+        sum(range(100_000))  # about a millisecond
+
+
+if __name__ == "__main__":
+    compete(int(sys.argv[1]), int(sys.argv[2]))

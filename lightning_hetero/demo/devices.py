@@ -1,0 +1,98 @@
+"""Which devices the demo trains on, and how a CPU rank gets ready for it."""
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+# One competitor leaves the second rank about half of its core, two a third, three a quarter.
+COMPETITORS = 2
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What each rank drives; the fastest device comes first.
+
+    Args:
+        accelerator: as Lightning's Trainer calls it.
+        names: W names, as the tables show them.
+        gpus: W numbers of GPUs; empty for CPU ranks.
+        cores: W cores that CPU ranks are pinned to; empty where there are not enough of them, or no pinning.
+        competitors: how many processes compete for the last rank's core.
+    """
+
+    accelerator: Literal["cpu", "cuda"]
+    names: tuple[str, ...]
+    gpus: tuple[int, ...] = ()
+    cores: tuple[int, ...] = ()
+    competitors: int = 0
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return len(self.names)
+
+
+def choose() -> Devices:
+    """Unequal GPUs where the machine has them; else two CPU ranks, of which one shares its core."""
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    if len({gpu.name for gpu in gpus}) > 1:
+        speeds = [(gpu.multi_processor_count, gpu.total_memory) for gpu in gpus]
+        order = sorted(range(len(gpus)), key=lambda number: speeds[number], reverse=True)
+        return Devices("cuda", tuple(f"{gpus[number].name} (cuda:{number})" for number in order), gpus=tuple(order))
+    cores = two_cores()
+    names = [f"CPU core {core}" for core in cores] or ["CPU", "CPU"]
+    shared = f"shared with {COMPETITORS} competing process{'es' if COMPETITORS > 1 else ''}"
+    return Devices("cpu", (names[0], f"{names[1]}, {shared}"), cores=cores, competitors=COMPETITORS)
+
+
+def two_cores() -> tuple[int, ...]:
+    """Two of the cores that this process may use, if possible not two threads of one core; () if there are none."""
+    if not hasattr(os, "sched_getaffinity"):
+        return ()
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        return ()
+    siblings = Path(f"/sys/devices/system/cpu/cpu{allowed[0]}/topology/thread_siblings_list")
+    same_core = numbers(siblings.read_text()) if siblings.exists() else set()
+    return allowed[0], next((core for core in allowed[1:] if core not in same_core), allowed[1])
+
+
+def numbers(ranges: str) -> set[int]:
+    """The kernel's notation for sets of CPUs: "0-2,8" is 0, 1, 2 and 8."""
+    found: set[int] = set()
+    for part in ranges.strip().split(","):
+        first, _, last = part.partition("-")
+        if first:
+            found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def prepare_process(devices: Devices, rank: int) -> None:
+    """Make this process drive device `rank`: on its core, with one thread, and keeping the memory that it frees."""
+    if devices.accelerator == "cuda":
+        return
+    if devices.cores:
+        os.sched_setaffinity(0, {devices.cores[rank]})
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc's allocator to reuse what was freed instead of asking the kernel for fresh pages for each activation.
+
+    Otherwise the time of a step jumps where its activations pass 32 MiB, whatever the strategy.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library than glibc
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # as malloc.h numbers them
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)

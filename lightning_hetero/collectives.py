@@ -29,11 +29,24 @@ class PendingRows:
         self._table = table
         self._work = work
 
-    def wait(self) -> npt.NDArray[np.float64]:
-        """Rows of all ranks, (W, columns); blocks until the slowest rank has sent its own."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+    PATIENCE = timedelta(seconds=5)
+    """How long to wait before asking whether it makes sense to wait on."""
+
+    def wait(self, still_makes_sense: Callable[[], None] = lambda: None) -> npt.NDArray[np.float64]:
+        """Rows of all ranks, (W, columns); blocks until the slowest rank has sent its own.
+
+        Args:
+            still_makes_sense: called now and then while waiting; raises where the others will never send theirs.
+        """
+        work, self._work = self._work, None
+        while work is not None:
+            try:
+                work.wait(self.PATIENCE)
+                work = None
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+                still_makes_sense()
         return self._table.numpy()
 
 

@@ -1,11 +1,14 @@
 """A rank that fails says why where the others can read it, so that their errors name the cause and not its echo."""
 
 import contextlib
+import threading
+from time import monotonic
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 _KEY = "lightning_hetero/failure"
+_LONG_BACKWARD = "lightning_hetero/long_backward/{}"
 
 
 def _store() -> Store | None:
@@ -41,3 +44,74 @@ def heard() -> str | None:
             cause: bytes = store.get(_KEY)
             return cause.decode()
     return None
+
+
+class BackwardWatch:
+    """Lets the other ranks know when this one sits in a backward pass for long.
+
+    A backward pass ends when all ranks have made theirs. So a rank that has gone on to a later step while another is
+    still in one has skipped it, and both would wait for ever: see `check_backward`. The main thread can't tell, it is
+    inside the backward pass; a thread of this watch does.
+
+    Args:
+        rank: this rank.
+        long: seconds after which a backward pass is told of.
+    """
+
+    def __init__(self, rank: int, long: float = 5.0) -> None:
+        self._rank = rank
+        self._long = long
+        self._inside: tuple[int, float] | None = None  # step, and since when
+        self._told = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="backward watch", daemon=True)
+        self._thread.start()
+
+    def enter(self, step: int) -> None:
+        """A backward pass that is averaged over all ranks begins."""
+        self._inside = (step, monotonic())
+
+    def leave(self) -> None:
+        """It has ended."""
+        self._inside = None
+        if self._told:
+            self._tell("")
+
+    def stop(self) -> None:
+        """The run is over."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._long / 2):
+            inside = self._inside
+            if inside is not None and not self._told and monotonic() - inside[1] > self._long:
+                self._tell(str(inside[0]))
+
+    def _tell(self, text: str) -> None:
+        self._told = bool(text)
+        with contextlib.suppress(Exception):  # without the store nobody can be told
+            store = _store()
+            if store is not None:
+                store.set(_LONG_BACKWARD.format(self._rank), text)
+
+
+def check_backward(rank: int, world_size: int, step: int) -> None:
+    """See that no rank is in the backward pass of a step that this one has left.
+
+    Raises:
+        RuntimeError: one is, so this rank has skipped a backward pass that the others made.
+    """
+    store = _store()
+    if store is None:
+        return
+    for other in range(world_size):
+        key = _LONG_BACKWARD.format(other)
+        if other == rank or not store.check([key]):
+            continue
+        text = store.get(key).decode()
+        if text and int(text) < step:
+            raise RuntimeError(
+                f"rank {rank} is at global batch {step} while rank {other} waits in the backward pass of global batch "
+                f"{text}: rank {rank} has skipped a backward pass that rank {other} made. Let all ranks make the same ones."
+            )

@@ -79,6 +79,7 @@ class HeteroStrategy(DDPStrategy):
         self._loaders: Loaders | None = None
         self._attachment: Attachment | None = None
         self._stop: StopRequest | None = None
+        self._watch: failures.BackwardWatch | None = None
         self._steps: TrainingSteps | None = None
         self._logging: StepLogging | None = None
         self._same_data = SameData()
@@ -188,8 +189,15 @@ class HeteroStrategy(DDPStrategy):
             counter = loss_count.find(self.lightning_module, self._loss_count, loss_count.sample_count)
             if counter.advice:
                 rank_zero_warn(counter.advice)
+            self._watch = failures.BackwardWatch(self.global_rank)
             self._steps = TrainingSteps(
-                self.lightning_module, counter, self._exchange, self.root_device, self._clock, self._hear
+                self.lightning_module,
+                counter,
+                self._exchange,
+                self.root_device,
+                self._clock,
+                self._watch,
+                self._hear,
             )
 
     @override
@@ -206,6 +214,9 @@ class HeteroStrategy(DDPStrategy):
         if self._attachment is not None:
             self._attachment.remove()
             self._attachment = None
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
         self._steps = None
         super().teardown()
 
@@ -274,7 +285,13 @@ class HeteroStrategy(DDPStrategy):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self._steps is not None
-        with self._steps.weighted(closure_loss) as loss:
+        averaged = (
+            self.world_size > 1
+            and self._ddp_comm_hook is None  # a user's may not wait for the other ranks
+            and isinstance(self.model, DistributedDataParallel)
+            and self.model.require_backward_grad_sync
+        )
+        with self._steps.weighted(closure_loss, averaged=averaged) as loss:
             return super().backward(loss, optimizer, *args, **kwargs)
 
     @override

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_hetero.borrowing import ModuleState, RandomStates
 from lightning_hetero.collectives import Exchange, PendingRows
+from lightning_hetero.failures import BackwardWatch, check_backward
 from lightning_hetero.loss_count import LossCounter
 from lightning_hetero.sampler import Share
 from lightning_hetero.timing import Reading, WorkClock
@@ -99,6 +101,7 @@ class TrainingSteps:
         exchange: for the messages.
         device: of this rank.
         clock: runs while this rank works.
+        watch: is told when it goes backward.
         on_rows: called once a step with all ranks' messages.
     """
 
@@ -112,6 +115,7 @@ class TrainingSteps:
         exchange: Exchange,
         device: torch.device,
         clock: WorkClock,
+        watch: BackwardWatch,
         on_rows: Callable[[int, Rows], None],
     ) -> None:
         self._module = module
@@ -119,10 +123,12 @@ class TrainingSteps:
         self._exchange = exchange
         self._device = device
         self._clock = clock
+        self._watch = watch
         self._on_rows = on_rows
         self._share: Share | None = None
         self._random: RandomStates | None = None
         self._state: ModuleState | None = None
+        self._step = -1
         self._begun = False
         self._empty = False
         self._pending: PendingRows | None = None
@@ -159,6 +165,7 @@ class TrainingSteps:
         if self._begun:
             return
         self._begun = True
+        self._step = step
         self._fault = None
         count: float | Tensor = 0.0
         if not self.borrowed:
@@ -204,7 +211,7 @@ class TrainingSteps:
             return self._weight
         pending, self._pending = self._pending, None
         with self._clock.waiting():
-            rows = pending.wait()
+            rows = pending.wait(partial(check_backward, self._exchange.rank, self._exchange.world_size, self._step))
         if self._fault is not None:
             raise self._fault
         check(rows)
@@ -220,9 +227,16 @@ class TrainingSteps:
         return self._weight
 
     @contextmanager
-    def weighted(self, loss: Tensor) -> Iterator[Tensor]:
-        """The loss to go backward from; gradients of a batch in which nothing counts are left alone meanwhile."""
+    def weighted(self, loss: Tensor, *, averaged: bool) -> Iterator[Tensor]:
+        """The loss to go backward from; gradients of a batch in which nothing counts are left alone meanwhile.
+
+        Args:
+            loss: the user's.
+            averaged: the backward pass inside waits for those of the other ranks.
+        """
         factor = self.weigh()
+        if averaged:
+            self._watch.enter(self._step)
         try:
             if self._empty:
                 with gradients_left_alone(self._module):
@@ -232,6 +246,7 @@ class TrainingSteps:
             else:
                 yield loss
         finally:
+            self._watch.leave()
             self._clock.resume()
 
     def global_loss(self, closure: Callable[[], Any], reduce: Callable[[Tensor], Tensor]) -> Callable[[], Any]:

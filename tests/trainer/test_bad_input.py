@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, make_trainer
-from tests.trainer.modules import Classifier
+from tests.trainer.modules import Classifier, Manual
 
 
 def sized(size: int, batch_size: int, **options: Any) -> DataLoader[Any]:
@@ -181,6 +181,22 @@ def test_one_rank_alone(way: str, rank0: str, rank1: str) -> None:
     errors = fails_on_ranks(2, hetero_fit, Recipe(module=partial(Leaves, way)), {})
     assert re.search(rank0, errors[0].splitlines()[-1]), errors[0]
     assert re.search(rank1, errors[1]), errors[1]
+
+
+class Skips(Manual):
+    """Rank 1 makes no backward pass in batch 2."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if self.global_rank != 1 or batch_idx != 2:
+            super().training_step(batch, batch_idx)
+
+
+def test_one_rank_alone_skips_a_backward_pass() -> None:
+    """In manual optimization nothing stops it; the others would wait for its gradients for ever."""
+    errors = fails_on_ranks(2, hetero_fit, Recipe(module=Skips), {})
+    sentence = r"rank 1 is at global batch 3 while rank 0 waits in the backward pass of global batch 2"
+    for text in errors.values():
+        assert re.search(sentence, text.splitlines()[-1]), text
 
 
 def leaves_together(way: str) -> int:

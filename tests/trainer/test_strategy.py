@@ -1,0 +1,227 @@
+"""The strategy as a user meets it: names, plans learnt and written down, signals, and a Trainer left as it was."""
+
+import contextlib
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import StrategyRegistry
+from torch.utils.data import DataLoader
+
+import lightning_hetero
+from lightning_hetero import HeteroStrategy
+from lightning_hetero.collectives import allreduce_mean
+from tests.ranks import run_ranks
+from tests.trainer.fits import Numbers, Regression, make_trainer
+
+
+def test_public_names() -> None:
+    """A new public name or knob is a decision: it has to be written here as well."""
+    assert sorted(lightning_hetero.__all__) == ["HeteroStrategy", "Plan", "cross_entropy_count"]
+    parameters = inspect.signature(HeteroStrategy).parameters.values()
+    assert [(p.name, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD] == [
+        ("shares", "auto"),
+        ("global_batch", None),
+        ("loss_count", None),
+        ("memory_limit", 0.9),
+        ("granularity", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "start_method"),
+    [
+        ("hetero", {}, "popen"),
+        ("hetero_find_unused_parameters_true", {"find_unused_parameters": True}, "popen"),
+        ("hetero_spawn", {}, "spawn"),
+    ],
+)
+def test_registered_names(name: str, options: dict[str, Any], start_method: str) -> None:
+    """What `Trainer(strategy=...)` understands once the package is imported."""
+    strategy = StrategyRegistry.get(name)
+    assert isinstance(strategy, HeteroStrategy)
+    assert strategy._ddp_kwargs == options
+    assert strategy._start_method == start_method
+
+
+class Uneven(Regression):
+    """Rank 1 does the same work ten times over."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for _ in range(10 if self.global_rank == 1 else 1):
+            for sample in batch["x"]:
+                torch.linalg.matrix_exp(sample.outer(sample).repeat(8, 8) / 100)
+        return super().training_step(batch, batch_idx)
+
+
+def learn(folder: str) -> Any:
+    module, strategy = Uneven(), HeteroStrategy(global_batch=32)
+    trainer = make_trainer(strategy, 2, max_epochs=1, logger=CSVLogger(folder, name="run"))
+    trainer.fit(module, DataLoader(Numbers(32 * 25), batch_size=16))
+    return strategy.plan.local_batches, [len(seen) for seen in module.seen], trainer.log_dir
+
+
+def test_shares_are_learnt_and_written_down(tmp_path: Path) -> None:
+    """A rank that is ten times as slow gets less within a few steps; every plan is a line of plan.jsonl."""
+    (plan, sizes0, folder), (plan1, sizes1, _) = run_ranks(2, learn, str(tmp_path))
+    assert plan == plan1
+    assert plan[0] > 2 * plan[1]
+    lines = [json.loads(line) for line in (Path(folder) / "hetero" / "plan.jsonl").read_text().splitlines()]
+    assert lines[0] == {
+        "event": "plan",
+        "step": 0,
+        "local_batches": [16, 16],
+        "predicted_seconds": [],
+        "reason": "equal",
+    }
+    for line in lines[1:]:
+        assert sum(line["local_batches"]) == 32
+        assert len(line["predicted_seconds"]) == 2
+    for step, sizes in enumerate(zip(sizes0, sizes1, strict=True)):
+        in_force = [line for line in lines if line["step"] <= step][-1]
+        assert list(sizes) == in_force["local_batches"], f"step {step}"
+    assert lines[1]["step"] <= 10
+
+
+class Signalled(Regression):
+    """Rank 1 is asked to stop in batch 3."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 1 and batch_idx == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+def signalled() -> tuple[int, int]:
+    module = Signalled()
+    trainer = make_trainer(HeteroStrategy(), 2)
+    with contextlib.suppress(SystemExit):
+        trainer.fit(module, DataLoader(Numbers(60), batch_size=3))
+        return -1, -1
+    return trainer.global_step, len(module.seen)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step() -> None:
+    """SIGTERM sets a flag that travels with the next message; nothing hangs in a signal handler."""
+    outs = run_ranks(2, signalled)
+    assert outs[0] == outs[1]
+    assert outs[0][0] in (4, 5)
+
+
+CALLS: list[int] = []
+
+
+def counted_mean(state: object, bucket: Any) -> Any:
+    CALLS.append(1)
+    return allreduce_mean(None, bucket)
+
+
+def with_hook() -> int:
+    strategy = HeteroStrategy(ddp_comm_hook=counted_mean)
+    make_trainer(strategy, 2, max_epochs=1).fit(Regression(), DataLoader(Numbers(24), batch_size=4))
+    return len(CALLS)
+
+
+def test_the_users_communication_hook_runs() -> None:
+    """On CPU too, where plain DDP drops it without a word."""
+    assert run_ranks(2, with_hook) == [3, 3]
+
+
+class Looks(Callback):
+    """Sees the Trainer's inside while it trains."""
+
+    def __init__(self) -> None:
+        self.during: list[bool] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.during.append("_prepare_dataloader" in vars(trainer._data_connector))
+
+
+def left_as_it_was() -> Any:
+    look = Looks()
+    trainer = make_trainer(HeteroStrategy(), 2, callbacks=[look])
+    before = list(trainer.callbacks)
+    trainer.fit(Regression(), DataLoader(Numbers(24), batch_size=4))
+    touched = (
+        (trainer._data_connector, "_prepare_dataloader"),
+        (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
+        (trainer.fit_loop.epoch_loop._results, "update_metrics"),
+        (trainer._signal_connector, "_sigterm_notifier_fn"),
+    )
+    return all(look.during), [name for owner, name in touched if name in vars(owner)], trainer.callbacks == before
+
+
+def test_the_trainer_is_left_as_it_was() -> None:
+    """What the strategy replaces on its Trainer for a run is Lightning's own again afterwards."""
+    assert run_ranks(2, left_as_it_was) == [(True, [], True)] * 2
+
+
+SCRIPT = """
+    import sys
+
+    import torch
+    from lightning.pytorch import LightningModule, Trainer, seed_everything
+    from torch.utils.data import DataLoader, TensorDataset
+
+    import lightning_hetero
+
+    class Line(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(3, 1)
+
+        def training_step(self, batch, batch_idx):
+            if sys.argv[2] == "fails" and self.global_rank == 1 and batch_idx == 2:
+                raise ArithmeticError("my own mistake")
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    if __name__ == "__main__":
+        seed_everything(1)
+        data = DataLoader(TensorDataset(torch.randn(40, 3), torch.randn(40, 1)), batch_size=4, shuffle=True)
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = Trainer(strategy=sys.argv[1], accelerator="cpu", devices=2, max_epochs=2, **quiet)
+        trainer.fit(Line(), data)
+        print("steps", trainer.global_step)
+"""
+
+
+def run_script(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    return subprocess.run(
+        [sys.executable, str(script), *args], capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def test_a_script_with_lightnings_own_launcher(tmp_path: Path) -> None:
+    """Nothing but the flag: Lightning starts the other rank, which trains and ends with the first."""
+    run = run_script(tmp_path, "hetero", "works")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("steps 10") == 2
+
+
+def test_a_script_with_spawned_processes(tmp_path: Path) -> None:
+    """The same with processes that are spawned; as under plain DDP, only they know how far they came."""
+    run = run_script(tmp_path, "hetero_spawn", "works")
+    assert run.returncode == 0, run.stderr
+    assert "`max_epochs=2` reached" in run.stderr
+
+
+def test_a_script_in_which_one_rank_fails(tmp_path: Path) -> None:
+    """The other rank names it and its mistake, and all processes end."""
+    run = run_script(tmp_path, "hetero", "fails")
+    assert run.returncode != 0
+    assert "rank 1 (cpu) failed first: ArithmeticError: my own mistake" in run.stderr

@@ -208,15 +208,22 @@ class Loaders:
         if not isinstance(dataloader, DataLoader):
             return dataloader
         if self.user_shards or _distributed(dataloader):
-            prepared = self._lightnings(dataloader, shuffle, mode)
-            if mode != RunningStage.TRAINING or not self.user_shards or dataloader.batch_sampler is None:
-                return prepared
-            return replace_batch_sampler(dataloader, Recorder(dataloader.batch_sampler))
+            return self._left_alone(dataloader, mode)
         if mode == RunningStage.TRAINING:
             return self._training(dataloader)
         if isinstance(dataloader.dataset, IterableDataset):
             return self._lightnings(dataloader, shuffle, mode)
         return self._evaluation(dataloader, mode)
+
+    def _left_alone(self, loader: DataLoader[Any], mode: RunningStage) -> object:
+        """The user shards: what his batch sampler draws is looked at, and nothing else."""
+        if loader.batch_sampler is None:
+            return loader
+        if mode == RunningStage.PREDICTING:
+            return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(loader.batch_sampler))
+        if mode == RunningStage.TRAINING and self.user_shards:
+            return replace_batch_sampler(loader, Recorder(loader.batch_sampler))
+        return loader
 
     @property
     def first_in_round(self) -> bool:
@@ -244,15 +251,15 @@ class Loaders:
         if isinstance(loader.dataset, IterableDataset):
             return self._iterable(loader, global_batch)
         stream = self._stream(loader, global_batch, number)
-        drawing = Drawing(stream, self._context.position)
-        if drawing.first_batch() == 0:
+        stream.draw(self._context.position().epoch, 0)
+        if stream.first_batch == 0:
             raise ValueError(
                 f"the training loader has no batches: {_name(stream.source)} drew too few samples for a global "
                 f"batch of {global_batch or 'at least one sample'}{' with drop_last' if loader.drop_last else ''}"
             )
-        planner = self._context.planner(global_batch or drawing.first_batch())
+        planner = self._context.planner(global_batch or stream.first_batch)
         sampler = ShareSampler(
-            drawing,
+            Drawing(stream, self._context.position),
             planner.schedule,
             self._context.exchange.rank,
             minimum=planner.minimum,

@@ -323,12 +323,6 @@ class Drawing:
             step += 1
         self._end = step
 
-    def first_batch(self) -> int:
-        """Samples of the first global batch of the first pass; 0 when there is none."""
-        if self._key is None:
-            self.open()
-        return self.stream.first_batch
-
     def __len__(self) -> int:
         """Global batches of the newest pass."""
         if self._key is None and not self.stream.endless:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="lightning-hetero",
         description="Train on devices of unequal speed with Lightning.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('lightning-hetero')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = commands.add_parser(
@@ -50,6 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
+
+
+def _version() -> str:
+    try:
+        return version("lightning-hetero")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _demo(options: argparse.Namespace) -> int:

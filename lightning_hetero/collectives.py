@@ -42,11 +42,12 @@ class PendingRows:
         while work is not None:
             try:
                 work.wait(self.PATIENCE)
-                work = None
             except RuntimeError:
                 if work.is_completed():
                     raise
                 still_makes_sense()
+            else:
+                break
         return self._table.numpy()
 
 

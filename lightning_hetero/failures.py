@@ -113,5 +113,5 @@ def check_backward(rank: int, world_size: int, step: int) -> None:
         if text and int(text) < step:
             raise RuntimeError(
                 f"rank {rank} is at global batch {step} while rank {other} waits in the backward pass of global batch "
-                f"{text}: rank {rank} has skipped a backward pass that rank {other} made. Let all ranks make the same ones."
+                f"{text}: rank {rank} has skipped a backward pass that rank {other} made. Let all ranks make the same."
             )

@@ -10,14 +10,14 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_hetero.agreement import require
@@ -167,8 +167,14 @@ class LockstepLoader:
             yield batch
 
 
-def _geographic(dataset: object) -> bool:
-    return any(cls.__name__ == "GeoDataset" and cls.__module__.startswith("torchgeo.") for cls in type(dataset).__mro__)
+def _numbers_for_geography(loader: DataLoader[Any]) -> bool:
+    """Whether a geographic data set is to be indexed with plain numbers."""
+    classes = type(loader.dataset).__mro__
+    return (
+        any(cls.__name__ == "GeoDataset" and cls.__module__.startswith("torchgeo.") for cls in classes)
+        and isinstance(loader.batch_sampler, BatchSampler)
+        and isinstance(loader.batch_sampler.sampler, SequentialSampler)
+    )
 
 
 def _distributed(loader: DataLoader[Any]) -> bool:
@@ -207,6 +213,12 @@ class Loaders:
         dataloader = users_loader(dataloader)
         if not isinstance(dataloader, DataLoader):
             return dataloader
+        overfits: float = vars(self._trainer)["overfit_batches"]  # Lightning sets it without declaring it
+        if overfits and _numbers_for_geography(dataloader):
+            raise ValueError(
+                "overfit_batches replaces the geographic sampler by plain numbers, which "
+                f"{_name(dataloader.dataset)} can't be indexed with: use limit_train_batches instead"
+            )
         if self.user_shards or _distributed(dataloader):
             return self._left_alone(dataloader, mode)
         if mode == RunningStage.TRAINING:
@@ -220,7 +232,7 @@ class Loaders:
         if loader.batch_sampler is None:
             return loader
         if mode == RunningStage.PREDICTING:
-            return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(loader.batch_sampler))
+            return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(cast(Any, loader.batch_sampler)))
         if mode == RunningStage.TRAINING and self.user_shards:
             return replace_batch_sampler(loader, Recorder(loader.batch_sampler))
         return loader
@@ -234,12 +246,6 @@ class Loaders:
 
     def _training(self, loader: DataLoader[Any]) -> object:
         number = self._number_in_round()
-        overfits: float = vars(self._trainer)["overfit_batches"]  # Lightning sets it without declaring it
-        if overfits and _geographic(loader.dataset):
-            raise ValueError(
-                "overfit_batches replaces the geographic sampler by plain numbers, which "
-                f"{_name(loader.dataset)} can't be indexed with: use limit_train_batches instead"
-            )
         if loader.batch_sampler is None:
             raise ValueError(
                 f"the training loader of {_name(loader.dataset)} has batch_size=None and no batch sampler, so its "

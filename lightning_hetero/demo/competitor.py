@@ -4,6 +4,7 @@ Run as a file, so that it imports nothing: `python competitor.py PARENT CORE`. I
 """
 
 import os
+import signal
 import sys
 
 
@@ -16,6 +17,7 @@ def compete(parent: int, core: int) -> None:
     """
     if core >= 0:
         os.sched_setaffinity(0, {core})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the demo, which then ends this process
     while os.getppid() == parent:
         sum(range(100_000))  # about a millisecond
 

@@ -202,7 +202,7 @@ def run_script(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     return subprocess.run(
-        [sys.executable, str(script), *args], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, str(script), *args], cwd=folder, capture_output=True, text=True, timeout=200, check=False
     )
 
 

@@ -388,6 +388,17 @@ def test_a_cycled_loader_goes_on_with_another_pass(kind, ahead):
         assert len({str(drawn) for drawn in job.agreed}) == 6
 
 
+def test_a_cycled_loader_is_asked_again_while_its_last_batch_still_waits():
+    """Where a length is not known, Lightning fetches a batch ahead: training stands one step behind what was read."""
+    position = Position(0, 5)
+    drawing = Drawing(Stream(range(10), Chunks(4), SEED, lambda drawn, complete: drawn), lambda: position)
+    sampler = ShareSampler(drawing, Schedule(Plan(0, (3, 1))), 0, minimum=1)
+    assert len(list(sampler)) == 3
+    position = Position(0, 7)
+    assert len(list(sampler)) == 3
+    assert [sampler.handed_out.take(step).step for step in (7, 8, 9, 10)] == [7, 8, 9, 10]
+
+
 @pytest.mark.parametrize("kind", ["shuffled", "own", "unsized"])
 def test_a_cycled_loader_that_is_left_early_goes_on_where_training_stands(kind):
     job = Job(Unsized(40) if kind == "unsized" else SOURCES[kind](40), Chunks(4), (3, 1), ahead=[2, 5])

@@ -54,13 +54,16 @@ def place(quotas: Sequence[int], cores: Sequence[int]) -> list[int]:
     return placed
 
 
-def busy_seconds(stat: Path = Path("/proc/stat")) -> dict[int, float]:
-    """Seconds that each core has worked since the machine was started, to a hundredth; stolen ones count too."""
+def idle_seconds(stat: Path = Path("/proc/stat")) -> dict[int, float]:
+    """Seconds that each core has been idle since the machine was started, to a hundredth.
+
+    What is not idle is work. The kernel's own figures of work are sampled by its clock tick, and quotas beat with that.
+    """
     seconds = {}
     for line in stat.read_text().splitlines():
         if match := re.match(r"cpu(\d+) ", line):
-            user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, line.split()[1:])
-            seconds[int(match[1])] = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+            _user, _nice, _system, idle, iowait, *_ = map(int, line.split()[1:])
+            seconds[int(match[1])] = (idle + iowait) / os.sysconf("SC_CLK_TCK")
     return seconds
 
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from figures import Split
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback
-from quotas import Quotas, busy_seconds
+from quotas import Quotas, idle_seconds
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -326,7 +326,7 @@ class Side:
             observed: what the strategy made of it, step by step; nothing for plain Lightning.
             foreign: the part of a core's time that went to processes that are not of the comparison, on the worst core.
         """
-        busy, began = busy_seconds(), time.perf_counter()
+        idle, began = idle_seconds(), time.perf_counter()
         for connection in self._connections:
             if split is not None:
                 connection.send(("split", split))
@@ -334,7 +334,9 @@ class Side:
         answers = self._hear("done")
         elapsed = time.perf_counter() - began
         # Idle cores of the comparison too: neighbours share caches, memory and often a physical core.
-        foreign = {core: seconds - busy[core] for core, seconds in busy_seconds().items() if core in self._watched}
+        foreign = {
+            core: elapsed - seconds + idle[core] for core, seconds in idle_seconds().items() if core in self._watched
+        }
         for core, answer in zip(self._cores, answers, strict=True):
             foreign[core] -= answer["cpu"]
         parts = [seconds / elapsed - self._quotas.taken.get(core, 0.0) for core, seconds in foreign.items()]

@@ -22,7 +22,7 @@ from typing import Any
 import figures
 import machine
 from figures import Split, show_split
-from quotas import Hierarchy, Quotas, busy_seconds, parse_quotas, place
+from quotas import Hierarchy, Quotas, idle_seconds, parse_quotas, place
 
 from lightning_hetero.allocation import proportional
 
@@ -125,11 +125,11 @@ class Comparison:
     def _wait_for_quiet(self) -> None:
         """Let others finish, while there is patience left."""
         while self._patience > 0:
-            began, busy = time.monotonic(), busy_seconds()
+            began, idle = time.monotonic(), idle_seconds()
             time.sleep(_LOOK)
-            elapsed = time.monotonic() - began
-            now = busy_seconds()
-            if max(now[core] - busy[core] for core in self._cores) <= elapsed * (_DISTURBED + self._competition):
+            elapsed, now = time.monotonic() - began, idle_seconds()
+            least = min(now[core] - idle[core] for core in self._cores)
+            if least >= elapsed * (1 - _DISTURBED - self._competition):
                 return
             self._patience -= elapsed
 

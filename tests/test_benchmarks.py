@@ -231,12 +231,13 @@ def test_groups_of_killed_runs_are_swept_away(kernel):
     assert dead not in kernel.groups
 
 
-def test_stolen_time_is_not_idle_time(tmp_path):
+def test_what_is_not_idle_is_work(tmp_path):
+    """The kernel's own figures of work are sampled, and under a quota several times too much."""
     stat = tmp_path / "stat"
     stat.write_text("cpu  1 1 1 1 1 1 1 1 0 0\ncpu0 100 0 50 900 10 5 5 40 0 0\ncpu1 0 0 0 9 0 0 0 0 0 0\nintr 1\n")
     quotas = load("quotas")
     ticks = quotas.os.sysconf("SC_CLK_TCK")
-    assert quotas.busy_seconds(stat) == {0: 200 / ticks, 1: 0.0}
+    assert quotas.idle_seconds(stat) == {0: 910 / ticks, 1: 9 / ticks}
 
 
 # ---- reports ----

@@ -24,19 +24,8 @@ from lightning_hetero.agreement import require
 from lightning_hetero.collectives import Exchange
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner
-from lightning_hetero.sampler import (
-    Chunks,
-    CountSampler,
-    Drawing,
-    EvaluationSampler,
-    HandedOut,
-    Index,
-    Position,
-    Share,
-    ShareSampler,
-    Stream,
-    fingerprint,
-)
+from lightning_hetero.sampler import CountSampler, Drawing, EvaluationSampler, HandedOut, Position, Share, ShareSampler
+from lightning_hetero.stream import Chunks, Index, Stream, fingerprint
 from lightning_hetero.training_step import SameData
 
 _USERS = "_lightning_hetero_users_loader"  # where a prepared loader keeps the one that it was made from

@@ -79,7 +79,7 @@ class Planner:
         self.schedule = Schedule(Plan(0, local_batches, reason="equal" if isinstance(shares, str) else "shares"))
         self._balancer = (
             Balancer(world_size, global_batch, minimum=least, granularity=granularity)
-            if shares == "auto" and world_size > 1
+            if isinstance(shares, str) and shares == "auto" and world_size > 1
             else None
         )
         self._told: dict[int, dict[int, float]] = {}

@@ -73,7 +73,7 @@ class HeteroStrategy(DDPStrategy):
         self._memory_limit = memory_limit
         self._granularity = granularity
         self._clock = WorkClock(HostMarks())
-        self._batches = 0  # training batches begun since the planner was made
+        self._batches = 0  # training batches begun since the strategy was made
         self._exchange: Exchange | None = None
         self._planner: Planner | None = None
         self._loaders: Loaders | None = None
@@ -174,7 +174,6 @@ class HeteroStrategy(DDPStrategy):
                 minimum=smallest_local_batch(self.lightning_module),
                 granularity=self._granularity,
             )
-            self._batches = 0
         return self._planner
 
     @override

@@ -16,7 +16,14 @@ from typing import Any
 
 import pytest
 
-_PRELOADED = ["torch", "lightning.pytorch", "torchmetrics", "torchgeo.trainers", "torchgeo.datamodules", "lightning_hetero"]
+_PRELOADED = [
+    "torch",
+    "lightning.pytorch",
+    "torchmetrics",
+    "torchgeo.trainers",
+    "torchgeo.datamodules",
+    "lightning_hetero",
+]
 _CHILD = 90
 """Seconds after which a rank shows its stacks and ends; pytest's own deadline lies beyond."""
 
@@ -30,6 +37,8 @@ def _child(rank: int, world_size: int, folder: str, function: Callable[..., Any]
             import torch.distributed as dist
 
             torch.set_num_threads(1)
+            # Loader workers are forked, which is quick, unless a test asks for something else.
+            multiprocessing.set_start_method("fork", force=True)
             warnings.simplefilter("error")
             for text in _tolerated():
                 warnings.filterwarnings("ignore", message=text)
@@ -79,7 +88,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
     context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_child, args=(rank, world_size, folder, function, args), daemon=True)
+            context.Process(target=_child, args=(rank, world_size, folder, function, args))
             for rank in range(world_size)
         ]
         for process in processes:

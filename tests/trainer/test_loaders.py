@@ -1,6 +1,5 @@
 """Loaders under a real Trainer: what the user has keeps working, with the global batches of one process."""
 
-import multiprocessing
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -179,9 +178,7 @@ class Recording(Regression):
 
 
 def quiet() -> None:
-    """Ranks are daemons, which may not have loader workers; workers are forked, which is quick; no GPU to pin for."""
-    multiprocessing.current_process()._config["daemon"] = False
-    multiprocessing.set_start_method("fork", force=True)
+    """There is no GPU to pin memory for, and workers of small loaders need not be kept."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message="Consider setting `persistent_workers=True`")
 

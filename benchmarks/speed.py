@@ -274,6 +274,8 @@ def table(report: dict[str, Any]) -> str:
         f"plans of hetero: {plans}",
         "within 5% of the best fixed split: " + ("not to the end" if settled is None else f"from step {settled} on"),
     ]
+    if others["median"] > _DISTURBED:
+        lines.append("others were using the cores nearly all the time: this is no result, measure again")
     return "\n".join(lines)
 
 

@@ -104,12 +104,18 @@ class Bar(TQDMProgressBar):
     """
 
     def __init__(self, side: Side) -> None:
-        super().__init__(refresh_rate=1 if sys.stdout.isatty() else 20)  # a file keeps what a terminal overwrites
+        self._terminal = sys.stdout.isatty()  # a file keeps what a terminal overwrites
+        super().__init__(refresh_rate=1 if self._terminal else 10)
         self._side = side
 
     def clear(self) -> None:
         """Make room for another bar, or for a line of text."""
         self.train_progress_bar.clear()
+
+    @property
+    @override
+    def is_enabled(self) -> bool:
+        return super().is_enabled and (self._terminal or self._side == "hetero")
 
     @property
     @override
@@ -121,6 +127,10 @@ class Bar(TQDMProgressBar):
         bar = super().init_train_tqdm()
         bar.leave = self._side == "hetero"
         return bar
+
+    @override
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)  # over in a second
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:

@@ -21,7 +21,7 @@ class Recipe:
 
     global_batch: int = 48
     patch_size: int = 48
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     filters: int = 32
     seed: int = 0
 

@@ -77,8 +77,9 @@ def say_beginning(job: Job, competitors: list[int]) -> None:
         print(f"  rank {rank}: {name}")
     if competitors:
         print(
-            f"\n  No unequal GPUs here. So that one device is slow, this demo has started {len(competitors)} processes "
-            f"that do\n  nothing but keep its core busy (process {', '.join(map(str, competitors))}); they end with it."
+            f"\n  No unequal GPUs here. So that one device is slow, this demo has started "
+            f"{'a process' if len(competitors) == 1 else f'{len(competitors)} processes'}\n  that keeps its core busy "
+            f"(process {', '.join(map(str, competitors))}) and ends with it."
         )
     print(
         f"\n  TorchGeo's SemanticSegmentationTask (FCN, {recipe.filters} filters) on 13 bands; patches of "
@@ -108,7 +109,6 @@ def say_round(job: Job, finished: Round, alone: Turn) -> None:
 def say_comparison(job: Job, sides: dict[Side, SideFigures]) -> None:
     """The two tables, and what they mean."""
     hetero, plain, alone = sides["hetero"], sides["plain DDP"], sides["alone"]
-    same = hetero.same_batches == hetero.batches
     print(
         "",
         f"hetero, over the {hetero.steps} steps that are compared:",
@@ -119,10 +119,10 @@ def say_comparison(job: Job, sides: dict[Side, SideFigures]) -> None:
         "",
         f"hetero trains {hetero.images_per_second / plain.images_per_second:.2f}× as fast as plain DDP, and "
         f"{hetero.images_per_second / alone.images_per_second:.2f}× as fast as the fast device alone.",
-        f"Its global batches {'are' if same else 'are NOT'} those that plain Lightning draws on one device; after "
-        f"{hetero.batches} steps from the same start, the weights differ by {hetero.weights:.0e} of their size.",
-        f"Plain DDP shuffles the patches by itself: {plain.same_batches} of its {plain.batches} global batches are the "
-        f"same, and its weights differ by {plain.weights:.0e}.",
+        f"Of its first {hetero.batches} global batches, {hetero.same_batches} are those that plain Lightning draws on "
+        f"one device; of plain DDP's, {plain.same_batches}.",
+        f"After them, its weights are {hetero.weights:.2%} away from those trained on one device; plain DDP's, "
+        f"{plain.weights:.0%}.",
         sep="\n",
         flush=True,
     )
@@ -137,7 +137,7 @@ def say_result(job: Job, evaluation: Evaluation, seconds: float) -> None:
         f"{evaluation.majority_accuracy:.3f}; mean IoU {evaluation.mean_iou:.3f}",
         "",
         f"In {job.out}: landcover.png, summary.json, {CHECKPOINT}, plan.jsonl. {seconds:.0f} s in all.",
-        ATTRIBUTION,
+        *ATTRIBUTION.split(" · "),
         sep="\n",
         flush=True,
     )

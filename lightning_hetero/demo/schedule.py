@@ -17,8 +17,8 @@ class Schedule:
 
     max_steps: int = 180
     learning: int = 12
-    rounds: int = 4
-    steps: int = 8
+    rounds: int = 6
+    steps: int = 5
     warm_up: int = 2
 
     @classmethod

@@ -243,7 +243,7 @@ def train(job: Job, rank: int, ask: Ask) -> Record:
     record = Record()
     callbacks: list[Callback] = [stopwatch, Turns(job, task, stopwatch, record, ask)]
     trainer = trainer_for(job, "hetero", callbacks, max_steps=job.schedule.max_steps)
-    prepare_process(job.devices, rank)
+    prepare_process(job.devices, rank)  # not before: a strategy that finds one core for two ranks says so
     trainer.fit(task, datamodule=data)
     trainer.save_checkpoint(job.out / CHECKPOINT)
     return record

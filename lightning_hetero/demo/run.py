@@ -34,8 +34,8 @@ def main(out: Path, max_steps: int | None = None) -> None:
         max_steps: optimizer steps of the `hetero` run, the comparison included; None: as many as it takes.
     """
     began = time.monotonic()
-    quieten()
     job = Job(choose(), Recipe(), Schedule.within(max_steps), out)
+    quieten()
     prepare_folder(out)
     with interruptible():
         records = run(job)

@@ -94,8 +94,8 @@ def test_the_same_seed_draws_the_same_patches():
 def test_a_batch_has_all_bands_and_a_mask_and_is_remembered(data):
     data.newly_visited()
     batch = next(iter(data.train_dataloader()))
-    assert batch["image"].shape == (4, len(BANDS), 64, 64)
-    assert batch["mask"].shape == (4, 64, 64)
+    assert batch["image"].shape == (4, len(BANDS), data.patch_size, data.patch_size)
+    assert batch["mask"].shape == (4, data.patch_size, data.patch_size)
     assert batch["mask"].dtype == torch.long
     assert len(data.newly_visited()) == 4
     assert data.newly_visited() == []

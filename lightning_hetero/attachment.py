@@ -94,7 +94,7 @@ class Attachment:
             (trainer._signal_connector, "_sigterm_notifier_fn", stop.handle),
         ):
             if not hasattr(owner, name):
-                raise RuntimeError(f"this version of Lightning has no {type(owner).__name__}.{name}; see the README")
+                raise RuntimeError(f"this Lightning has no {type(owner).__name__}.{name}: use lightning 2.6")
             setattr(owner, name, value)
             self._set.append((owner, name))
         self._callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy can't see it

@@ -130,3 +130,22 @@ def until_last_bucket(hook: Hook, clock: WorkClock) -> Hook:
         return future
 
     return timed
+
+
+def masked(hook: Hook, mask: Callable[[], torch.Tensor | None]) -> Hook:
+    """Wrap a DDP communication hook so that this rank's gradients are exact zeros where its mask is false.
+
+    Weight 0 is not enough for a rank of which nothing counts: the mean over an empty set is NaN, and so is 0 x NaN.
+
+    Args:
+        hook: what averages a bucket.
+        mask: a truth value on the device, or None for no mask; the host never reads it.
+    """
+
+    def kept(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        keep = mask()
+        if keep is not None:
+            bucket.buffer().masked_fill_(~keep, 0.0)
+        return hook(state, bucket)
+
+    return kept

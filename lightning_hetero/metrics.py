@@ -25,15 +25,18 @@ class StepLogging:
         self._results = results
         self._reduce = reduce
         self._borrowed = self._empty = False
+        self._count: Tensor | None = None
         self._logged: list[tuple[_ResultMetric, Tensor, int]] = []
 
-    def begin(self, *, borrowed: bool, empty: bool) -> None:
+    def begin(self, *, borrowed: bool, empty: bool, count: Tensor | None = None) -> None:
         """A training step begins.
 
         Args:
             borrowed: it is on other ranks' samples.
             empty: nothing of the rank's own samples counts.
+            count: what the samples count for, where only the device knows; then NaN is left out where it is 0.
         """
+        self._count = count
         self._borrowed, self._empty = borrowed, empty and not borrowed
         self._logged.clear()
 
@@ -59,7 +62,9 @@ class StepLogging:
         left_out = self._borrowed or (self._empty and not bool(torch.isfinite(value).all()))
         mean = metric.meta.is_mean_reduction
         synced = metric.meta.on_step and metric.meta.sync.should and not metric.meta.sync.rank_zero_only
-        if mean and synced:
+        if mean and self._count is not None and not left_out:
+            self._masked_on_device(metric, value, batch_size, synced=synced)
+        elif mean and synced:
             self._synced_step_value(metric, value, 0 if left_out else batch_size)
         elif left_out:
             self._keep_matched(metric, value, synced=synced)
@@ -69,18 +74,33 @@ class StepLogging:
             self._logged.append((metric, value, batch_size))
         metric.has_reset = False
 
-    def _synced_step_value(self, metric: _ResultMetric, value: Tensor, weight: int) -> None:
+    def _masked_on_device(self, metric: _ResultMetric, value: Tensor, batch_size: int, *, synced: bool) -> None:
+        """As below, for a rank that only the device knows to be empty; the host asks it nothing."""
+        assert self._count is not None
+        kept = (self._count > 0) | torch.isfinite(value)
+        weight = kept * batch_size
+        value = torch.where(kept, value.detach(), torch.zeros_like(value))
+        if synced:
+            self._synced_step_value(metric, value, weight)
+            return
+        before = metric._forward_cache
+        metric.forward(value, weight)  # type: ignore[arg-type] # it only multiplies and adds
+        if metric.meta.on_step and before is not None:
+            metric._forward_cache = torch.where(kept, value, before)
+
+    def _synced_step_value(self, metric: _ResultMetric, value: Tensor, weight: int | Tensor) -> None:
         """Lightning's update, with [sum of n*v, sum of n] in one exchange in place of a plain mean."""
         value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-        own = value * weight if weight else torch.zeros_like(value)
-        pair = torch.stack([own, torch.full_like(own, float(weight))])
+        none = not isinstance(weight, Tensor) and weight == 0
+        own = torch.zeros_like(value) if none else value * weight
+        pair = torch.stack([own, torch.zeros_like(own) + weight])
         total = self._reduce(pair, group=metric.meta.sync.group, reduce_op="sum")
         metric._forward_cache = total[0] / total[1]
         metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
         metric._computed = None
         if not metric.meta.on_epoch:
             metric.value = metric._forward_cache
-        elif weight:
+        elif not none:
             metric.value = metric.value + own
             metric.cumulated_batch_size = metric.cumulated_batch_size + weight
 

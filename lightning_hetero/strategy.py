@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_hetero import agreement, failures, loss_count
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.batch_norm import smallest_local_batch
-from lightning_hetero.collectives import Exchange, allreduce_mean, until_last_bucket
+from lightning_hetero.collectives import Exchange, allreduce_mean, masked, until_last_bucket
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
 from lightning_hetero.loaders import Context, Loaders, content_hash
 from lightning_hetero.metrics import StepLogging
@@ -121,7 +121,12 @@ class HeteroStrategy(DDPStrategy):
             raise ValueError("this HeteroStrategy already belongs to a Trainer; give each Trainer one of its own")
         self._launched = True
         warning = check_devices(self.parallel_devices or [])
-        if warning:
+        # Whoever starts the processes elsewhere may have given each of them a core of its own already.
+        if (
+            warning
+            and self.cluster_environment is not None
+            and not self.cluster_environment.creates_processes_externally
+        ):
             rank_zero_warn(warning)
         check_job(self._shares, self._global_batch, self.world_size)
         super()._configure_launcher()
@@ -290,7 +295,8 @@ class HeteroStrategy(DDPStrategy):
             and isinstance(self.model, DistributedDataParallel)
             and self.model.require_backward_grad_sync
         )
-        with self._steps.weighted(closure_loss, averaged=averaged) as loss:
+        manual = self.lightning_module is not None and not self.lightning_module.automatic_optimization
+        with self._steps.weighted(closure_loss, averaged=averaged, masks_accumulate=manual) as loss:
             return super().backward(loss, optimizer, *args, **kwargs)
 
     @override
@@ -343,6 +349,7 @@ class HeteroStrategy(DDPStrategy):
         if self._ddp_comm_wrapper is not None:
             hook = self._ddp_comm_wrapper(hook)
         if self.world_size > 1:
+            hook = masked(hook, lambda: self._steps.mask if self._steps is not None else None)
             self.model.register_comm_hook(self._ddp_comm_state, until_last_bucket(hook, self._clock))
 
     @override

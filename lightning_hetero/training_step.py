@@ -82,8 +82,8 @@ class Window:
 class Logging(Protocol):
     """What a step tells the room that handles `self.log`; see `metrics.StepLogging`."""
 
-    def begin(self, *, borrowed: bool, empty: bool) -> None:
-        """The module's training step begins."""
+    def begin(self, *, borrowed: bool, empty: bool, count: Tensor | None) -> None:
+        """The module's training step begins; with `count`, only the device knows whether the batch is empty."""
 
     def end(self, loss: Tensor | None) -> None:
         """It has returned its loss."""
@@ -118,6 +118,7 @@ class TrainingSteps:
         watch: BackwardWatch,
         on_rows: Callable[[int, Rows], None],
     ) -> None:
+        self._on_device = device.type == "cuda"
         self._module = module
         self._counter = counter
         self._exchange = exchange
@@ -134,7 +135,10 @@ class TrainingSteps:
         self._pending: PendingRows | None = None
         self._fault: Exception | None = None
         self._device_counts: tuple[Tensor, Tensor, dist.Work | None] | None = None
+        self._hidden: Tensor | None = None
         self._weight: float | Tensor = 1.0
+        self.mask: Tensor | None = None
+        """False on the device when nothing counts of the batch that is being gone backward from; None for no mask."""
         self._window = Window()
         self._finished: deque[Window] = deque(maxlen=self.REMEMBERED)
 
@@ -173,9 +177,11 @@ class TrainingSteps:
                 count = self._counter(self._module, batch)
             except Exception as error:  # noqa: BLE001 - whatever the user's rule raises has to reach the other ranks
                 self._fault, count = error, float("nan")
-        known = float(count) if not isinstance(count, Tensor) or count.device.type == "cpu" else 1.0
+        # What the host does not know it does not ask for, since that would make it wait for the device.
+        self._hidden = count if isinstance(count, Tensor) and self._on_device else None
+        known = float(count) if self._hidden is None else 1.0
         self._empty = known == 0
-        if self._device.type == "cuda":
+        if self._on_device:
             self._add_up_on_device(count)
         measured, seconds = -1, 0.0
         if self._finished and self._finished[0].known():
@@ -227,18 +233,25 @@ class TrainingSteps:
         return self._weight
 
     @contextmanager
-    def weighted(self, loss: Tensor, *, averaged: bool) -> Iterator[Tensor]:
+    def weighted(self, loss: Tensor, *, averaged: bool, masks_accumulate: bool) -> Iterator[Tensor]:
         """The loss to go backward from; gradients of a batch in which nothing counts are left alone meanwhile.
 
         Args:
             loss: the user's.
             averaged: the backward pass inside waits for those of the other ranks.
+            masks_accumulate: gradients may hold those of earlier backward passes of the same step.
         """
         factor = self.weigh()
         if averaged:
             self._watch.enter(self._step)
+        empty = self._empty
+        if self._hidden is not None and averaged and not masks_accumulate and not self._window.readings:
+            self.mask = self._hidden > 0
+        elif self._hidden is not None:
+            # The bucket holds the gradients of earlier micro-batches too, which a mask would wipe out.
+            empty = not bool(self._hidden > 0)
         try:
-            if self._empty:
+            if empty:
                 with gradients_left_alone(self._module):
                     yield loss
             elif isinstance(factor, Tensor) or factor != 1.0:
@@ -246,6 +259,7 @@ class TrainingSteps:
             else:
                 yield loss
         finally:
+            self.mask = None
             self._watch.leave()
             self._clock.resume()
 
@@ -262,7 +276,10 @@ class TrainingSteps:
             if not isinstance(loss, Tensor):
                 return loss
             factor = self.weigh()
-            return reduce(torch.zeros_like(loss) if self._empty else loss.detach() * factor)
+            part = loss.detach() * factor
+            if self._hidden is not None:
+                return reduce(torch.where(self._hidden > 0, part, torch.zeros_like(part)))
+            return reduce(torch.zeros_like(part) if self._empty else part)
 
         return computed
 
@@ -276,7 +293,7 @@ class TrainingSteps:
             value = output.get("loss") if isinstance(output, dict) else output
             loss = value if isinstance(value, Tensor) else None
 
-        logging.begin(borrowed=self.borrowed, empty=self._empty)
+        logging.begin(borrowed=self.borrowed, empty=self._empty, count=self._hidden)
         try:
             yield returned
         finally:

@@ -1,5 +1,6 @@
 """The averaged gradient is that of the global batch: parameters end as those of one plain process (G2, G3)."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, merged, plain_fit, relative_error
-from tests.trainer.modules import Classifier, Manual, Newton, Pairs, Single, Unused
+from tests.trainer.modules import Classifier, Manual, MaskedMean, Newton, Pairs, Single, Unused
 
 EXACT = 1e-12
 """What the order of summation may cost in double precision."""
@@ -40,6 +41,12 @@ RECIPES = {
     ),
     "clipping by value": Recipe(gradient_clip_val=0.01, gradient_clip_algorithm="value"),
     "ignored targets": Recipe(module=partial(Classifier, ignore_index=0)),
+    "empty ranks whose gradients are NaN": Recipe(
+        module=partial(MaskedMean, ignore_index=1), loader=partial(sized, 24), batch_size=2
+    ),
+    "empty ranks whose gradients are NaN, accumulation": Recipe(
+        module=partial(MaskedMean, ignore_index=1), loader=partial(sized, 24), batch_size=2, accumulate_grad_batches=2
+    ),
     "class weights": Recipe(module=partial(Classifier, weight=[0.1, 3.0, 0.7, 1.3])),
     "class weights, ignored targets, accumulation": Recipe(
         module=partial(Classifier, weight=[0.1, 3.0, 0.7, 1.3], ignore_index=2), accumulate_grad_batches=2
@@ -132,7 +139,9 @@ def ddp_fit(recipe: Recipe) -> Any:
     from tests.trainer.fits import make_trainer, parameters_of
 
     module = recipe.module()
-    make_trainer("ddp", torch.distributed.get_world_size(), **recipe.trainer).fit(module, recipe.loader(6))
+    make_trainer("ddp", torch.distributed.get_world_size(), **recipe.trainer).fit(
+        module, recipe.loader(recipe.batch_size)
+    )
     return parameters_of(module)
 
 
@@ -145,6 +154,54 @@ def test_plain_ddp_is_off_where_ranks_count_unequally() -> None:
         relative_error(run_ranks(2, hetero_fit, recipe, {"shares": [1, 1]})[0]["parameters"], plain["parameters"])
         <= EXACT
     )
+
+
+def test_plain_ddp_spreads_the_nan_of_an_empty_rank() -> None:
+    """The failure that masking is for: one rank whose targets are all ignored makes every parameter NaN under DDP."""
+    recipe = Recipe(module=partial(MaskedMean, ignore_index=1), loader=partial(sized, 24), batch_size=1, max_epochs=1)
+    assert bool(torch.isnan(run_ranks(2, ddp_fit, recipe)[0]).all())
+    plain = plain_fit(recipe, 2)
+    for outs in run_ranks(2, hetero_fit, recipe, {}):
+        assert relative_error(outs["parameters"], plain["parameters"]) <= EXACT
+
+
+def hidden_fit(names: list[str]) -> list[dict[str, Any]]:
+    """With counts that only the device knows, as on CUDA; here the device is a CPU that is not asked."""
+    from lightning_hetero.training_step import TrainingSteps
+
+    begun = TrainingSteps.__init__
+
+    def as_on_cuda(self: TrainingSteps, *args: Any) -> None:
+        begun(self, *args)
+        self._on_device = True
+
+    TrainingSteps.__init__ = as_on_cuda
+    return [hetero_fit(HIDDEN[name], {"shares": [2, 1]}) for name in names]
+
+
+HIDDEN = {
+    "empty ranks": Recipe(
+        module=partial(MaskedMean, ignore_index=1), loader=partial(sized, 24), batch_size=2, max_epochs=2
+    ),
+    "empty ranks, accumulation": Recipe(
+        module=partial(MaskedMean, ignore_index=1), loader=partial(sized, 24), batch_size=2, accumulate_grad_batches=2
+    ),
+    "samples": Recipe(loader=partial(sized, 25)),
+    "LBFGS": Recipe(module=Newton, max_epochs=1),
+    "manual": Recipe(module=Manual),
+}
+
+
+def test_counts_that_only_the_device_knows() -> None:
+    """Weights, masks and logged losses stay right when the host never learns the counts."""
+    outs = run_ranks(2, hidden_fit, list(HIDDEN))
+    for number, (name, recipe) in enumerate(HIDDEN.items()):
+        plain = plain_fit(recipe, 2 * recipe.batch_size)
+        for out in outs:
+            assert relative_error(out[number]["parameters"], plain["parameters"]) <= EXACT, name
+    logged = [out[0]["metrics"] for out in outs]
+    assert logged[0]["step"] == pytest.approx(logged[1]["step"])
+    assert not any(math.isnan(value) for values in logged for value in values.values()), logged
 
 
 def test_global_batches_are_the_same_whatever_the_ranks() -> None:

@@ -15,14 +15,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.utils.data import DataLoader
 
 import lightning_hetero
 from lightning_hetero import HeteroStrategy
 from lightning_hetero.collectives import allreduce_mean
 from tests.ranks import run_ranks
-from tests.trainer.fits import Numbers, Regression, make_trainer
+from tests.trainer.fits import Numbers, Regression, make_trainer, parameters_of, relative_error
 
 
 def test_public_names() -> None:
@@ -135,6 +135,41 @@ def with_hook() -> int:
 def test_the_users_communication_hook_runs() -> None:
     """On CPU too, where plain DDP drops it without a word."""
     assert run_ranks(2, with_hook) == [3, 3]
+
+
+def ddp_with_hook() -> int:
+    make_trainer(DDPStrategy(ddp_comm_hook=counted_mean), 2, max_epochs=1).fit(
+        Regression(), DataLoader(Numbers(24), batch_size=4)
+    )
+    return len(CALLS)
+
+
+def test_plain_ddp_drops_the_hook_on_cpu() -> None:
+    """The failure beside it: the hook is never called, and nothing is said."""
+    assert run_ranks(2, ddp_with_hook) == [0, 0]
+
+
+def shuffled() -> DataLoader[Any]:
+    return DataLoader(Numbers(40), batch_size=4, shuffle=True)
+
+
+def resumed(folder: str) -> Any:
+    whole, first, second = Regression(), Regression(), Regression()
+    make_trainer(HeteroStrategy(shares=[3, 1]), 2, max_epochs=3).fit(whole, shuffled())
+    path = f"{folder}/end-of-epoch.ckpt"
+    trainer = make_trainer(HeteroStrategy(shares=[3, 1]), 2, max_epochs=1)
+    trainer.fit(first, shuffled())
+    trainer.save_checkpoint(path)
+    trainer = make_trainer(HeteroStrategy(shares=[1, 1]), 2, max_epochs=3)
+    trainer.fit(second, shuffled(), ckpt_path=path)
+    return relative_error(parameters_of(second), parameters_of(whole)), trainer.global_step
+
+
+def test_a_run_goes_on_from_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """From a checkpoint, with another split, the next epochs are those of a run that was never interrupted."""
+    for error, step in run_ranks(2, resumed, str(tmp_path)):
+        assert error <= 1e-12
+        assert step == 15
 
 
 class Looks(Callback):

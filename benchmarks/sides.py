@@ -353,7 +353,7 @@ class Side:
         while len(heard) < len(self._connections):
             missing = [c for number, c in enumerate(self._connections) if number not in heard]
             for connection in wait(missing):
-                number = self._connections.index(connection)  # type: ignore[arg-type]
+                number = self._connections.index(connection)  # type: ignore[arg-type] # wait() returns what it was given
                 try:
                     kind, value = self._connections[number].recv()
                 except EOFError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from shapely import Polygon, box  # type: ignore[import-untyped]
+from shapely import Polygon, box  # type: ignore[import-untyped] # it has no types
 from torchgeo import samplers
 from torchgeo.datamodules import GeoDataModule
 from torchgeo.datasets import GeoDataset, IntersectionDataset, RasterDataset

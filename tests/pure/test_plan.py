@@ -28,7 +28,7 @@ def test_a_plan_is_frozen_and_says_what_it_adds_up_to():
     plan = Plan(3, (6, 0, 2), (0.1, 0.1, 0.2), "balance")
     assert (plan.global_batch, plan.world_size) == (8, 3)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.first_step = 4  # type: ignore[misc]
+        plan.first_step = 4  # type: ignore[misc] # that is the point
 
 
 def test_checksums_tell_splits_apart_and_nothing_else():

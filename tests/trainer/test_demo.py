@@ -96,12 +96,13 @@ def test_a_short_demo_leaves_all_that_it_promises(start, tmp_path):
     assert wait_until(lambda: not processes_of(process.pid), 10), "processes outlive the demo"
 
 
-def test_ctrl_c_ends_all_processes_at_once(start):
+def test_ctrl_c_ends_all_processes_at_once(start, tmp_path):
     """A terminal sends the signal to all of them; ranks that answered it themselves would hang in an all-reduce."""
-    process = start([*COMMAND])
-    # the command itself, its competitor and two ranks
-    assert wait_until(lambda: len(processes_of(process.pid)) >= 4 or process.poll() is not None, 120)
-    time.sleep(3)  # into the first steps
+    process = start([*COMMAND, "--out", "results"])
+    # the first plan is written when training begins
+    begun = tmp_path / "results" / "hetero" / "plan.jsonl"
+    assert wait_until(lambda: begun.exists() or process.poll() is not None, 120)
+    assert len(processes_of(process.pid)) >= 4, "the command itself, its competitor and two ranks"
     os.killpg(process.pid, signal.SIGINT)
     assert wait_until(lambda: not processes_of(process.pid), 10), processes_of(process.pid)
     output, _ = process.communicate(timeout=10)

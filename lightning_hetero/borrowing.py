@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
@@ -34,7 +34,7 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
         self._metrics = [
-            (metric, {name: copy.deepcopy(getattr(metric, name)) for name in _metric_state(metric)})
+            (metric, {name: _copied(getattr(metric, name)) for name in _metric_state(metric)})
             for metric in module.modules()
             if isinstance(metric, Metric)
         ]
@@ -47,6 +47,17 @@ class ModuleState:
         for metric, state in self._metrics:
             for name, value in state.items():
                 setattr(metric, name, value)
+
+
+def _copied(value: Any) -> Any:
+    """A copy that later changes in place don't reach; tensors may hang in a graph, which can't be deep-copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, list | tuple):
+        return type(value)([_copied(entry) for entry in value])
+    if isinstance(value, dict):
+        return {key: _copied(entry) for key, entry in value.items()}
+    return copy.deepcopy(value)
 
 
 def _metric_state(metric: Metric) -> list[str]:

@@ -5,7 +5,7 @@ TorchGeo's tasks, the number of samples.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -163,7 +163,10 @@ def sample_count(batch: Any) -> int:
     for tensor in _tensors(batch):
         if tensor.ndim:
             return len(tensor)
-    raise TypeError("no tensor with a batch dimension")
+    raise TypeError(
+        f"there is no tensor with a batch dimension in a batch of type {type(batch).__name__}, so its samples can't be "
+        "counted: give the module a loss_count(batch), or HeteroStrategy a loss_count"
+    )
 
 
 def _tensors(batch: Any) -> Iterable[Tensor]:
@@ -175,7 +178,8 @@ def _tensors(batch: Any) -> Iterable[Tensor]:
     elif isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
         for value in batch:
             yield from _tensors(value)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for field in fields(batch):
+            yield from _tensors(getattr(batch, field.name))
     elif hasattr(batch, "__dict__"):
-        for value in vars(batch).values():
-            if isinstance(value, Tensor):
-                yield value
+        yield from (value for value in vars(batch).values() if isinstance(value, Tensor))

@@ -354,6 +354,9 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg") and not tensor.is_floating_point():
+            # Lightning averages the sample counts of logged values as whole numbers, rounded down: 55 on 3 ranks is 18.
+            tensor = tensor.double()
         with self._clock.waiting():
             return super().reduce(tensor, group, reduce_op)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import CatMetric, MeanMetric, MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from tests.ranks import run_ranks
@@ -91,6 +91,43 @@ def test_random_states_differ_without_borrowing() -> None:
     _, states, _ = run_ranks(2, borrowing_fit, 24, [1, 1])[1]
     assert not torch.equal(states[0][5], states[1][5])
     assert not torch.equal(states[0][0][0], states[1][0][0])
+
+
+class Idiomatic(Regression):
+    """Calls a metric on predictions that still hang in the graph, and logs means over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error = MeanSquaredError().double()
+        self.all = CatMetric().double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        prediction = self.net(batch["x"]).squeeze(-1)
+        self.error(prediction, batch["y"])
+        self.all(prediction)
+        self.log("error", self.error, on_step=True, on_epoch=True)
+        self.log("target", batch["y"].mean(), on_step=False, on_epoch=True, sync_dist=True)
+        return F.mse_loss(prediction, batch["y"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_target", batch["y"].mean(), sync_dist=True)
+
+
+def idiomatic_fit() -> tuple[dict[str, float], int]:
+    from lightning_hetero import HeteroStrategy
+
+    module = Idiomatic()
+    trainer = make_trainer(HeteroStrategy(shares=[5, 2, 1]), 3, max_epochs=1)
+    trainer.fit(module, sized(55, 6), sized(25, 6))
+    return {k: float(v) for k, v in trainer.callback_metrics.items()}, len(module.all.value)
+
+
+def test_means_over_uneven_ranks_and_metrics_in_a_graph() -> None:
+    """55 samples on 3 ranks, the last one borrowed by two: means are those of the data, and metrics survive."""
+    outs = run_ranks(3, idiomatic_fit)
+    for logged, _ in outs:
+        assert logged["target"] == pytest.approx(float(Numbers(55).y.mean()))
+        assert logged["val_target"] == pytest.approx(float(Numbers(25).y.mean()))
 
 
 class Logs(Classifier):

@@ -1,6 +1,7 @@
 """What batches count for: the rules, and that they make the gradient of TorchGeo's tasks exact."""
 
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -208,6 +209,20 @@ def test_samples_are_counted_in_any_batch() -> None:
     assert sample_count([torch.zeros(3), torch.zeros(4)]) == 3
     with pytest.raises(TypeError, match="no tensor"):
         sample_count(["a", "b"])
+
+
+@dataclass(slots=True)
+class Outer:
+    """A batch that keeps its tensors one level down."""
+
+    name: str
+    inner: Any
+
+
+def test_samples_are_counted_in_nested_dataclasses() -> None:
+    """With slots or without, and with whatever collections in between."""
+    assert sample_count(Outer("a", {"x": [torch.zeros(7, 2)]})) == 7
+    assert sample_count(Outer("a", Outer("b", torch.zeros(3)))) == 3
 
 
 def warned() -> list[str]:

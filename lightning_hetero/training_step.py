@@ -140,6 +140,7 @@ class TrainingSteps:
         self.mask: Tensor | None = None
         """False on the device when nothing counts of the batch that is being gone backward from; None for no mask."""
         self._window = Window()
+        self._earlier = 0  # micro-batches of this optimizer step that are done
         self._finished: deque[Window] = deque(maxlen=self.REMEMBERED)
 
     @property
@@ -245,7 +246,7 @@ class TrainingSteps:
         if averaged:
             self._watch.enter(self._step)
         empty = self._empty
-        if self._hidden is not None and averaged and not masks_accumulate and not self._window.readings:
+        if self._hidden is not None and averaged and not masks_accumulate and self._earlier == 0:
             self.mask = self._hidden > 0
         elif self._hidden is not None:
             # The bucket holds the gradients of earlier micro-batches too, which a mask would wipe out.
@@ -310,6 +311,7 @@ class TrainingSteps:
         reading = self._clock.stop()
         if global_batch is not None:
             self._window.add(reading, self._share, global_batch)
+        self._earlier = 0 if stepped else self._earlier + 1
         if stepped:
             if self._window.usable():
                 self._finished.append(self._window)

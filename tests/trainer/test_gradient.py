@@ -184,7 +184,7 @@ HIDDEN = {
         module=partial(MaskedMean, ignore_index=1), loader=partial(sized, 24), batch_size=2, max_epochs=2
     ),
     "empty ranks, accumulation": Recipe(
-        module=partial(MaskedMean, ignore_index=1), loader=partial(sized, 24), batch_size=2, accumulate_grad_batches=2
+        module=partial(MaskedMean, ignore_index=1), loader=partial(sized, 24), batch_size=2, accumulate_grad_batches=3
     ),
     "samples": Recipe(loader=partial(sized, 25)),
     "LBFGS": Recipe(module=Newton, max_epochs=1),

@@ -82,6 +82,26 @@ def allocate(
     return _one_by_one(models, total, low, high, granularity)
 
 
+def expected_maximum(means: Sequence[float], deviations: Sequence[float]) -> float:
+    """Mean of the largest of W independent normal variables: how long a step takes whose ranks' times vary.
+
+    The integral over the product of their distribution functions, by the trapezoidal rule; the normal distribution
+    function is approximated by a hyperbolic tangent (E. Page, Applied Statistics 26, 1977), good to 2e-4.
+
+    Args:
+        means: W numbers.
+        deviations: W standard deviations, at least 0.
+
+    """
+    mean = np.asarray(means, dtype=np.float64)
+    deviation = np.maximum(np.asarray(deviations, dtype=np.float64), 1e-9 * np.abs(mean).max())
+    low, high = (mean - 5 * deviation).max(), (mean + 5 * deviation).max()
+    x = np.linspace(low, high, 200)
+    z = (x[:, None] - mean) / deviation  # (200, W)
+    below = (0.5 * (1 + np.tanh(0.7978845608 * z * (1 + 0.044715 * z * z)))).prod(axis=1)
+    return float(high - np.trapezoid(below, x))
+
+
 def proportional(
     global_batch: int, shares: Sequence[float], *, minimum: int | Sequence[int] = 1, granularity: int = 1
 ) -> tuple[int, ...]:

@@ -10,43 +10,47 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from lightning_hetero.allocation import allocate, proportional
+from lightning_hetero.allocation import allocate, expected_maximum, proportional
+from lightning_hetero.history import RankHistory
 from lightning_hetero.step_time import StepTimeModel
 
-_VERSION = 1
+_VERSION = 2
 
-# Measurements that are kept of a rank: this many of a local batch, for this many local batches (last used).
-_KEPT = 25
-_KEPT_LOCAL_BATCHES = 8
+# The first step of a process measures lazy initialisation. It is no measurement, but a rank that needs that many times
+# as long as another is slower all the same: shares go with this power of the speeds it suggests until there are better
+# numbers. Each step of an equal split costs what several of the best one do.
+_HINT = 2.0
+_HINT_POWER = 0.75
 
 # The first split is deliberately left for one beyond the proportional one: shares go with speed to this power. Fixed
 # costs always move the best split in that direction, so the two splits tend to have it between them.
 _BEYOND = 1.4
 
-# A new plan must promise to save this part of the makespan, and so much more that noise is not taken for a gain.
-_HYSTERESIS = 0.03
-_STANDARD_ERRORS = 2.0
+# A new plan must promise to save this part of a step, and so many standard errors of that promise, so that noise is not
+# taken for a gain. The last of many ranks looks slower than it is, by how much the largest of W errors stands out.
+_HYSTERESIS = 0.01
+_STANDARD_ERRORS = 1.2
 
-# At the start and after a drift, that many plans follow each other quickly: on that many steps, and without regard to
-# noise. A plan that turns out less good costs little then, and what it measures makes the next one better.
-_QUICK_PLANS = 2
-_QUICK_STEPS = 2
 
-# That many steps in a row, all off by this factor (or by so many times the noise, if that is more), are a drift.
-_DRIFT_STEPS = 3
-_DRIFT = 1.15
-_DRIFT_SPREADS = 3.0
+def _errors_to_exceed(world_size: int) -> float:
+    return max(_STANDARD_ERRORS, math.sqrt(2 * math.log(world_size)))
 
-# Standard deviations in a median absolute deviation, and in how far a median of many is off: normal distribution.
-_NORMAL = 1.4826
 
-# Local batches within this ratio are too close together to tell a slope from noise. Then this part of the time is
-# taken to be fixed: an error here makes the next plan less good, and its measurements make up for it.
-_NARROW = 4 / 3
-_FIXED = 0.25
+# At the start and after a drift, that many plans follow each other quickly: without regard to noise, for gains from
+# this part on. A plan that turns out less good costs little then, and what it measures makes the next one better.
+_QUICK_PLANS = 4
+_QUICK_GAIN = 0.03
+_SETTLED = 10  # steps of one plan after which nothing is quick any more
+
+# Afterwards, and where there is no hint that anything is wrong, a plan is judged on that many steps at least.
+_STEPS = 5
 
 # Quick plans need a hint that something is wrong at all: on equal devices, two noisy steps are none.
 _UNEQUAL = 0.15
+
+# Splits are looked for with every rank's time longer by so many standard deviations: the more a rank's time varies, the
+# more room it needs, since the last rank decides.
+_ROOM = (0.0, 0.5, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Proposal:
     Attributes:
         local_batches: W samples.
         predicted_seconds: W seconds of own work.
-        reason: "explore" (to tell fixed cost and cost per sample apart), "balance", or "drift" (a rank's speed has
-            changed).
+        reason: "explore" (to tell fixed cost and cost per sample apart), "balance", "drift" (a rank's speed has
+            changed), or "memory" (the current split asks a rank for more than it may take).
 
     """
 
@@ -66,59 +70,16 @@ class Proposal:
     reason: str
 
 
-class _Rank:
-    """What was measured of one rank: seconds of its last steps at each of the last local batches it had."""
-
-    def __init__(self, seconds: Mapping[int, Sequence[float]] | None = None) -> None:
-        self.seconds = {b: list(s) for b, s in (seconds or {}).items()}  # oldest first, local batches by last use
-
-    def observe(self, local_batch: int, seconds: float) -> bool:
-        """Record a step; tells whether it showed the speed of the rank to have changed."""
-        recent = [*self.seconds.pop(local_batch, []), seconds]
-        self.seconds[local_batch] = recent[-_KEPT:]
-        while len(self.seconds) > _KEPT_LOCAL_BATCHES:
-            del self.seconds[next(iter(self.seconds))]
-        return self._follow(local_batch)
-
-    def _follow(self, local_batch: int) -> bool:
-        """Scale what was measured before the speed changed, if it did."""
-        last = self.seconds[local_batch][-_DRIFT_STEPS:]
-        older = {b: s for b, s in self.seconds.items() if b != local_batch}
-        if before := self.seconds[local_batch][:-_DRIFT_STEPS]:
-            older[local_batch] = before
-        known = {b: median(s) for b, s in older.items() if len(s) >= _DRIFT_STEPS}  # one step alone may be an outlier
-        if len(last) < _DRIFT_STEPS or not known:
-            return False
-        # Samples never make a step shorter. So, whatever the curve, these bound the last steps at unchanged speed.
-        most = min((time for b, time in known.items() if b >= local_batch), default=math.inf)
-        least = max((time for b, time in known.items() if b <= local_batch), default=0.0)
-        factor = max(_DRIFT, 1 + _DRIFT_SPREADS * self.spread())
-        if not (min(last) > factor * most or max(last) * factor < least):
-            return False
-        scale = median(last) / _fit(older).seconds(local_batch)
-        self.seconds = {b: [scale * v for v in s] for b, s in older.items() if b != local_batch}
-        self.seconds[local_batch] = last
-        return True
-
-    def model(self) -> StepTimeModel:
-        """The curve through what was measured."""
-        return _fit(self.seconds)
-
-    def spread(self) -> float:
-        """Relative standard deviation of single measurements around the median of their local batch, 0 if unknown."""
-        groups = [(median(s), sorted(s)) for s in self.seconds.values() if len(s) >= _DRIFT_STEPS]
-        # The middle one of an odd number is its median, and tells nothing of the spread.
-        off = [abs(v / m - 1) for m, s in groups for i, v in enumerate(s) if 2 * i + 1 != len(s)]
-        return _NORMAL * median(off) if off else 0.0
-
-
 class Balancer:
     """Decides when to change the plan, and to what.
 
     It starts from any split (an equal one, as a rule), leaves it once for one that tells fixed cost and cost per sample
-    apart, and then solves for the least makespan on models of what was measured, again and again as
+    apart, and then solves for the least expected step time on models of what was measured, again and again as
     measurements around the point of operation refine them, until there is nothing left to gain. From then on a plan
     changes only for a gain that noise does not explain, or because the speed of a rank has changed.
+
+    A step is over when the last rank has done its own work and has communicated: the time of a rank is its own work
+    plus its tail, what it communicates when all others wait for it.
 
     Args:
         world_size: W.
@@ -139,20 +100,24 @@ class Balancer:
         self.global_batch = global_batch
         self.minimum = minimum
         self.granularity = granularity
-        self._ranks = [_Rank() for _ in range(world_size)]
-        self._started = False  # the first step of a process measures lazy initialisation, so this is not saved
+        self._ranks = [RankHistory() for _ in range(world_size)]
+        self._first: tuple[float, ...] | None = None  # seconds of the first step of a process, so this is not saved
+        self._hinted = False
         self._observed: tuple[int, ...] = ()  # the split of the last step
         self._times_observed = 0  # in a row
         self._quick_plans = _QUICK_PLANS
         self._drifted = False
 
-    def observe(self, step: int, local_batches: Sequence[int], seconds: Sequence[float]) -> None:
+    def observe(
+        self, step: int, local_batches: Sequence[int], seconds: Sequence[float], averaging: Sequence[float] = ()
+    ) -> None:
         """Take in a measured step.
 
         Args:
             step: the global step, for the message if something is wrong.
             local_batches: W samples; the split that step ran with, whatever was proposed since.
             seconds: W seconds that each rank's own work took.
+            averaging: W seconds between each rank's last gradient and the averaged ones; 0 or none for unknown.
 
         Raises:
             ValueError: the numbers can't be measurements of a step with this global batch.
@@ -168,55 +133,124 @@ class Balancer:
         for rank, time in enumerate(seconds):
             if not (math.isfinite(time) and time > 0):
                 raise ValueError(f"step {step}: rank {rank} measured {time} seconds, not a positive number")
-        if not self._started:
-            self._started = True
+        if self._first is None:
+            self._first = tuple(seconds)
             return
         drifts = [rank.observe(b, float(t)) for rank, b, t in zip(self._ranks, split, seconds, strict=True)]
         if any(drifts):
             self._drifted, self._quick_plans = True, _QUICK_PLANS
+        if averaging and min(averaging) > 0:
+            last = min(range(self.world_size), key=averaging.__getitem__)
+            self._ranks[last].observe_tail(float(averaging[last]))
         self._times_observed = self._times_observed + 1 if split == self._observed else 1
         self._observed = split
+        if self._times_observed >= _SETTLED:
+            self._quick_plans = 0
 
-    def propose(self, current: tuple[int, ...]) -> Proposal | None:
+    def propose(self, current: tuple[int, ...], maximum: Sequence[int] | None = None) -> Proposal | None:
         """Say what the plan should be.
 
         Args:
             current: W samples; the newest plan that was decided, in force or not.
+            maximum: W samples that each rank can take at the most; None for no limit.
 
         Returns:
             The new plan, or None to keep ``current``: because it is good, or because too little is known of it yet.
 
         """
-        models = self.models()
-        if self.world_size == 1 or models is None or self._observed != tuple(current):
+        if self.world_size == 1:
             return None
-        if self._times_observed < (_QUICK_STEPS if self._quick_plans > 0 else _DRIFT_STEPS):
+        too_much = maximum is not None and any(b > most for b, most in zip(current, maximum, strict=True))
+        if not self._observed:
+            return None if self._first is None or self._hinted else self._hint(current, maximum)
+        pause = self._times_observed % _STEPS == 0  # to look at every step would cost more than it could bring
+        if not too_much and not (self._observed == tuple(current) and (self._quick_plans > 0 or pause)):
             return None
-        now = [model.seconds(b) for model, b in zip(models, current, strict=True)]
         explore = all(len(rank.seconds) == 1 for rank in self._ranks)
-        if explore:
-            speeds = [(b / time) ** _BEYOND for b, time in zip(current, now, strict=True)]
-            split = proportional(self.global_batch, speeds, minimum=self.minimum, granularity=self.granularity)
-        else:
-            # Beyond twice what was measured, a curve is a guess.
-            caps = [max(2 * max(rank.seconds), self.minimum) for rank in self._ranks]
-            caps = [-(-cap // self.granularity) * self.granularity for cap in caps]
-            split = allocate(
-                models, self.global_batch, minimum=self.minimum, maximum=caps, granularity=self.granularity
-            )
-        predicted = tuple(model.seconds(b) for model, b in zip(models, split, strict=True))
-        gain = 1 - max(predicted) / max(now)
-        quick = self._quick_plans > 0 and (not explore or gain > _UNEQUAL)
-        if split == tuple(current) or gain <= (_HYSTERESIS if quick else self._significant()):
+        split = self._beyond(current, maximum) if explore else self._best(maximum)
+        gain = 1 - self._expected(split) / self._expected(current)
+        quick = self._quick_plans > 0 and (gain > _UNEQUAL or not explore)
+        needed = _QUICK_GAIN if quick else self._significant(current, split) if pause else math.inf
+        if split == tuple(current) or (gain <= needed and not too_much):
             return None
-        reason = "drift" if self._drifted else "explore" if explore else "balance"
+        reason = "memory" if too_much else "drift" if self._drifted else "explore" if explore else "balance"
         self._drifted = False
         self._quick_plans = max(self._quick_plans - 1, 0)
-        return Proposal(split, predicted, reason)
+        return Proposal(split, tuple(m.seconds(b) for m, b in zip(self._models(), split, strict=True)), reason)
+
+    def _hint(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> Proposal | None:
+        """A first guess from the first step alone."""
+        assert self._first is not None
+        self._hinted = True
+        rates = [b / seconds for b, seconds in zip(current, self._first, strict=True)]
+        if max(rates) < _HINT * min(rates):
+            return None
+        split = self._shared([rate**_HINT_POWER for rate in rates], maximum)
+        if split == tuple(current):
+            return None
+        return Proposal(split, tuple(b / rate for b, rate in zip(split, rates, strict=True)), "explore")
+
+    def _beyond(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> tuple[int, ...]:
+        models = self._models()
+        rates = [b / model.seconds(b) for model, b in zip(models, current, strict=True)]
+        return self._shared([rate**_BEYOND for rate in rates], maximum)
+
+    def _shared(self, shares: Sequence[float], maximum: Sequence[int] | None) -> tuple[int, ...]:
+        limits = {} if maximum is None else {"maximum": maximum}
+        return proportional(self.global_batch, shares, minimum=self.minimum, granularity=self.granularity, **limits)
+
+    def _best(self, maximum: Sequence[int] | None) -> tuple[int, ...]:
+        """The split with the least expected step time, of those that leave room for noise in several amounts."""
+        # Beyond twice what was measured, a curve is a guess.
+        caps = [max(2 * max(rank.seconds), self.minimum) for rank in self._ranks]
+        caps = [-(-cap // self.granularity) * self.granularity for cap in caps]
+        if maximum is not None:
+            caps = [min(pair) for pair in zip(caps, maximum, strict=True)]
+        found = []
+        for room in _ROOM:
+            models = [
+                model.scaled(1 + room * rank.spread(), plus=tail)
+                for model, rank, tail in zip(self._models(), self._ranks, self.tails(), strict=True)
+            ]
+            found.append(
+                allocate(models, self.global_batch, minimum=self.minimum, maximum=caps, granularity=self.granularity)
+            )
+        return min(dict.fromkeys(found), key=self._expected)
+
+    def _times(self, split: Sequence[int]) -> list[float]:
+        """W seconds of own work and tail."""
+        return [m.seconds(b) + tail for m, b, tail in zip(self._models(), split, self.tails(), strict=True)]
+
+    def _expected(self, split: Sequence[int]) -> float:
+        """Mean seconds of a step, with the noise that each rank has shown."""
+        times = self._times(split)
+        spreads = [rank.spread() for rank in self._ranks]
+        return expected_maximum(times, [time * spread for time, spread in zip(times, spreads, strict=True)])
+
+    def _significant(self, current: Sequence[int], split: Sequence[int]) -> float:
+        """The part of a step that a new plan must promise to save, so that it is not noise."""
+        errors = []
+        for local_batches in (current, split):
+            times = self._times(local_batches)
+            last = max(range(self.world_size), key=times.__getitem__)
+            errors.append(self._ranks[last].uncertainty(local_batches[last]))
+        return max(_HYSTERESIS, _errors_to_exceed(self.world_size) * math.hypot(*errors))
+
+    def _models(self) -> tuple[StepTimeModel, ...]:
+        return tuple(rank.model() for rank in self._ranks)
 
     def models(self) -> tuple[StepTimeModel, ...] | None:
-        """The step-time models as they are now, one a rank; None before the first useful measurement."""
-        return tuple(rank.model() for rank in self._ranks) if self._observed else None
+        """The models of own work as they are now, one a rank; None before the first useful measurement."""
+        return self._models() if self._observed else None
+
+    def tails(self) -> tuple[float, ...]:
+        """W seconds that each rank communicates when all others wait for it; 0 while nothing is known of any.
+
+        A rank that never was the last is taken to be like the others.
+        """
+        known = [rank.tail() for rank in self._ranks]
+        usual = median([tail for tail in known if tail is not None] or [0.0])
+        return tuple(usual if tail is None else tail for tail in known)
 
     def predicted(self, local_batches: Sequence[int]) -> tuple[float, ...] | None:
         """Predict W seconds of own work for a split; None before the first useful measurement.
@@ -236,6 +270,7 @@ class Balancer:
             "world_size": self.world_size,
             "global_batch": self.global_batch,
             "measured": [[[b, list(seconds)] for b, seconds in rank.seconds.items()] for rank in self._ranks],
+            "tails": [list(rank.tails) for rank in self._ranks],
             "observed": list(self._observed),
             "times_observed": self._times_observed,
             "quick_plans": self._quick_plans,
@@ -256,29 +291,18 @@ class Balancer:
                 raise ValueError(f"cannot load a balancer's state of {name} {state.get(name)!r} into one of {value}")
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"a balancer's state has the entries {sorted(self.state_dict())}, got {sorted(state)}")
-        ranks = [_Rank({int(b): [float(v) for v in s] for b, s in measured}) for measured in state["measured"]]
+        ranks = [
+            RankHistory({int(b): [float(v) for v in s] for b, s in measured}, [float(v) for v in tails])
+            for measured, tails in zip(state["measured"], state["tails"], strict=False)
+        ]
         observed = tuple(int(b) for b in state["observed"])
-        if len(ranks) != self.world_size or any(bool(rank.seconds) != bool(observed) for rank in ranks):
+        if not len(ranks) == len(state["measured"]) == len(state["tails"]) == self.world_size or any(
+            bool(rank.seconds) != bool(observed) for rank in ranks
+        ):
             raise ValueError(f"a balancer's state needs measurements of all {self.world_size} ranks, or of none")
         for rank in ranks:
             for b, seconds in rank.seconds.items():
                 StepTimeModel.fit([b] * len(seconds), seconds)  # raises for what cannot have been measured
         self._ranks, self._observed, self._times_observed = ranks, observed, int(state["times_observed"])
         self._quick_plans, self._drifted = int(state["quick_plans"]), bool(state["drifted"])
-        self._started = False
-
-    def _significant(self) -> float:
-        """The part of the makespan that a new plan must promise to save, so that it is not noise."""
-        if self._times_observed < _DRIFT_STEPS:
-            return math.inf
-        spread = max(rank.spread() for rank in self._ranks)
-        return _HYSTERESIS + _STANDARD_ERRORS * spread / math.sqrt(min(self._times_observed, _KEPT))
-
-
-def _fit(measured: dict[int, list[float]]) -> StepTimeModel:
-    """Fit a model to seconds by local batch, the last used last."""
-    if max(measured) >= _NARROW * min(measured):
-        return StepTimeModel.fit([b for b, s in measured.items() for _ in s], [v for s in measured.values() for v in s])
-    last = next(reversed(measured))
-    time = median(v * (_FIXED + (1 - _FIXED) * last / b) for b, s in measured.items() for v in s)
-    return StepTimeModel((0, last), (_FIXED * time, time), (1 - _FIXED) * time / last)
+        self._first = None

@@ -118,7 +118,7 @@ def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch
 
 
 def until_last_bucket(hook: Hook, clock: WorkClock) -> Hook:
-    """Wrap a DDP communication hook so that the clock pauses when the last local gradient is ready.
+    """Wrap a DDP communication hook so that the clock hears when the last local gradient is ready.
 
     DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass.
     """
@@ -126,7 +126,7 @@ def until_last_bucket(hook: Hook, clock: WorkClock) -> Hook:
     def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         future = hook(state, bucket)
         if bucket.is_last():
-            clock.pause()
+            clock.gradients_ready()
         return future
 
     return timed

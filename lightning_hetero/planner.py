@@ -7,6 +7,7 @@ from typing import Literal
 from lightning_hetero.allocation import proportional
 from lightning_hetero.balancer import Balancer
 from lightning_hetero.plan import Plan, Schedule
+from lightning_hetero.step_time import StepTimeModel
 
 Shares = Literal["auto", "equal"] | Sequence[float]
 
@@ -82,33 +83,43 @@ class Planner:
             if isinstance(shares, str) and shares == "auto" and world_size > 1
             else None
         )
-        self._told: dict[int, dict[int, float]] = {}
+        self._told: dict[int, dict[int, tuple[float, float]]] = {}
 
-    def observe(self, steps: Sequence[int], seconds: Sequence[float], drawn: int) -> Plan | None:
+    def observe(
+        self, steps: Sequence[int], seconds: Sequence[float], drawn: int, averaging: Sequence[float] | None = None
+    ) -> Plan | None:
         """Take in what ranks have measured, and decide once a step is known of all of them.
 
         Args:
             steps: W numbers, the step that each rank tells of; -1 for none. Each was a full global batch.
             seconds: W numbers, the rank's own work in that step.
             drawn: the last step that any rank's loaders have handed out.
+            averaging: W numbers, the seconds between its last gradient and the averaged ones; 0 or None for unknown.
 
         Returns:
             The new plan, already in the schedule, or None.
         """
         if self._balancer is None:
             return None
-        for rank, (step, value) in enumerate(zip(steps, seconds, strict=True)):
-            if step >= 0:  # ranks may be some steps behind each other in telling
-                self._told.setdefault(step, {})[rank] = value
+        for rank, told in enumerate(zip(seconds, averaging or [0.0] * self.world_size, strict=True)):
+            if steps[rank] >= 0:  # ranks may be some steps behind each other in telling
+                self._told.setdefault(steps[rank], {})[rank] = told
         complete = [step for step, told in self._told.items() if len(told) == self.world_size]
         for step in complete:
-            told = self._told.pop(step)
-            self._balancer.observe(
-                step, self.schedule.at(step).local_batches, [told[rank] for rank in range(self.world_size)]
-            )
+            known = self._told.pop(step)
+            own, waits = zip(*(known[rank] for rank in range(self.world_size)), strict=True)
+            self._balancer.observe(step, self.schedule.at(step).local_batches, own, waits)
         for step in [step for step in self._told if step < max(steps) - self.PATIENCE]:
             del self._told[step]
         return self._decide(drawn) if complete else None
+
+    def models(self) -> tuple[StepTimeModel, ...] | None:
+        """Each rank's own work by local batch, as far as it is known; None where nothing is learnt."""
+        return self._balancer.models() if self._balancer is not None else None
+
+    def tails(self) -> tuple[float, ...]:
+        """W seconds that each rank communicates when all others wait for it; 0 for unknown."""
+        return self._balancer.tails() if self._balancer is not None else (0.0,) * self.world_size
 
     def _decide(self, drawn: int) -> Plan | None:
         assert self._balancer is not None

@@ -124,3 +124,12 @@ class StepTimeModel:
         time = self.times[i] + self.slopes[i] * (local_batch - self.breakpoints[i])
         # Rounding must not lift the end of a piece above the start of the next.
         return min(time, self.times[i + 1]) if i + 1 < len(self.times) else time
+
+    def scaled(self, factor: float, plus: float = 0.0) -> Self:
+        """The curve of `factor` times these seconds `plus` constant ones.
+
+        Raises:
+            ValueError: the result is no step-time curve.
+
+        """
+        return type(self)(self.breakpoints, tuple(factor * t + plus for t in self.times), factor * self.slope)

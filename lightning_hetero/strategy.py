@@ -24,6 +24,7 @@ from lightning_hetero.batch_norm import smallest_local_batch
 from lightning_hetero.collectives import Exchange, allreduce_mean, masked, until_last_bucket
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
 from lightning_hetero.loaders import Context, Loaders, content_hash
+from lightning_hetero.malloc import keep_freed_memory
 from lightning_hetero.metrics import StepLogging
 from lightning_hetero.monitor import PlanLog, device_name, table
 from lightning_hetero.plan import Plan
@@ -136,6 +137,8 @@ class HeteroStrategy(DDPStrategy):
         super().setup_environment()
         assert self.lightning_module is not None
         if self._exchange is None:
+            if self.root_device.type == "cpu":
+                keep_freed_memory()
             self._clock = clock_of(self.root_device)
             self._exchange = Exchange(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
@@ -331,6 +334,7 @@ class HeteroStrategy(DDPStrategy):
             column(rows, "measured").astype(int).tolist(),
             column(rows, "seconds").tolist(),
             int(column(rows, "drawn").max()),
+            column(rows, "averaging").tolist(),
         )
         if plan is not None:
             self._show(plan, column(rows, "memory").tolist())

@@ -63,10 +63,12 @@ class Reading:
     Args:
         marks: reads the points.
         stretches: pairs of points, in order.
+        averaging: pairs of points too: from the last local gradient to the averaged ones, for each backward pass.
     """
 
     marks: Marks
     stretches: Sequence[tuple[Any, Any]]
+    averaging: Sequence[tuple[Any, Any]] = ()
 
     def known(self) -> bool:
         """Whether the device has come to the end of the step."""
@@ -78,8 +80,19 @@ class Reading:
         Raises:
             RuntimeError: the clock went back.
         """
-        parts = [self.marks.seconds(start, end) for start, end in self.stretches]
-        if min(parts) < 0:
+        return self._sum(self.stretches)
+
+    def averaging_seconds(self) -> float:
+        """Seconds between this rank's last gradient and the averaged ones: it waits for others, and communicates.
+
+        Raises:
+            RuntimeError: the clock went back.
+        """
+        return self._sum(self.averaging)
+
+    def _sum(self, pairs: Sequence[tuple[Any, Any]]) -> float:
+        parts = [self.marks.seconds(start, end) for start, end in pairs]
+        if min(parts, default=0.0) < 0:
             raise RuntimeError(f"the clock went back by {-min(parts)} s during a step")
         return sum(parts)
 
@@ -95,11 +108,14 @@ class WorkClock:
         self._marks = marks
         self._since: Any = None
         self._stretches: list[tuple[Any, Any]] = []
+        self._averaging: list[tuple[Any, Any]] = []
+        self._ready: Any = None
         self._open = False
 
     def start(self) -> None:
         """Begin a step, with data loading; a step that was not finished is forgotten."""
-        self._stretches, self._since, self._open = [], self._marks.mark(), True
+        self._stretches, self._averaging, self._ready = [], [], None
+        self._since, self._open = self._marks.mark(), True
 
     def pause(self) -> None:
         """The rank begins to wait for others."""
@@ -112,13 +128,26 @@ class WorkClock:
         if self._open and self._since is None:
             self._since = self._marks.mark()
 
+    def gradients_ready(self) -> None:
+        """The last local gradient of a backward pass is there: from now on the rank waits, or communicates."""
+        self.pause()
+        if self._open:
+            self._ready = self._stretches[-1][1]
+
+    def backward_over(self) -> None:
+        """The backward pass has ended, with averaged gradients where they were to be averaged."""
+        self.resume()
+        if self._ready is not None:
+            self._averaging.append((self._ready, self._since))
+            self._ready = None
+
     def stop(self) -> Reading | None:
         """The step is over; None where none was begun."""
         if not self._open:
             return None
         self.pause()
         self._open = False
-        return Reading(self._marks, self._stretches)
+        return Reading(self._marks, self._stretches, self._averaging)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -74,9 +74,13 @@ class Window:
         """Whether the device has come to its end."""
         return self.readings[-1].known()
 
-    def measured(self) -> tuple[int, float]:
-        """The window's last step and the mean seconds of one of its micro-batches."""
-        return self.shares[-1].step, sum(reading.seconds() for reading in self.readings) / len(self.readings)
+    def measured(self) -> dict[str, float]:
+        """The window's last step, and a micro-batch's mean seconds of own work and of averaging, for the message."""
+        return {
+            "measured": self.shares[-1].step,
+            "seconds": sum(reading.seconds() for reading in self.readings) / len(self.readings),
+            "averaging": sum(reading.averaging_seconds() for reading in self.readings) / len(self.readings),
+        }
 
 
 class Logging(Protocol):
@@ -184,17 +188,16 @@ class TrainingSteps:
         self._empty = known == 0
         if self._on_device:
             self._add_up_on_device(count)
-        measured, seconds = -1, 0.0
+        news: dict[str, float] = {}
         if self._finished and self._finished[0].known():
-            measured, seconds = self._finished.popleft().measured()
+            news = self._finished.popleft().measured()
         message = Message(
             kind=TRAINS,
             step=step,
             count=known,
             checksum=self._share.checksum if self._share is not None else 0,
             drawn=drawn,
-            measured=measured,
-            seconds=seconds,
+            **news,
             memory=peak_memory(self._device),
             content=content,
             stop=stop,
@@ -262,7 +265,7 @@ class TrainingSteps:
         finally:
             self.mask = None
             self._watch.leave()
-            self._clock.resume()
+            self._clock.backward_over()
 
     def global_loss(self, closure: Callable[[], Any], reduce: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
         """A closure that returns the loss of the global batch, for optimizers that decide by it (LBFGS).

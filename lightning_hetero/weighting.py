@@ -24,6 +24,7 @@ class Message:
         drawn: the last step that its loaders have handed out.
         measured: the step that `seconds` belongs to; -1 for none.
         seconds: its own work in that step.
+        averaging: seconds between its last gradient and the averaged ones in that step.
         memory: most bytes that the rank has held so far.
         content: a hash of the data of the first batches, where the user shards; 0 otherwise.
         stop: 1 when the rank has been asked to stop.
@@ -36,6 +37,7 @@ class Message:
     drawn: float = -1.0
     measured: float = -1.0
     seconds: float = 0.0
+    averaging: float = 0.0
     memory: float = 0.0
     content: float = 0.0
     stop: float = 0.0

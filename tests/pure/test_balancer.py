@@ -50,7 +50,7 @@ def best_makespan(curves: Sequence[Curve], global_batch: int) -> float:
 
 @dataclass
 class Run:
-    """Simulated training: a step's measurements are known one step later, and a new plan starts one step after that."""
+    """Simulated training: a step's measurements are known during the next one, and a new plan starts after that."""
 
     curves: list[Curve]
     global_batch: int
@@ -83,7 +83,7 @@ class Run:
             if len(self.late) > 1:
                 self.balancer.observe(*self.late.pop(0))
                 if (proposal := self.balancer.propose(self.plans[-1][1])) is not None:
-                    self.plans.append((step + 2, proposal.local_batches))
+                    self.plans.append((step + 1, proposal.local_batches))
                     self.changes.append((step, proposal))
         return self
 
@@ -101,7 +101,7 @@ def test_the_measured_pair_of_ranks_is_balanced_within_ten_steps_and_then_left_a
     corrections = []
     for seed in range(12):
         run = Run([measured(RANK_0), measured(RANK_1)], 64, noise, seed).steps(310)
-        assert run.makespans[10] <= 1.05 * BEST_MEASURED
+        assert run.makespans[10] <= 1.055 * BEST_MEASURED  # 62/2, the best one's neighbour, is 1.0502
         assert np.mean(run.makespans[10:]) <= 1.05 * BEST_MEASURED
         corrections.append(sum(step >= 10 for step, _ in run.changes))
     assert max(corrections) <= 2
@@ -178,23 +178,41 @@ def test_the_first_step_of_a_process_is_not_a_measurement() -> None:
     assert resumed.predicted((4, 4)) == pytest.approx((1.0, 2.0))
 
 
-def test_two_useful_steps_give_a_first_proposal_and_it_is_not_repeated_while_the_old_plan_still_runs() -> None:
+def test_the_first_step_is_a_hint_where_ranks_are_very_unequal() -> None:
+    """It is no measurement, but each further step of an equal split would cost more than the hint can do harm."""
+    balancer = Balancer(2, 64)
+    assert balancer.propose((32, 32)) is None
+    balancer.observe(0, (32, 32), [0.5, 3.0])
+    hint = balancer.propose((32, 32))
+    assert hint is not None
+    assert hint.reason == "explore"
+    assert 48 <= hint.local_batches[0] <= 51, "more careful than in proportion: 55/9"
+    assert balancer.models() is None, "nothing of it is kept as a measurement"
+    assert balancer.propose(hint.local_batches) is None, "given once"
+
+
+def test_the_first_step_says_nothing_where_ranks_are_nearly_equal() -> None:
+    """Lazy initialisation alone makes one rank look somewhat slower than another."""
+    balancer = Balancer(2, 64)
+    balancer.observe(0, (32, 32), [0.5, 0.95])
+    assert balancer.propose((32, 32)) is None
+
+
+def test_a_useful_step_gives_a_proposal_and_it_is_not_repeated_while_the_old_plan_still_runs() -> None:
     """Loaders prefetch, so steps under the old plan go on for a while; they are recorded, and decide nothing."""
     balancer = Balancer(2, 64)
-    for step in range(2):
-        balancer.observe(step, (32, 32), [0.25, 1.0])
-        assert balancer.propose((32, 32)) is None
-    balancer.observe(2, (32, 32), [0.25, 1.0])
+    balancer.observe(0, (32, 32), [1.0, 1.0])
+    assert balancer.propose((32, 32)) is None
+    balancer.observe(1, (32, 32), [0.25, 1.0])
     proposal = balancer.propose((32, 32))
     assert proposal is not None
     assert proposal.reason == "explore"
     assert sum(proposal.local_batches) == 64
-    assert 51 <= proposal.local_batches[0] <= 58  # beyond the proportional 51/13
-    for step in range(3, 9):
+    assert 52 <= proposal.local_batches[0] <= 58  # beyond the proportional 51/13
+    for step in range(2, 9):
         balancer.observe(step, (32, 32), [0.25, 1.0])
         assert balancer.propose(proposal.local_batches) is None
-    for step in range(9, 11):
-        balancer.observe(step, proposal.local_batches, [0.4, 0.6])
+    balancer.observe(9, proposal.local_batches, [0.4, 0.6])
     again = balancer.propose(proposal.local_batches)
     assert again is not None
     assert again.reason == "balance"
@@ -296,7 +314,7 @@ def test_what_cannot_have_been_measured_raises_with_the_numbers(local_batches: t
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"version": 2}, "version 2 into one of 1"),
+        ({"version": 1}, "version 1 into one of 2"),
         ({"world_size": 3}, "world_size 3 into one of 2"),
         ({"global_batch": 16}, "global_batch 16 into one of 8"),
         ({"colour": "red"}, "entries"),

@@ -38,10 +38,10 @@ _ASSUMED_SPREAD = 0.03
 _NARROW = 4 / 3
 _FIXED = 0.25
 
-# Fewer measurements of a local batch than this (DRIFT_STEPS) may be disturbed ones. They are left out where they are
-# off by more than this from what better known local batches say, and so much more for each e-fold of distance.
-_CREDIBLE = 0.15
-_CREDIBLE_AFAR = 0.5
+# Fewer measurements of a local batch than DRIFT_STEPS may be disturbed ones. They are left out where they are off by this
+# part from what better known local batches nearby (within the ratio) say; further away, those say too little.
+_CREDIBLE = 0.2
+_NEARBY = 3 / 2
 
 # How far off, in parts, a curve may be for each e-fold of distance from what was measured: between two measured local
 # batches, and beyond all of them. Little, so that what is not known yet gets tried when it promises much.
@@ -160,8 +160,8 @@ def fit(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:
     model = _through(solid)
 
     def credible(b: int, seconds: Sequence[float]) -> bool:
-        afar = min(abs(math.log(b / known)) for known in solid)
-        return abs(median(seconds) / model.seconds(b) - 1) <= _CREDIBLE + _CREDIBLE_AFAR * afar
+        nearby = any(max(b, known) <= _NEARBY * min(b, known) for known in solid)
+        return not nearby or abs(median(seconds) / model.seconds(b) - 1) <= _CREDIBLE
 
     return _through({b: s for b, s in measured.items() if b in solid or credible(b, s)})
 

@@ -1,9 +1,12 @@
 """What must be equal on all ranks at the start; what differs is listed, instead of hanging later."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
+from zlib import crc32
 
+import torch
 from torch import nn
 
 from lightning_hetero.collectives import Exchange
@@ -18,6 +21,18 @@ def facts(module: nn.Module, precision: str) -> dict[str, Any]:
         "module": type(module).__name__,
         **{f"shape of {name}": tuple(parameter.shape) for name, parameter in module.named_parameters()},
     }
+
+
+def job(module: nn.Module, precision: str) -> dict[str, Any]:
+    """What has to be the same for another run's step times to hold, beside the devices and the global batch."""
+    shapes = repr([(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()])
+    return {"module": type(module).__name__, "parameters": crc32(shapes.encode()), "precision": precision}
+
+
+def machine(device: torch.device) -> list[Any]:
+    """What tells a rank's device from others."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return [platform.node(), name, torch.get_num_threads()]
 
 
 def differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -14,7 +14,8 @@ from lightning_hetero.allocation import allocate, expected_maximum, proportional
 from lightning_hetero.history import RankHistory
 from lightning_hetero.step_time import StepTimeModel
 
-_VERSION = 2
+STATE_VERSION = 2
+"""Of `Balancer.state_dict()`: a state of another version can't be loaded."""
 
 # The first step of a process measures lazy initialisation. It is no measurement, but a rank that needs that many times
 # as long as another is slower all the same: shares go with this power of the speeds it suggests until there are better
@@ -48,6 +49,9 @@ _STEPS = 5
 # Quick plans need a hint that something is wrong at all: on equal devices, two noisy steps are none.
 _UNEQUAL = 0.15
 
+# Measurements of a local batch that are taken over from an earlier run.
+_REMEMBERED = 5
+
 # Splits are looked for with every rank's time longer by so many standard deviations: the more a rank's time varies, the
 # more room it needs, since the last rank decides.
 _ROOM = (0.0, 0.5, 1.0, 1.5)
@@ -61,7 +65,8 @@ class Proposal:
         local_batches: W samples.
         predicted_seconds: W seconds of own work.
         reason: "explore" (to tell fixed cost and cost per sample apart), "balance", "drift" (a rank's speed has
-            changed), or "memory" (the current split asks a rank for more than it may take).
+            changed), "memory" (the current split asks a rank for more than it may take), or "profile" (an earlier run
+            knew).
 
     """
 
@@ -178,6 +183,24 @@ class Balancer:
         self._quick_plans = max(self._quick_plans - 1, 0)
         return Proposal(split, tuple(m.seconds(b) for m, b in zip(self._models(), split, strict=True)), reason)
 
+    def start_from(self, state: Mapping[str, Any]) -> Proposal:
+        """Begin with what an earlier run of the same job has measured, and say what the first plan should be.
+
+        Of each local batch the last few measurements are kept: enough for the curve, and soon outweighed by new ones.
+
+        Raises:
+            ValueError: see `load_state_dict`, or the earlier run has measured nothing.
+
+        """
+        self.load_state_dict(state)
+        if not self._observed:
+            raise ValueError("an earlier run that has measured nothing is nothing to start from")
+        for rank in self._ranks:
+            rank.seconds = {b: seconds[-_REMEMBERED:] for b, seconds in rank.seconds.items()}
+        self._times_observed, self._quick_plans, self._drifted, self._hinted = 0, _QUICK_PLANS, False, True
+        split = self._best(None)
+        return Proposal(split, tuple(m.seconds(b) for m, b in zip(self._models(), split, strict=True)), "profile")
+
     def _hint(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> Proposal | None:
         """A first guess from the first step alone."""
         assert self._first is not None
@@ -266,7 +289,7 @@ class Balancer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later process needs to go on from here, as plain numbers, strings, lists and dicts."""
         return {
-            "version": _VERSION,
+            "version": STATE_VERSION,
             "world_size": self.world_size,
             "global_batch": self.global_batch,
             "measured": [[[b, list(seconds)] for b, seconds in rank.seconds.items()] for rank in self._ranks],
@@ -285,24 +308,27 @@ class Balancer:
                 is damaged. Nothing is changed then.
 
         """
-        expected = {"version": _VERSION, "world_size": self.world_size, "global_batch": self.global_batch}
+        expected = {"version": STATE_VERSION, "world_size": self.world_size, "global_batch": self.global_batch}
         for name, value in expected.items():
             if state.get(name) != value:
                 raise ValueError(f"cannot load a balancer's state of {name} {state.get(name)!r} into one of {value}")
         if state.keys() != self.state_dict().keys():
             raise ValueError(f"a balancer's state has the entries {sorted(self.state_dict())}, got {sorted(state)}")
-        ranks = [
-            RankHistory({int(b): [float(v) for v in s] for b, s in measured}, [float(v) for v in tails])
-            for measured, tails in zip(state["measured"], state["tails"], strict=False)
-        ]
-        observed = tuple(int(b) for b in state["observed"])
-        if not len(ranks) == len(state["measured"]) == len(state["tails"]) == self.world_size or any(
-            bool(rank.seconds) != bool(observed) for rank in ranks
-        ):
+        try:
+            ranks = [
+                RankHistory({int(b): [float(v) for v in s] for b, s in measured}, [float(v) for v in tails])
+                for measured, tails in zip(state["measured"], state["tails"], strict=False)
+            ]
+            observed = tuple(int(b) for b in state["observed"])
+            counters = int(state["times_observed"]), int(state["quick_plans"]), bool(state["drifted"])
+        except TypeError as error:
+            raise ValueError(f"a balancer's state is damaged: {error}") from None
+        complete = len(state["measured"]) == len(state["tails"]) == self.world_size
+        if not complete or any(bool(rank.seconds) != bool(observed) for rank in ranks):
             raise ValueError(f"a balancer's state needs measurements of all {self.world_size} ranks, or of none")
         for rank in ranks:
             for b, seconds in rank.seconds.items():
                 StepTimeModel.fit([b] * len(seconds), seconds)  # raises for what cannot have been measured
-        self._ranks, self._observed, self._times_observed = ranks, observed, int(state["times_observed"])
-        self._quick_plans, self._drifted = int(state["quick_plans"]), bool(state["drifted"])
+        self._ranks, self._observed = ranks, observed
+        self._times_observed, self._quick_plans, self._drifted = counters
         self._first = None

@@ -6,7 +6,7 @@ rows say where each of them stands, instead of in a gradient bucket that waits f
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +104,23 @@ class Exchange:
         dist.broadcast_object_list(values, src=0, group=self._group)
         result: T = values[0]
         return result
+
+    def from_rank_zero(self, call: Callable[[], T]) -> T:
+        """What `call` returns on rank 0, on all ranks; it runs there only.
+
+        Raises:
+            ValueError: what it raised there.
+        """
+        outcome: tuple[T | None, str] = (None, "")
+        if self.rank == 0:
+            try:
+                outcome = (call(), "")
+            except ValueError as error:
+                outcome = (None, str(error))
+        result, problem = self.broadcast(outcome)
+        if problem:
+            raise ValueError(problem)
+        return cast("T", result)
 
 
 def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -38,8 +38,8 @@ _ASSUMED_SPREAD = 0.03
 _NARROW = 4 / 3
 _FIXED = 0.25
 
-# Fewer measurements of a local batch than DRIFT_STEPS may be disturbed ones. They are left out where they are off by this
-# part from what better known local batches nearby (within the ratio) say; further away, those say too little.
+# Fewer measurements of a local batch than DRIFT_STEPS may be disturbed ones. They are left out where they are off by
+# this part from what better known local batches nearby (within the ratio) say; further away, those say too little.
 _CREDIBLE = 0.2
 _NEARBY = 3 / 2
 

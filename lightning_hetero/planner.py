@@ -1,30 +1,44 @@
 """From the user's `shares` and the ranks' measurements to the schedule of plans; pure, the same on every rank."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning_hetero.allocation import proportional
 from lightning_hetero.balancer import Balancer
 from lightning_hetero.plan import Plan, Schedule
 from lightning_hetero.step_time import StepTimeModel
 
-Shares = Literal["auto", "equal"] | Sequence[float]
+Shares = str | Sequence[float]
+"""What a user may say of the shares; see `check_shares`."""
+
+
+def profile_path(shares: Shares) -> str | None:
+    """The profile that `shares` names, to begin from; None where it names none."""
+    return shares if isinstance(shares, str) and shares.endswith(".json") else None
+
+
+def learns(shares: Shares) -> bool:
+    """Whether the shares are to be learnt."""
+    return shares == "auto" or profile_path(shares) is not None
 
 
 def check_shares(shares: Shares, world_size: int | None = None) -> None:
     """See that `shares` can be used.
 
     Args:
-        shares: "auto", "equal", or one number a rank.
+        shares: "auto", "equal", one number a rank, or the path of a profile to begin from.
         world_size: W, once it is known.
 
     Raises:
         ValueError: they can't, in one sentence.
     """
     if isinstance(shares, str):
-        if shares not in ("auto", "equal"):
-            raise ValueError(f"shares={shares!r} is unknown: use 'auto', 'equal', or one number a rank such as [4, 1]")
+        if shares != "equal" and not learns(shares):
+            raise ValueError(
+                f"shares={shares!r} is unknown: use 'auto', 'equal', one number a rank such as [4, 1], or the path of a"
+                " profile.json"
+            )
         return
     try:
         values = [float(share) for share in shares]
@@ -53,16 +67,24 @@ class Planner:
         global_batch: samples of a step over all ranks.
         minimum: the least that a rank can compute with; less where the global batch does not give each as much.
         granularity: local batches are multiples of it.
+        known: what an earlier run of the same job has learnt, see `state_dict`; the first plan follows from it.
 
     Raises:
-        ValueError: the global batch can't be split so.
+        ValueError: the global batch can't be split so, or what is known is damaged.
     """
 
     PATIENCE = 64
     """Steps after which a measurement that not all ranks have is given up."""
 
     def __init__(
-        self, shares: Shares, world_size: int, global_batch: int, *, minimum: int = 1, granularity: int = 1
+        self,
+        shares: Shares,
+        world_size: int,
+        global_batch: int,
+        *,
+        minimum: int = 1,
+        granularity: int = 1,
+        known: Mapping[str, Any] | None = None,
     ) -> None:
         check_shares(shares, world_size)
         if global_batch < world_size:
@@ -77,12 +99,16 @@ class Planner:
         least = -(-self.minimum // granularity) * granularity
         fixed = [1.0] * world_size if isinstance(shares, str) else [float(share) for share in shares]
         local_batches = proportional(global_batch, fixed, minimum=least, granularity=granularity)
-        self.schedule = Schedule(Plan(0, local_batches, reason="equal" if isinstance(shares, str) else "shares"))
+        first = Plan(0, local_batches, reason="equal" if isinstance(shares, str) else "shares")
         self._balancer = (
             Balancer(world_size, global_batch, minimum=least, granularity=granularity)
-            if isinstance(shares, str) and shares == "auto" and world_size > 1
+            if learns(shares) and world_size > 1
             else None
         )
+        if self._balancer is not None and known is not None:
+            proposal = self._balancer.start_from(known)
+            first = Plan(0, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
+        self.schedule = Schedule(first)
         self._told: dict[int, dict[int, tuple[float, float]]] = {}
 
     def observe(
@@ -120,6 +146,10 @@ class Planner:
     def tails(self) -> tuple[float, ...]:
         """W seconds that each rank communicates when all others wait for it; 0 for unknown."""
         return self._balancer.tails() if self._balancer is not None else (0.0,) * self.world_size
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was learnt, for a later run of the same job; None where nothing was."""
+        return self._balancer.state_dict() if self._balancer is not None and self._balancer.models() else None
 
     def _decide(self, drawn: int) -> Plan | None:
         assert self._balancer is not None

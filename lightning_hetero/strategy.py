@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_hetero import agreement, failures, loss_count
+from lightning_hetero import agreement, failures, loss_count, profiles
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
+from lightning_hetero.balancer import STATE_VERSION
 from lightning_hetero.batch_norm import smallest_local_batch
 from lightning_hetero.collectives import Exchange, allreduce_mean, masked, until_last_bucket
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
@@ -28,7 +29,7 @@ from lightning_hetero.malloc import keep_freed_memory
 from lightning_hetero.metrics import StepLogging
 from lightning_hetero.monitor import PlanLog, device_name, table
 from lightning_hetero.plan import Plan
-from lightning_hetero.planner import Planner, Shares
+from lightning_hetero.planner import Planner, Shares, learns, profile_path
 from lightning_hetero.sampler import Position
 from lightning_hetero.timing import HostMarks, WorkClock, clock_of
 from lightning_hetero.training_step import SameData, TrainingSteps
@@ -42,8 +43,9 @@ class HeteroStrategy(DDPStrategy):
     global batch k depends neither on the number of devices nor on their speeds.
 
     Args:
-        shares: ``"auto"`` learns how much each device can do; ``"equal"`` splits as plain DDP does; one number a rank,
-            such as ``[4, 1]``, is a fixed proportion.
+        shares: ``"auto"`` learns how much each device can do, and begins with what an earlier run of the same job in
+            the run's folder has learnt; the path of a ``profile.json`` begins with that one; ``"equal"`` splits as
+            plain DDP does; one number a rank, such as ``[4, 1]``, is a fixed proportion.
         global_batch: samples in a step over all ranks; None means the loader's ``batch_size`` times the number of
             ranks, what DDP would use. With several training loaders it holds for each of them.
         loss_count: from the module and a batch, as ``training_step`` gets it, to the number that the loss is a mean
@@ -89,6 +91,7 @@ class HeteroStrategy(DDPStrategy):
         self._plan_log: PlanLog | None = None
         self._devices: list[str] = []
         self._launched = False
+        self._facts: dict[str, Any] = {}  # what has to be equal for a profile to hold
 
     @property
     def plan(self) -> Plan:
@@ -181,8 +184,29 @@ class HeteroStrategy(DDPStrategy):
                 global_batch,
                 minimum=smallest_local_batch(self.lightning_module),
                 granularity=self._granularity,
+                known=self._known(global_batch) if learns(self._shares) else None,
             )
         return self._planner
+
+    def _known(self, global_batch: int) -> dict[str, Any] | None:
+        """What an earlier run of this job has learnt; all ranks get what rank 0 finds."""
+        assert self._exchange is not None
+        assert self.lightning_module is not None
+        devices = self._exchange.gather(agreement.machine(self.root_device))
+        precision = self.lightning_module.trainer.precision
+        facts = agreement.job(self.lightning_module, precision) | {"global batch": global_batch, "devices": devices}
+        facts["version"] = STATE_VERSION
+        self._facts = facts
+        folder, given = self._folder(), profile_path(self._shares)
+        return self._exchange.from_rank_zero(
+            lambda: profiles.read(given, facts) if given else profiles.find(folder, facts)
+        )
+
+    def _folder(self) -> str:
+        """The run's folder; asks all ranks."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        return trainer.log_dir or trainer.default_root_dir
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
@@ -210,11 +234,17 @@ class HeteroStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        assert self.lightning_module is not None
-        folder = self.lightning_module.trainer.log_dir  # asks all ranks
+        folder = self._folder()
         if self._planner is not None and self.is_global_zero:
-            self._plan_log = PlanLog(folder or self.lightning_module.trainer.default_root_dir)
+            self._plan_log = PlanLog(folder)
             self._show(self._planner.schedule.newest)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        folder = self._folder()
+        if self.is_global_zero and self._planner is not None and (state := self._planner.state_dict()) is not None:
+            profiles.write(folder, self._facts, state)
 
     @override
     def teardown(self) -> None:

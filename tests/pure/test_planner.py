@@ -19,7 +19,7 @@ def one_sentence(error) -> str:
 @pytest.mark.parametrize(
     ("shares", "sentence"),
     [
-        ("fair", "shares='fair' is unknown: use 'auto', 'equal', or one number a rank such as [4, 1]"),
+        ("fair", "shares='fair' is unknown: use 'auto', 'equal', one number a rank such as [4, 1], or the path"),
         (3, "shares=3 has to be 'auto', 'equal', or one number a rank"),
         (None, "shares=None has to be 'auto', 'equal', or one number a rank"),
         (["a", "b"], "one number a rank such as [4, 1]"),

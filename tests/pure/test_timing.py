@@ -92,3 +92,34 @@ def test_a_clock_that_goes_back_is_an_error() -> None:
     stretches: Any = [(2.0, 1.0)]
     with pytest.raises(RuntimeError, match=r"went back by 1\.0 s"):
         Reading(Device(), stretches).seconds()
+
+
+def test_averaging_is_told_apart_from_own_work() -> None:
+    """From the last gradient to the averaged ones a rank waits or communicates; all backward passes count."""
+    device = Device()
+    clock = WorkClock(device)
+    clock.gradients_ready()  # outside a step
+    clock.backward_over()
+    clock.start()
+    for _ in range(2):
+        device.time += 3
+        clock.gradients_ready()
+        device.time += 0.5
+        clock.backward_over()
+        device.time += 1
+    reading = clock.stop()
+    assert reading is not None
+    assert reading.seconds() == 8
+    assert reading.averaging_seconds() == 1
+
+
+def test_a_backward_pass_without_averaging_has_none() -> None:
+    device = Device()
+    clock = WorkClock(device)
+    clock.start()
+    device.time += 2
+    clock.backward_over()
+    device.time += 2
+    reading = clock.stop()
+    assert reading is not None
+    assert (reading.seconds(), reading.averaging_seconds()) == (4, 0)

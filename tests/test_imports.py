@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_hetero"
 
-PURE = ("plan", "step_time", "allocation", "balancer", "planner", "weighting")
+PURE = ("malloc", "plan", "step_time", "allocation", "balancer", "planner", "weighting")
 TORCH = ("stream", "sampler", "timing", "loss_count", "batch_norm", "borrowing", "limits")
 DISTRIBUTED = ("collectives", "agreement", "failures", "training_step")
 LIGHTNING = ("attachment", "loaders", "metrics", "checkpoint", "monitor", "strategy", "accelerator")

@@ -11,6 +11,8 @@ Split = tuple[int, ...]
 TOLERANCE = 0.05
 """A split is as good as the best when its step takes at most this part longer."""
 
+_LAST = 10  # steps that tell of a rank's own work: its quota may have been another before
+
 
 def parse_split(text: str) -> Split:
     """A split as people write it: 60/4.
@@ -109,9 +111,9 @@ def steps_of(first: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def own_work(steps: Sequence[Mapping[str, Any]], split: Split) -> list[float]:
-    """The median of each rank's own work in the steps of a split; [] where nothing is known."""
+    """The median of each rank's own work in the last steps of a split; [] where nothing is known."""
     known = [step["own"] for step in steps if "own" in step and tuple(step["split"]) == split]
-    return [median(column) for column in zip(*known, strict=True)]
+    return [median(column) for column in zip(*known[-_LAST:], strict=True)]
 
 
 def plans_within(plans: Sequence[tuple[int, Split]], first: int, end: int) -> list[tuple[int, Split]]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from command_line import parser_of
 from figures import show_split
+from plot_speed import MODELS
 
 Report = Mapping[str, Any]
 
-_NAMES = {"resnet18": "ResNet-18", "unet": "U-Net", "fcn": "FCN"}
 QUESTIONS = ("speed", "settling", "drift", "tax", "allocation")
 """The reports of one start with its name."""
 
@@ -41,7 +41,7 @@ def _order(report: Report) -> tuple[Any, ...]:
     configuration = report["configuration"]
     quotas = configuration.get("quotas", [])
     slowest_first = [-quota for quota in quotas]
-    model = list(_NAMES).index(configuration["model"]) if "model" in configuration else -1
+    model = list(MODELS).index(configuration["model"]) if "model" in configuration else -1
     sizes = configuration.get("size", 0), len(quotas), slowest_first, configuration.get("global_batch", 0)
     return (model, *sizes, allocator_of(report))
 
@@ -57,7 +57,7 @@ def name_of(report: Report) -> str:
     if "model" not in configuration:
         return f"{configuration['ranks']} ranks"
     quotas = "/".join(map(str, configuration["quotas"]))
-    words = f"{_NAMES[configuration['model']]}, {configuration['size']} px, {quotas}, B {configuration['global_batch']}"
+    words = f"{MODELS[configuration['model']]}, {configuration['size']} px, {quotas}, B {configuration['global_batch']}"
     return words + (", allocator as it is" if allocator_of(report) == "default" else "")
 
 
@@ -100,8 +100,8 @@ def _settling(report: Report) -> str:
     ratio = report["ratio_to_fixed"]
     steps = report["configuration"]["steps"]
     settled = ", ".join("not to the end" if step is None else f"{step}" for step in report["settled_after_steps"])
-    text = f"first {steps} steps, exploration included, at {_times(ratio['first_step_counted'])} of the best fixed split's "
-    text += f"speed ({_times(ratio['first_step_left_out'])} without the very first step, "
+    text = f"first {steps} steps, exploration included, at {_times(ratio['first_step_counted'])} of the best fixed "
+    text += f"split's speed ({_times(ratio['first_step_left_out'])} without the very first step, "
     text += f"{_times(ratio['fresh_fixed_run'])} of a fresh run of that split); within 5% of it from step {settled}"
     if (more := report["plan_changes_while_steady"]) is not None:
         text += f"; {more} changes of plan in {report['configuration']['steady']} more steps"
@@ -113,12 +113,8 @@ def _drift(report: Report) -> str:
     texts = []
     for before, state in zip([first, *later], later, strict=False):
         settled = state["steps_until_settled"]
-        when = (
-            "not within 5% of the best fixed split"
-            if settled is None
-            else f"within 5% of the best fixed split after {settled} steps"
-        )
-        texts.append(f"slow rank from {before['quota']}% to {state['quota']}%: {when}")
+        when = "not within" if settled is None else f"after {settled} steps within"
+        texts.append(f"slow rank from {before['quota']}% to {state['quota']}%: {when} 5% of the best fixed split")
     return "; ".join(texts)
 
 

@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_common(parser)
     add = parser.add_argument
-    add("--rounds", type=int, default=7, help="how often each side has its turn")
+    add("--rounds", type=int, default=6, help="how often each side has its turn")
     add(
         "--choosing",
         type=int,
@@ -147,7 +147,7 @@ class Comparison:
         measured = {split: figures.middle(rounds) for split, rounds in self._rounds.items() if isinstance(split, tuple)}
         times = self._search.seconds | measured
         plans = figures.changes([(step["step"], step["split"]) for step in self._hetero.steps])
-        # Of the sum of the solo rates: the part of the fast device's comes from within rounds, the others' from before.
+        # What all devices would do together if nothing were lost, in units of the fast one; that one is in every round.
         devices = sum(self._solo[0] / seconds for seconds in self._solo)
         return {
             "sides": {

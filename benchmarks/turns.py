@@ -3,7 +3,7 @@
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
@@ -133,11 +133,12 @@ def judge(
         search.look_at(split)
     hopeful = [split for split in dict.fromkeys(more) if not search.hopeless(split)]
     times = stage.contest(fixed, list(dict.fromkeys([*search.finalists(finalists), *hopeful])), rounds, steps)
-    seconds: Mapping[Split, float] = {split: middle(at) for split, at in times.items()}
+    seconds = {split: middle(at) for split, at in times.items()}
     best = best_of(times)
     # What was only searched is as old as the search: scale it to the best split's time now.
     scale = seconds[best] / search.seconds[best]
-    return best, {split: time * scale for split, time in search.seconds.items()} | dict(seconds)
+    searched = {split: max(time * scale, seconds[best]) for split, time in search.seconds.items()}
+    return best, searched | seconds
 
 
 @contextmanager

@@ -37,12 +37,12 @@ def read(folder: Path) -> dict[str, list[Report]]:
 
 
 def _order(report: Report) -> tuple[Any, ...]:
-    """Models, sizes, the number of ranks, the most unequal last, and small batches first."""
+    """Models, sizes, the number of ranks, the most unequal quotas last, and small batches first."""
     configuration = report["configuration"]
     quotas = configuration.get("quotas", [])
-    slowest_first = [-quota for quota in quotas]
+    mildest_first = [-quota for quota in quotas]
     model = list(MODELS).index(configuration["model"]) if "model" in configuration else -1
-    sizes = configuration.get("size", 0), len(quotas), slowest_first, configuration.get("global_batch", 0)
+    sizes = configuration.get("size", 0), len(quotas), mildest_first, configuration.get("global_batch", 0)
     return (model, *sizes, allocator_of(report))
 
 

@@ -99,6 +99,7 @@ def test_the_overview_has_a_line_for_each_report(tmp_path):
         "speed-b": a_report(quotas=[100, 50, 25]),
         "speed-a": a_report(global_batch=256),
         "speed-c": a_report(),
+        "speed-d": a_report(quotas=[100, 50]),
         "settling-a": a_report(steps=200, steady=300)
         | {
             "ratio_to_fixed": dict.fromkeys(("first_step_counted", "first_step_left_out", "fresh_fixed_run"), one),
@@ -116,6 +117,7 @@ def test_the_overview_has_a_line_for_each_report(tmp_path):
     lines = overview.overview(found).splitlines()
     speed = [line for line in lines if line.startswith("| ResNet-18")]
     assert [line.split(" | ")[0] for line in speed] == [
+        "| ResNet-18, 64 px, 100/50, B 64",
         "| ResNet-18, 64 px, 100/25, B 64, allocator as it is",
         "| ResNet-18, 64 px, 100/25, B 256",
         "| ResNet-18, 64 px, 100/50/25, B 64",

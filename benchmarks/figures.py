@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
-
-from lightning_hetero.allocation import proportional
+from typing import Any
 
 Split = tuple[int, ...]
+"""Local batches of all ranks."""
 
-_POWERS = (0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
-"""Shares go with the solo rates to these powers; fixed costs put the best split beyond the proportional one."""
+TOLERANCE = 0.05
+"""A split is as good as the best when its step takes at most this part longer."""
+
+_LAST = 10  # steps that tell of a rank's own work: its quota may have been another before
 
 
 def parse_split(text: str) -> Split:
@@ -30,13 +32,13 @@ def show_split(split: Sequence[int]) -> str:
 
 
 def steady(seconds: Sequence[float], warm_up: int) -> list[float]:
-    """A segment's step times without the first ones.
+    """A turn's step times without the first ones.
 
     Raises:
         ValueError: nothing would be left.
     """
     if warm_up < 1:
-        raise ValueError("the first step of a segment also measures how long the side was asleep")
+        raise ValueError("the first step of a turn also measures how long the side was asleep")
     if len(seconds) <= warm_up:
         raise ValueError(f"{len(seconds)} steps leave nothing after a warm-up of {warm_up}")
     return list(seconds[warm_up:])
@@ -50,30 +52,36 @@ def middle(rounds: Sequence[Sequence[float]]) -> float:
 def gain(slow: Sequence[Sequence[float]], fast: Sequence[Sequence[float]]) -> dict[str, float]:
     """How many times faster `fast` is: the ratio within each round, so that both saw the same disturbances.
 
+    Args:
+        slow: step times of each round.
+        fast: step times of each round; where a side took part in the later rounds only, both are cut to those.
+
     Returns:
         the median over the rounds, and the least and the greatest.
     """
-    ratios = [median(a) / median(b) for a, b in zip(slow, fast, strict=True)]
-    return {"median": median(ratios), "least": min(ratios), "greatest": max(ratios)}
+    last = min(len(slow), len(fast))
+    ratios = [median(a) / median(b) for a, b in zip(slow[-last:], fast[-last:], strict=True)]
+    return spread(ratios)
 
 
-def grid(rates: Sequence[float], global_batch: int, minimum: int) -> list[Split]:
-    """Splits from equal to far beyond the one in proportion to `rates` (samples/s of each rank alone)."""
-    splits = [proportional(global_batch, [rate**power for rate in rates], minimum=minimum) for power in _POWERS]
-    return sorted(dict.fromkeys(splits))
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median, the least and the greatest."""
+    return {"median": median(values), "least": min(values), "greatest": max(values)}
 
 
-def neighbours(split: Split, samples: int, minimum: int) -> list[Split]:
-    """The splits that come from moving `samples` from one rank to another."""
-    found = []
-    for giver in range(len(split)):
-        for taker in range(len(split)):
-            if giver != taker and split[giver] - samples >= minimum:
-                moved = list(split)
-                moved[giver] -= samples
-                moved[taker] += samples
-                found.append(tuple(moved))
-    return found
+def scaled(values: Mapping[str, float], factor: float) -> dict[str, float]:
+    """All of a spread times a number above 0."""
+    return {name: value * factor for name, value in values.items()}
+
+
+def best_of(rounds: Mapping[Split, Sequence[Sequence[float]]]) -> Split:
+    """The split whose step takes least, by the median of its ratios to the mean of all splits in the same round.
+
+    Choose by rounds that are not reported: the least of several noisy times is too good.
+    """
+    means = [sum(map(median, at)) / len(at) for at in zip(*rounds.values(), strict=True)]
+    ratios = {s: median(median(t) / mean for t, mean in zip(times, means, strict=True)) for s, times in rounds.items()}
+    return min(ratios, key=ratios.__getitem__)
 
 
 def between(times: Mapping[Split, float], split: Split) -> float | None:
@@ -89,6 +97,31 @@ def between(times: Mapping[Split, float], split: Split) -> float | None:
     return None
 
 
+def steps_of(first: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A turn step by step: number, seconds, and the split where there is one.
+
+    Args:
+        first: how many steps the side had trained before.
+        result: see `Side.train`.
+    """
+    steps = [{"step": first + i, "seconds": seconds} for i, seconds in enumerate(result["seconds"])]
+    for step, split in zip(steps, result["splits"], strict=False):
+        step["split"] = split
+    return steps
+
+
+def own_work(steps: Sequence[Mapping[str, Any]], split: Split) -> list[float]:
+    """The median of each rank's own work in the last steps of a split; [] where nothing is known."""
+    known = [step["own"] for step in steps if "own" in step and tuple(step["split"]) == split]
+    return [median(column) for column in zip(*known[-_LAST:], strict=True)]
+
+
+def plans_within(plans: Sequence[tuple[int, Split]], first: int, end: int) -> list[tuple[int, Split]]:
+    """What `changes` would say of the steps from `first` to before `end` alone."""
+    before = [split for step, split in plans if step <= first]
+    return [(first, before[-1]), *((step, split) for step, split in plans if first < step < end)]
+
+
 def changes(splits: Sequence[tuple[int, Split]]) -> list[tuple[int, Split]]:
     """The steps at which the split changed, the first step included, from (step, split) of every step."""
     kept: list[tuple[int, Split]] = []
@@ -98,7 +131,9 @@ def changes(splits: Sequence[tuple[int, Split]]) -> list[tuple[int, Split]]:
     return kept
 
 
-def settled(plans: Sequence[tuple[int, Split]], times: Mapping[Split, float], tolerance: float = 0.05) -> int | None:
+def settled(
+    plans: Sequence[tuple[int, Split]], times: Mapping[Split, float], tolerance: float = TOLERANCE
+) -> int | None:
     """The step from which on every split is within `tolerance` of the best one's time; None if the last is not.
 
     Args:
@@ -115,3 +150,21 @@ def settled(plans: Sequence[tuple[int, Split]], times: Mapping[Split, float], to
         elif first is None:
             first = step
     return first
+
+
+def whole_run(turns: Sequence[Sequence[float]], fixed: Sequence[Sequence[float]], *, first_step: bool) -> float:
+    """The part of the best fixed split's speed that a run reached from its first step on, exploration included.
+
+    What the fixed split would have taken for as many steps, at its median of the turn beside each turn of the run, over
+    what the run took.
+
+    Args:
+        turns: step times of all turns of the run, nothing left out.
+        fixed: step times of the fixed split in the turn beside each, without warm-up.
+        first_step: whether the run's first step counts, which also initialises the process.
+    """
+    skipped = 0 if first_step else 1
+    counted = [list(turn) for turn in turns]
+    counted[0] = counted[0][skipped:]
+    ideal = sum(len(turn) * median(times) for turn, times in zip(counted, fixed, strict=True))
+    return ideal / sum(map(sum, counted))

@@ -14,8 +14,8 @@ _NAMES = {
     "best": "best fixed split\nby search",
     "hetero": "hetero\nlearnt by itself",
 }
-_MODELS = {"resnet18": "ResNet-18", "unet": "U-Net"}
-_QUIET, _OURS, _TEXT, _FAINT = "#b8c0cc", "#d1495b", "#222222", "#667080"
+MODELS = {"resnet18": "ResNet-18", "unet": "U-Net", "fcn": "FCN"}
+QUIET, OURS, TEXT, FAINT = "#b8c0cc", "#d1495b", "#222222", "#667080"
 
 
 def draw(path: Path) -> Path:
@@ -26,7 +26,7 @@ def draw(path: Path) -> Path:
     report = json.loads(path.read_text())
     configuration = report["configuration"]
     batch = configuration["global_batch"]
-    with mpl.rc_context({"font.size": 10, "font.family": "sans-serif", "text.color": _TEXT}):
+    with mpl.rc_context({"font.size": 10, "font.family": "sans-serif", "text.color": TEXT}):
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes = figure.subplots()
         top = 0.0
@@ -35,30 +35,31 @@ def draw(path: Path) -> Path:
             rate = batch / side["seconds"]
             rounds = [batch / seconds for seconds in side["rounds"]]
             below, above = max(0.0, rate - min(rounds)), max(0.0, max(rounds) - rate)
-            axes.bar(place, rate, width=0.68, color=_OURS if name == "hetero" else _QUIET)
-            axes.errorbar(place, rate, yerr=[[below], [above]], color=_TEXT, linewidth=0.9, capsize=2.5)
-            _label(axes, place, rate + above, f"{rate:.0f}", side["split"], "white" if name == "hetero" else _TEXT)
+            axes.bar(place, rate, width=0.68, color=OURS if name == "hetero" else QUIET)
+            axes.errorbar(place, rate, yerr=[[below], [above]], color=TEXT, linewidth=0.9, capsize=2.5)
+            _label(axes, place, rate + above, f"{rate:.0f}", side["split"], "white" if name == "hetero" else TEXT)
             top = max(top, rate + above)
         axes.set_ylim(0, top * 1.22)
         axes.set_xlim(-0.5, len(_NAMES) - 0.5)
         axes.set_xticks(range(len(_NAMES)), list(_NAMES.values()))
-        axes.tick_params(length=0, labelcolor=_TEXT)
+        axes.tick_params(length=0, labelcolor=TEXT)
         axes.set_ylabel("images per second")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.yaxis.grid(visible=True, color="#e6e9ee", linewidth=0.8)
         axes.set_axisbelow(True)
         gain = report["gains"]["hetero/ddp"]["median"]
-        quotas = " and ".join(f"{quota}%" for quota in configuration["quotas"])
+        *first, last = configuration["quotas"]
+        quotas = f"{', '.join(f'{quota}%' for quota in first)} and {last}%"
         axes.set_title(f"{gain:.1f} times plain DDP on unequal devices", loc="left", weight="bold", size=13, pad=22)
         axes.annotate(
-            f"{_MODELS[configuration['model']]}, {configuration['size']}×{configuration['size']} pixels, "
+            f"{MODELS[configuration['model']]}, {configuration['size']}×{configuration['size']} pixels, "
             f"global batch {batch}, CPU ranks at {quotas} of a core",
             (0, 1),
             (0, 7),
             xycoords="axes fraction",
             textcoords="offset points",
             size=9.5,
-            color=_FAINT,
+            color=FAINT,
         )
         picture = path.with_suffix(".png")
         figure.savefig(picture, dpi=160, facecolor="white")

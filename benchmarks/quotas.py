@@ -97,7 +97,6 @@ class Hierarchy:
         Raises:
             OSError: it can't be made.
         """
-        microseconds = PERIOD * quota // 100
         if self.version == 2:
             (self.root / "cgroup.subtree_control").write_text("+cpu")
         folder = self.root / name
@@ -105,13 +104,23 @@ class Hierarchy:
         try:
             if self.version == 1:
                 (folder / "cpu.cfs_period_us").write_text(str(PERIOD))
-                (folder / "cpu.cfs_quota_us").write_text(str(microseconds))
-            else:
-                (folder / "cpu.max").write_text(f"{microseconds} {PERIOD}")
-        except OSError:
+            self.limit(folder, quota)
+        except BaseException:
             self.remove(folder)
             raise
         return folder
+
+    def limit(self, folder: Path, quota: int) -> None:
+        """Give a group another part of a core; what runs in it notices from the next period on.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        microseconds = PERIOD * quota // 100
+        if self.version == 1:
+            (folder / "cpu.cfs_quota_us").write_text(str(microseconds))
+        else:
+            (folder / "cpu.max").write_text(f"{microseconds} {PERIOD}")
 
     def remove(self, folder: Path) -> None:
         """Take a group away; whatever still runs in it goes back to the root group."""
@@ -156,11 +165,11 @@ class Quotas:
     """
 
     def __init__(self, quotas: Sequence[int], cores: Sequence[int], hierarchy: Hierarchy | None) -> None:
-        self._quotas = quotas
+        self._quotas = list(quotas)
         self._cores = cores
         self._hierarchy = hierarchy
         self._groups: dict[int, Path] = {}
-        self._competitors: list[BaseProcess] = []
+        self._competitors: dict[int, list[BaseProcess]] = {}
         self.taken: dict[int, float] = {}
         """For each core, the part of it that competing processes take on purpose."""
         self.means = "no rank is limited"
@@ -178,6 +187,9 @@ class Quotas:
             self._close()
             self._start_competitors(limited)
             self.means = f"competing processes on the same core, because control groups can't be used: {error}"
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(
@@ -189,6 +201,23 @@ class Quotas:
         """Hold a process to the quota of a rank."""
         if rank in self._groups:
             (self._groups[rank] / "cgroup.procs").write_text(str(pid))
+
+    def change(self, rank: int, quota: int) -> None:
+        """Hold a rank, which was limited from the start, to another quota from now on.
+
+        Raises:
+            ValueError: it was not limited.
+        """
+        if rank in self._groups:
+            assert self._hierarchy is not None
+            self._hierarchy.limit(self._groups[rank], quota)
+        elif rank in self._competitors:
+            self._end_competitors(rank)
+        else:
+            raise ValueError(f"rank {rank} has a whole core from the start, so its quota can't change")
+        self._quotas[rank] = quota
+        if rank not in self._groups:
+            self._start_competitors([rank])
 
     def _make_groups(self, ranks: Sequence[int]) -> None:
         if self._hierarchy is None:
@@ -202,16 +231,20 @@ class Quotas:
         context = multiprocessing.get_context("spawn")
         for rank in ranks:
             self.taken[self._cores[rank]] = 1 - self._quotas[rank] / 100
+            self._competitors[rank] = []
             for _ in range(max(1, round(100 / self._quotas[rank]) - 1)):
                 process = context.Process(target=_compete, args=(self._cores[rank],), daemon=True)
                 process.start()
-                self._competitors.append(process)
+                self._competitors[rank].append(process)
 
-    def _close(self) -> None:
-        for process in self._competitors:
+    def _end_competitors(self, rank: int) -> None:
+        for process in self._competitors.pop(rank):
             process.kill()
             process.join()
-        self._competitors.clear()
+
+    def _close(self) -> None:
+        for rank in list(self._competitors):
+            self._end_competitors(rank)
         for folder in self._groups.values():
             assert self._hierarchy is not None
             self._hierarchy.remove(folder)

@@ -4,17 +4,17 @@ Each side is a set of processes of its own, one a rank, made anew from nothing b
 no state. All of a rank's sides are pinned to the same core and held to the same quota; only one side runs at a time.
 """
 
-import itertools
 import logging
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,85 +24,19 @@ from typing import Any, Self
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from figures import Split
+from figures import Split, steps_of
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.callbacks import Callback
 from quotas import Quotas, idle_seconds
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from tasks import Classifier, Images, Task
+from torch.utils.data import DataLoader
 
-from lightning_hetero import HeteroStrategy
+from lightning_hetero import HeteroStrategy, malloc
 from lightning_hetero.plan import Plan
 from lightning_hetero.weighting import Rows, column
 
-CLASSES = 10
-_STORED = 512  # different images; more would only cost memory
-_STEPS = 4000  # that an epoch is long: no side comes to the end of one
 _TIMEOUT = timedelta(hours=1)
-
-
-def _resnet18() -> Any:
-    from torchvision.models import resnet18
-
-    return resnet18(num_classes=CLASSES)
-
-
-def _unet() -> Any:
-    from segmentation_models_pytorch import Unet
-
-    return Unet("resnet18", encoder_weights=None, classes=CLASSES)
-
-
-MODELS = {"resnet18": _resnet18, "unet": _unet}
-"""Classification of images, and of their pixels."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained.
-
-    Attributes:
-        model: a key of `MODELS`.
-        size: pixels of an image's side.
-        global_batch: samples of a step over all ranks.
-    """
-
-    model: str
-    size: int
-    global_batch: int
-
-
-class Images(Dataset[tuple[Tensor, Tensor]]):
-    """Synthetic images in memory, with a class for each image or for each of its pixels."""
-
-    def __init__(self, task: Task) -> None:
-        generator = torch.Generator().manual_seed(5)
-        self._length = _STEPS * task.global_batch
-        self._images = torch.randn(_STORED, 3, task.size, task.size, generator=generator)
-        shape = (_STORED, task.size, task.size) if task.model == "unet" else (_STORED,)
-        self._labels = torch.randint(CLASSES, shape, generator=generator)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._images[index % _STORED], self._labels[index % _STORED]
-
-
-class Classifier(pl.LightningModule):
-    """Cross-entropy and SGD with momentum."""
-
-    def __init__(self, model: str) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.net = MODELS[model]()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        images, labels = batch
-        return nn.functional.cross_entropy(self.net(images), labels)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+_LIBRARIES = {"resnet18": "torchvision.models", "unet": "segmentation_models_pytorch", "fcn": "torchgeo.models"}
 
 
 class Joined(ClusterEnvironment):
@@ -149,6 +83,7 @@ class Observed(HeteroStrategy):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._notes: list[dict[str, Any]] = []
+        self._splits_told = 0
 
     def _hear(self, step: int, rows: Rows) -> None:
         assert self._planner is not None
@@ -159,17 +94,20 @@ class Observed(HeteroStrategy):
         if len(measured) > 1 or measured == {-1}:
             return
         (told,) = measured
-        note = {"step": told, "split": schedule.at(told).local_batches, "own": column(rows, "seconds").tolist()}
+        note = {"step": told, "own": column(rows, "seconds").tolist()}
         new = schedule.newest
         if new is not before:
             note["then"] = {"split": new.local_batches, "from": new.first_step, "reason": new.reason}
             note["then"]["predicted"] = new.predicted_seconds
         self._notes.append(note)
 
-    def told(self) -> list[dict[str, Any]]:
-        """What was written down since it was last asked for."""
+    def told(self) -> dict[str, Any]:
+        """What was written down since it was last asked for, and the split of each step since then."""
+        assert self._planner is not None
         notes, self._notes = self._notes, []
-        return notes
+        steps = range(self._splits_told, self._batches)
+        self._splits_told = self._batches
+        return {"observed": notes, "splits": [self._planner.schedule.at(step).local_batches for step in steps]}
 
 
 class Pace(Callback):
@@ -183,6 +121,7 @@ class Pace(Callback):
         self._connection = connection
         self._seconds: list[float] = []
         self._steps = 0
+        self._mark: int | None = None
         self._last = 0.0
         self._cpu = 0.0
 
@@ -194,10 +133,14 @@ class Pace(Callback):
         now = time.perf_counter()
         self._seconds.append(now - self._last)
         self._last = now
+        if len(self._seconds) == self._mark:
+            self._connection.send(("mark", None))  # nobody waits
         if len(self._seconds) == self._steps:
-            cpu = time.process_time() - self._cpu
-            observed = trainer.strategy.told() if isinstance(trainer.strategy, Observed) else []
-            self._connection.send(("done", {"seconds": self._seconds, "observed": observed, "cpu": cpu}))
+            answer = {"seconds": self._seconds, "observed": [], "splits": []}
+            answer |= {"cpu": time.process_time() - self._cpu, "peak": _peak_memory()}
+            if isinstance(trainer.strategy, Observed):
+                answer |= trainer.strategy.told()
+            self._connection.send(("done", answer))
             self._seconds = []
             self._sleep(trainer)
 
@@ -207,7 +150,7 @@ class Pace(Callback):
             if command == "split":
                 self._change(trainer.strategy, argument)
             elif command == "train":
-                self._steps = argument
+                self._steps, self._mark = argument
                 self._cpu, self._last = time.process_time(), time.perf_counter()
                 return
 
@@ -216,6 +159,29 @@ class Pace(Callback):
         planner = strategy._planner
         first = max(strategy._loaders.drawn() + 1, planner.schedule.newest.first_step)
         planner.schedule.append(Plan(first, split, reason="shares"))
+
+
+def _peak_memory() -> int:
+    """Most bytes that this process has had in main memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def set_allocator(allocator: str) -> bool:
+    """Make the allocator of this process the same for whatever strategy runs in it.
+
+    Args:
+        allocator: "kept" tells it to keep freed memory; "default" also keeps the strategy from doing that.
+
+    Returns:
+        whether freed memory is kept.
+    """
+    if allocator == "kept":
+        return malloc.keep_freed_memory()
+    told = malloc.keep_freed_memory
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "lightning_hetero" and getattr(module, "keep_freed_memory", None) is told:
+            module.keep_freed_memory = lambda: False  # type: ignore[attr-defined] # for whoever imported it by name too
+    return False
 
 
 def _trainer(strategy: Any, devices: int, connection: Connection) -> pl.Trainer:
@@ -234,12 +200,12 @@ def _trainer(strategy: Any, devices: int, connection: Connection) -> pl.Trainer:
     )
 
 
-def _train(side: str, world_size: int, task: Task, connection: Connection) -> None:
-    if side == "ddp":
+def _train(kind: str, world_size: int, task: Task, connection: Connection) -> None:
+    if kind == "ddp":
         strategy: Any = "ddp"
-    elif side == "hetero":
+    elif kind == "hetero":
         strategy = Observed(global_batch=task.global_batch)
-    elif side == "fixed":
+    elif kind == "fixed":
         strategy = Observed(shares="equal", global_batch=task.global_batch)
     else:
         strategy = "auto"
@@ -248,10 +214,13 @@ def _train(side: str, world_size: int, task: Task, connection: Connection) -> No
 
 
 def _rank(
-    side: str, rank: int, world_size: int, core: int, task: Task, folder: str, connection: Connection
+    kind: str, rank: int, world_size: int, core: int, task: Task, allocator: str, folder: str, connection: Connection
 ) -> None:  # in a process of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that compares hears it, and ends all others
     os.sched_setaffinity(0, {core})
+    if not set_allocator(allocator) and allocator == "kept":
+        connection.send(("error", "this C library's allocator can't be told to keep memory: use --allocator default"))
+        os._exit(0)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -261,7 +230,7 @@ def _rank(
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
             meeting = (Path(folder) / "meeting").as_uri()
             dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-        _train(side, world_size, task, connection)
+        _train(kind, world_size, task, connection)
     except (EOFError, BrokenPipeError):
         pass  # the process that compares is gone
     except BaseException:  # noqa: BLE001 - whatever it was, it is shown there
@@ -273,38 +242,46 @@ class Side:
     """One side of a comparison, asleep until it is told to train.
 
     Args:
-        name: "ddp", "hetero", "fixed" (hetero under a fixed split) or "alone".
+        kind: "ddp", "hetero", "fixed" (hetero under a fixed split) or "alone".
         ranks: of the whole machine, that take part.
         cores: of all ranks of the machine.
         task: what is trained.
         quotas: to hold the ranks to.
+        allocator: see `set_allocator`.
     """
 
-    _numbers = itertools.count()
-
-    def __init__(self, name: str, ranks: Sequence[int], cores: Sequence[int], task: Task, quotas: Quotas) -> None:
-        self.name = name
+    def __init__(
+        self, kind: str, ranks: Sequence[int], cores: Sequence[int], task: Task, quotas: Quotas, allocator: str
+    ) -> None:
+        self.kind = kind
+        self.steps: list[dict[str, Any]] = []
+        """All steps that it has trained: see `steps_of`; with each rank's `own` work, known one step later, and `then`,
+        the plan that was made of that."""
+        self.peaks: list[int] = []
+        """The most memory in bytes that each rank has had, as of the last turn."""
         self._cores = [cores[rank] for rank in ranks]
         self._watched = set(cores)
         self._quotas = quotas
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark")
         self._connections: list[Connection] = []
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["sides", "torchvision.models"])
-        self._processes = []
-        for number, core in enumerate(self._cores):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_rank, args=(name, number, len(ranks), core, task, self._folder.name, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
-        self._hear("ready")
-        for rank, process in zip(ranks, self._processes, strict=True):
-            assert process.pid is not None
-            quotas.join(rank, process.pid)
+        context.set_forkserver_preload(["sides", _LIBRARIES[task.model]])
+        self._processes: list[Any] = []
+        try:
+            for number, core in enumerate(self._cores):
+                ours, theirs = context.Pipe()
+                rank = (kind, number, len(ranks), core, task, allocator, self._folder.name, theirs)
+                process = context.Process(target=_rank, args=rank, daemon=True)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._connections.append(ours)
+            self._hear("ready")
+            for rank, process in zip(ranks, self._processes, strict=True):
+                quotas.join(rank, process.pid)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -314,24 +291,32 @@ class Side:
     ) -> None:
         self.close()
 
-    def train(self, steps: int, split: Split | None = None) -> dict[str, Any]:
+    def train(
+        self,
+        steps: int,
+        split: Split | None = None,
+        *,
+        mark: int | None = None,
+        on_mark: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
         """Train some steps.
 
         Args:
             steps: how many.
             split: of a "fixed" side, from the first of these steps on.
+            mark: after so many of these steps `on_mark` is called, while training goes on.
+            on_mark: see there.
 
         Returns:
             seconds: each step's, as its first rank saw it.
-            observed: what the strategy made of it, step by step; nothing for plain Lightning.
             foreign: the part of a core's time that went to processes that are not of the comparison, on the worst core.
         """
         idle, began = idle_seconds(), time.perf_counter()
-        for connection in self._connections:
+        for number, connection in enumerate(self._connections):
             if split is not None:
                 connection.send(("split", split))
-            connection.send(("train", steps))
-        answers = self._hear("done")
+            connection.send(("train", (steps, mark if number == 0 else None)))
+        answers = self._hear("done", on_mark)
         elapsed = time.perf_counter() - began
         # Idle cores of the comparison too: neighbours share caches, memory and often a physical core.
         foreign = {
@@ -340,10 +325,13 @@ class Side:
         for core, answer in zip(self._cores, answers, strict=True):
             foreign[core] -= answer["cpu"]
         parts = [seconds / elapsed - self._quotas.taken.get(core, 0.0) for core, seconds in foreign.items()]
-        result: dict[str, Any] = answers[0]
-        return result | {"foreign": max(0.0, *parts)}
+        self.steps += steps_of(len(self.steps), answers[0])
+        for note in answers[0]["observed"]:
+            self.steps[note["step"]] |= note
+        self.peaks = [answer["peak"] for answer in answers]
+        return {"seconds": answers[0]["seconds"], "foreign": max(0.0, *parts)}
 
-    def _hear(self, expected: str) -> list[Any]:
+    def _hear(self, expected: str, on_mark: Callable[[], None] | None = None) -> list[Any]:
         """What all ranks have to say.
 
         Raises:
@@ -358,8 +346,11 @@ class Side:
                     kind, value = self._connections[number].recv()
                 except EOFError:
                     kind, value = "error", "it ended without a word"
+                if kind == "mark" and on_mark is not None:
+                    on_mark()
+                    continue
                 if kind != expected:
-                    raise RuntimeError(f"rank {number} of {self.name} failed:\n{value}")
+                    raise RuntimeError(f"rank {number} of {self.kind} failed:\n{value}")
                 heard[number] = value
         return [heard[number] for number in sorted(heard)]
 

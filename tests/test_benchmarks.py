@@ -1,10 +1,11 @@
-"""What benchmarks work out by themselves: arguments, statistics, and control groups that are always cleaned up."""
+"""What benchmarks do beside measuring: arguments, reports, and control groups that are always cleaned up."""
 
 import errno
 import importlib
-import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +29,11 @@ def test_the_defaults_are_the_headline_comparison():
     options = load("speed").parse([])
     assert (options.quotas, options.global_batch, options.model, options.size) == ([100, 25], 64, "resnet18", 64)
     assert options.splits is None
-    assert load("speed").name_of(options) == "speed-resnet18-64px-100-25-b64"
+    assert options.allocator == "kept"
+    name_of = load("command_line").name_of
+    assert name_of("speed", options) == "speed-resnet18-64px-100-25-b64"
+    options.allocator = "default"
+    assert name_of("speed", options) == "speed-resnet18-64px-100-25-b64-allocator-default"
 
 
 def test_splits_are_read_as_they_are_written():
@@ -47,6 +52,7 @@ def test_splits_are_read_as_they_are_written():
         ["--splits", "64/0"],
         ["--warm-up", "0"],
         ["--rounds", "0"],
+        ["--rounds", "2", "--choosing", "2"],
     ],
 )
 def test_what_cannot_be_compared_is_refused(arguments, capsys):
@@ -56,51 +62,55 @@ def test_what_cannot_be_compared_is_refused(arguments, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-# ---- statistics ----
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("settling", ["--split", "60/5"]),
+        ("settling", ["--steps", "30", "--turn", "25"]),
+        ("settling", ["--turn", "2", "--warm-up", "2"]),
+        ("drift", ["--quotas", "100,100"]),
+        ("drift", ["--changes", "60,5"]),
+        ("tax", ["--global-batch", "63"]),
+        ("allocation", ["--samples", "1"]),
+    ],
+)
+def test_other_scripts_refuse_what_they_cannot_measure(script, arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load(script).parse(arguments)
+    assert caught.value.code == 2
+    assert "error:" in capsys.readouterr().err
 
 
-def test_the_first_steps_of_a_turn_do_not_count():
-    assert load("figures").steady([9.0, 5.0, 1.0, 2.0], 2) == [1.0, 2.0]
-    with pytest.raises(ValueError, match="leave nothing"):
-        load("figures").steady([9.0, 5.0], 2)
+def test_three_ranks_can_be_compared():
+    options = load("speed").parse(["--quotas", "100,50,25", "--global-batch", "96", "--splits", "64/22/10"])
+    assert options.splits == [(64, 22, 10)]
 
 
-def test_a_gain_is_taken_within_rounds():
-    """A machine that is half as fast in one round halves both sides; a ratio of overall medians would see a gain."""
-    gain = load("figures").gain([[2.0], [4.0], [2.0]], [[1.0], [2.0], [1.0]])
-    assert gain == {"median": 2.0, "least": 2.0, "greatest": 2.0}
+def test_help_comes_without_torch():
+    """Processes import torch where they train; nobody waits for it to read a command line."""
+    scripts = "speed, settling, drift, tax, allocation, overview, plot_speed, plot_drift, plot_overview"
+    probe = f"import sys, {scripts}; print([name for name in ('torch', 'lightning_hetero') if name in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, cwd=BENCHMARKS)
+    assert output.stdout == "[]\n"
 
 
-def test_the_grid_goes_from_equal_to_beyond_proportional():
-    splits = load("figures").grid([160.0, 40.0], 64, 2)
-    assert splits[0] == (32, 32)
-    assert (51, 13) in splits
-    assert splits[-1][1] == 2
-    assert all(sum(split) == 64 for split in splits)
+def test_the_scripts_offer_the_models_that_can_be_trained():
+    assert set(load("command_line").MODELS) == set(load("tasks").MODELS) == set(load("sides")._LIBRARIES)
 
 
-def test_neighbours_keep_the_sum_and_the_minimum():
-    figures = load("figures")
-    assert figures.neighbours((61, 3), 1, 2) == [(60, 4), (62, 2)]
-    assert figures.neighbours((62, 2), 1, 2) == [(61, 3)]
-    assert len(figures.neighbours((10, 10, 10), 1, 2)) == 6
+def test_with_the_allocator_as_it_is_the_strategy_leaves_it_alone_too(monkeypatch):
+    """Also where a room has imported the function by its name."""
+    from lightning_hetero import malloc
 
-
-def test_settled_is_the_step_from_which_the_split_stays_good():
-    figures = load("figures")
-    times = {(32, 32): 1.2, (56, 8): 0.52, (60, 4): 0.43}
-    plans = figures.changes([(0, (32, 32)), (1, (32, 32)), (2, (60, 4)), (3, (56, 8)), (4, (60, 4)), (5, (60, 4))])
-    assert plans == [(0, (32, 32)), (2, (60, 4)), (3, (56, 8)), (4, (60, 4))]
-    assert figures.settled(plans, times) == 4
-    assert figures.settled(plans[:3], times) is None
-    assert figures.settled([(0, (59, 5))], times) is None  # interpolated: 0.4525, more than 5% above 0.43
-
-
-def test_an_unmeasured_split_is_interpolated_for_two_ranks_only():
-    figures = load("figures")
-    assert figures.between({(32, 32): 1.0, (48, 16): 0.5}, (40, 24)) == pytest.approx(0.75)
-    assert figures.between({(32, 32): 1.0, (48, 16): 0.5}, (50, 14)) is None
-    assert figures.between({(4, 4, 4): 1.0}, (5, 4, 3)) is None
+    told = malloc.keep_freed_memory
+    user = SimpleNamespace(keep_freed_memory=told)
+    monkeypatch.setitem(sys.modules, "lightning_hetero.some_user", user)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("lightning_hetero") and getattr(module, "keep_freed_memory", None) is told:
+            monkeypatch.setattr(module, "keep_freed_memory", told)  # to be put back
+    assert load("sides").set_allocator("default") is False
+    assert user.keep_freed_memory() is False
+    assert malloc.keep_freed_memory is not told
 
 
 # ---- quotas ----
@@ -210,6 +220,42 @@ def test_groups_go_away_when_the_run_fails(kernel, error):
     assert kernel.groups == []
 
 
+def test_a_quota_changes_while_the_group_is_in_use(kernel):
+    quotas = load("quotas")
+    with quotas.Quotas([100, 25], [0, 1], quotas.Hierarchy(kernel.root, 1)) as held:
+        (group,) = kernel.groups
+        held.join(1, 12)
+        held.change(1, 60)
+        assert (group / "cpu.cfs_quota_us").read_text() == "6000"
+        assert (group / "cgroup.procs").read_text().split() == ["12"]
+        with pytest.raises(ValueError, match="rank 0 has a whole core"):
+            held.change(0, 50)
+
+
+def test_without_groups_a_changed_quota_is_another_number_of_competitors(monkeypatch):
+    quotas = load("quotas")
+    started, ended = [], []
+    process = SimpleNamespace(start=lambda: started.append(1), kill=lambda: ended.append(1), join=lambda: None)
+    monkeypatch.setattr(quotas.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=lambda **_: process))
+    with quotas.Quotas([100, 25], [0, 1], None) as held:
+        assert (len(started), held.taken) == (3, {1: 0.75})
+        held.change(1, 50)
+        assert (len(started), len(ended), held.taken) == (4, 3, {1: 0.5})
+    assert len(ended) == 4
+
+
+def test_a_group_that_is_interrupted_while_it_is_made_goes_away(kernel, monkeypatch):
+    quotas = load("quotas")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quotas.Hierarchy, "limit", interrupt)
+    with pytest.raises(KeyboardInterrupt), quotas.Quotas([100, 25], [0, 1], quotas.Hierarchy(kernel.root, 1)):
+        pass
+    assert kernel.groups == []
+
+
 def test_without_the_right_to_make_groups_others_compete(kernel, monkeypatch):
     quotas = load("quotas")
     kernel.forbidden = ("cpu.cfs_quota_us",)
@@ -238,41 +284,3 @@ def test_what_is_not_idle_is_work(tmp_path):
     quotas = load("quotas")
     ticks = quotas.os.sysconf("SC_CLK_TCK")
     assert quotas.idle_seconds(stat) == {0: 910 / ticks, 1: 9 / ticks}
-
-
-# ---- reports ----
-
-
-def a_report():
-    sides = {name: {"split": [60, 4], "seconds": 0.5, "rounds": [0.4, 0.6]} for name in ("equal", "hetero", "best")}
-    sides |= {"proportional": {"split": [51, 13], "seconds": 0.7, "rounds": [0.7, 0.7]}}
-    sides |= {name: {"split": None, "seconds": 1.0, "rounds": [1.0, 1.0]} for name in ("ddp", "alone")}
-    return {
-        "configuration": {"global_batch": 64, "model": "resnet18", "size": 64, "quotas": [100, 25]},
-        "sides": sides,
-        "gains": {"hetero/ddp": {"median": 2.0, "least": 1.9, "greatest": 2.1}},
-        "disturbance": {"median": 0.01, "greatest": 0.2},
-        "quotas_enforced_by": "nothing",
-        "hetero": {
-            "plans": [[0, [32, 32]], [4, [60, 4]]],
-            "settled_after_steps": 4,
-            "steps": [{"step": 0, "seconds": 1.23456789}],
-        },
-    }
-
-
-def test_a_report_is_written_shown_and_drawn(tmp_path):
-    speed, plot = load("speed"), load("plot_speed")
-    path = tmp_path / "results" / "speed.json"
-    speed.write(a_report(), path)
-    report = json.loads(path.read_text())
-    assert report["hetero"]["steps"] == [{"step": 0, "seconds": 1.234568}]
-    assert "2.00x (1.90 to 2.10)" in speed.table(report)
-    assert "32/32 from 0, 60/4 from 4" in speed.table(report)
-    assert plot.draw(path).stat().st_size > 5000
-
-
-def test_the_scripts_can_be_imported_without_torch():
-    """Help has to come at once; processes import torch where they train."""
-    assert "torch" not in vars(load("speed"))
-    assert str(BENCHMARKS) in sys.path

@@ -1,0 +1,172 @@
+"""All results in one place: a table in Markdown of every report in `benchmarks/results`.
+
+`--plot` also draws what `hetero` gains in each configuration of `speed.py`.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from command_line import parser_of
+from figures import show_split
+from plot_speed import MODELS
+
+Report = Mapping[str, Any]
+
+QUESTIONS = ("speed", "settling", "drift", "tax", "allocation")
+"""The reports of one start with its name."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the reports")
+    parser.add_argument("--plot", action="store_true", help="draw overview.png there")
+    return parser.parse_args(arguments)
+
+
+def read(folder: Path) -> dict[str, list[Report]]:
+    """All reports, by the question that they answer, and those of a question by configuration."""
+    found: dict[str, list[Report]] = {}
+    for question in QUESTIONS:
+        reports = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{question}-*.json"))]
+        found[question] = sorted(reports, key=_order)
+    return found
+
+
+def _order(report: Report) -> tuple[Any, ...]:
+    """Models, sizes, the number of ranks, the most unequal quotas last, and small batches first."""
+    configuration = report["configuration"]
+    quotas = configuration.get("quotas", [])
+    mildest_first = [-quota for quota in quotas]
+    model = list(MODELS).index(configuration["model"]) if "model" in configuration else -1
+    sizes = configuration.get("size", 0), len(quotas), mildest_first, configuration.get("global_batch", 0)
+    return (model, *sizes, allocator_of(report))
+
+
+def allocator_of(report: Report) -> str:
+    """How the C library's allocator was set; reports from before there was a choice had it as it is."""
+    return str(report["configuration"].get("allocator", "default"))
+
+
+def name_of(report: Report) -> str:
+    """A configuration in words."""
+    configuration = report["configuration"]
+    if "model" not in configuration:
+        return f"{configuration['ranks']} ranks"
+    quotas = "/".join(map(str, configuration["quotas"]))
+    words = f"{MODELS[configuration['model']]}, {configuration['size']} px, {quotas}, B {configuration['global_batch']}"
+    return words + (", allocator as it is" if allocator_of(report) == "default" else "")
+
+
+def _times(gain: Mapping[str, float] | None) -> str:
+    """1.23 (1.20 to 1.25)."""
+    return "–" if gain is None else f"{gain['median']:.2f} ({gain['least']:.2f} to {gain['greatest']:.2f})"
+
+
+def _part(report: Report, side: str) -> str:
+    parts = report.get("part_of_solo_rates")
+    return "–" if parts is None else f"{parts[side]['median']:.0%}"
+
+
+def speed_table(reports: Sequence[Report]) -> str:
+    """One line for each configuration: what hetero gains over each of the others."""
+    sides = ("ddp", "alone", "equal", "proportional", "best")
+    titles = [
+        "configuration",
+        "split of hetero",
+        "best fixed split",
+        "× plain DDP",
+        "× fast device alone",
+        "× equal split",
+    ]
+    titles += ["× proportional split", "× best fixed split", "of Σ solo rates", "best fixed split: of Σ solo rates"]
+    titles += ["within 5% of the best from step"]
+    rows = []
+    for report in reports:
+        split = {side: show_split(report["sides"][side]["split"]) for side in ("hetero", "best")}
+        gains = [_times(report["gains"].get(f"hetero/{side}")) for side in sides]
+        settled = report["hetero"]["settled_after_steps"]
+        parts = [_part(report, "hetero"), _part(report, "best")]
+        rows.append(
+            [name_of(report), split["hetero"], split["best"], *gains, *parts, "–" if settled is None else f"{settled}"]
+        )
+    return _markdown(titles, rows)
+
+
+def _settling(report: Report) -> str:
+    ratio = report["ratio_to_fixed"]
+    steps = report["configuration"]["steps"]
+    settled = ", ".join("not to the end" if step is None else f"{step}" for step in report["settled_after_steps"])
+    text = f"first {steps} steps, exploration included, at {_times(ratio['first_step_counted'])} of the best fixed "
+    text += f"split's speed ({_times(ratio['first_step_left_out'])} without the very first step, "
+    text += f"{_times(ratio['fresh_fixed_run'])} of a fresh run of that split); within 5% of it from step {settled}"
+    if (more := report["plan_changes_while_steady"]) is not None:
+        text += f"; {more} changes of plan in {report['configuration']['steady']} more steps"
+    return text
+
+
+def _drift(report: Report) -> str:
+    first, *later = report["states"]
+    texts = []
+    for before, state in zip([first, *later], later, strict=False):
+        settled = state["steps_until_settled"]
+        when = "not within" if settled is None else f"after {settled} steps within"
+        texts.append(f"slow rank from {before['quota']}% to {state['quota']}%: {when} 5% of the best fixed split")
+    return "; ".join(texts)
+
+
+def _tax(report: Report) -> str:
+    ratios = report["ratios"]
+    text = f"step time of hetero {_times(ratios['hetero_over_ddp'])} of DDP's with the same allocator, "
+    text += f"peak memory {report['peak_ratio']:.2f} of it"
+    if "gain_of_hetero" in ratios:
+        text += f"; over DDP as it is: hetero {_times(ratios['gain_of_hetero'])} times as fast, "
+        text += f"DDP with the same allocator {_times(ratios['gain_of_allocator'])}"
+    return text
+
+
+def _allocation(report: Report) -> str:
+    times = report["milliseconds"]
+    return f"{times['median']:.1f} ms, at most {times['greatest']:.1f} ms"
+
+
+_WORDS: dict[str, Callable[[Report], str]] = {
+    "settling": _settling,
+    "drift": _drift,
+    "tax": _tax,
+    "allocation": _allocation,
+}
+
+
+def overview(reports: Mapping[str, Sequence[Report]]) -> str:
+    """The whole table."""
+    rows = [[f"`{name}`", name_of(report), words(report)] for name, words in _WORDS.items() for report in reports[name]]
+    parts = []
+    if reports["speed"]:
+        parts.append(speed_table(reports["speed"]))
+    if rows:
+        parts.append(_markdown(["benchmark", "configuration", "result"], rows))
+    return "\n\n".join(parts) if parts else "there are no reports"
+
+
+def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Show, and draw."""
+    options = parse()
+    reports = read(options.results)
+    print(overview(reports))
+    if options.plot and reports["speed"]:
+        import plot_overview
+
+        print(f"\n{plot_overview.draw(reports['speed'], options.results / 'overview.png')}")
+
+
+if __name__ == "__main__":
+    main()

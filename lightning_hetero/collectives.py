@@ -106,6 +106,11 @@ class Exchange:
         return result
 
 
+def total(tensor: torch.Tensor) -> None:
+    """Add a tensor up over all ranks, in place, over the group of the gradients, which knows the device."""
+    dist.all_reduce(tensor)
+
+
 def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """What DDP does with a bucket when it has no hook: the mean over all ranks."""
     group = group if group is not None else dist.group.WORLD

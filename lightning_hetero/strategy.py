@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import _augment_message
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
@@ -21,7 +22,8 @@ from typing_extensions import override
 from lightning_hetero import agreement, failures, loss_count
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.batch_norm import smallest_local_batch
-from lightning_hetero.collectives import Exchange, allreduce_mean, masked, until_last_bucket
+from lightning_hetero.buffers import BufferMerge, broadcast_in_forward
+from lightning_hetero.collectives import Exchange, allreduce_mean, masked, total, until_last_bucket
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
 from lightning_hetero.loaders import Context, Loaders, content_hash
 from lightning_hetero.metrics import StepLogging
@@ -82,6 +84,7 @@ class HeteroStrategy(DDPStrategy):
         self._watch: failures.BackwardWatch | None = None
         self._steps: TrainingSteps | None = None
         self._logging: StepLogging | None = None
+        self._merge: BufferMerge | None = None
         self._same_data = SameData()
         self._content = 0.0
         self._last_ready = -1
@@ -164,7 +167,7 @@ class HeteroStrategy(DDPStrategy):
             before_batch=self._clock.start,
             update_metrics=self._logging.update,
             stop=self._stop,
-            callback=StepCallback(self._batch_over, self._epoch_over),
+            callback=StepCallback(self._batch_over, self._epoch_over, self._merge_buffers),
         )
 
     def _planner_for(self, global_batch: int) -> Planner:
@@ -205,6 +208,31 @@ class HeteroStrategy(DDPStrategy):
             )
 
     @override
+    def _setup_model(self, model: Module) -> DistributedDataParallel:
+        self._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+        wrapped = super()._setup_model(model)
+        broadcasts = broadcast_in_forward(self._ddp_kwargs)
+        if broadcasts is None:
+            # Set afterwards: older versions of torch take the option for the copy at the start as well.
+            wrapped.broadcast_buffers = False
+        if not broadcasts:
+            self._merge = BufferMerge(
+                model, self.root_device, self.global_rank, self.world_size, total, self._clock.waiting
+            )
+        return wrapped
+
+    def _merge_buffers(self) -> None:
+        # A rank that fails may save a checkpoint, while the others sit in another exchange.
+        module = self.lightning_module
+        if self._merge is not None and module is not None and not module.trainer.interrupted:
+            self._merge.merge()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._merge_buffers()
+        return super().lightning_module_state_dict()
+
+    @override
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
@@ -222,6 +250,7 @@ class HeteroStrategy(DDPStrategy):
             self._watch.stop()
             self._watch = None
         self._steps = None
+        self._merge = None
         super().teardown()
 
     @override
@@ -249,6 +278,8 @@ class HeteroStrategy(DDPStrategy):
             assert self._loaders is not None
             shares = self._loaders.take(self._batches)
             self._steps.arrive(shares[0] if shares else None)
+            if self._merge is not None:
+                self._merge.count(shares[0] if shares else None, batch)
             self._content = 0.0
             if self._loaders.user_shards and self._batches < SameData.WATCHED:
                 self._content = SameData.number(self._loaders.index_hash(), content_hash(batch))

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_hetero"
 
 PURE = ("plan", "step_time", "allocation", "balancer", "planner", "weighting")
-TORCH = ("stream", "sampler", "timing", "loss_count", "batch_norm", "borrowing", "limits")
+TORCH = ("stream", "sampler", "timing", "loss_count", "batch_norm", "borrowing", "buffers", "limits")
 DISTRIBUTED = ("collectives", "agreement", "failures", "training_step")
 LIGHTNING = ("attachment", "loaders", "metrics", "checkpoint", "monitor", "strategy", "accelerator")
 OUTERMOST = ("__init__", "ray", "report", "demo", "cli")

@@ -1,7 +1,19 @@
 """What BatchNorm asks of a split, and how statistics of several parts become those of the whole."""
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn, where
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
+
+
+def own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all below it, but for torchmetrics: those have an exchange of their own."""
+    if isinstance(module, Metric):
+        return
+    yield module
+    for child in module.children():
+        yield from own_modules(child)
 
 
 def smallest_local_batch(module: nn.Module) -> int:

@@ -4,7 +4,7 @@ DDP copies rank 0's buffers to all ranks before each forward pass. That costs ev
 forward, and throws away what the other ranks saw.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
-from torchmetrics import Metric
 
-from lightning_hetero.batch_norm import pooled
+from lightning_hetero.batch_norm import own_modules, pooled
 from lightning_hetero.loss_count import sample_count
 from lightning_hetero.sampler import Share
+from lightning_hetero.sync_batch_norm import SynchronisedBatchNorm
 
 Total = Callable[[Tensor], None]
 """Adds a tensor up over all ranks, in place."""
@@ -30,22 +30,13 @@ def broadcast_in_forward(options: Mapping[str, Any]) -> bool | None:
     return None
 
 
-def _modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all below it, but for torchmetrics: those have an exchange of their own."""
-    if isinstance(module, Metric):
-        return
-    yield module
-    for child in module.children():
-        yield from _modules(child)
-
-
 def running_statistics(module: nn.Module) -> list[_BatchNorm]:
     """The BatchNorm layers whose running statistics are each rank's own, each once; those not materialised left out."""
     found: dict[int, _BatchNorm] = {}
-    for layer in _modules(module):
+    for layer in own_modules(module):
         if (
             isinstance(layer, _BatchNorm)
-            and not isinstance(layer, nn.SyncBatchNorm)
+            and not isinstance(layer, nn.SyncBatchNorm | SynchronisedBatchNorm)
             and isinstance(layer.running_mean, Tensor)
             and isinstance(layer.running_var, Tensor)
             and not isinstance(layer.running_mean, UninitializedBuffer)
@@ -58,7 +49,7 @@ def other_buffers(module: nn.Module) -> list[Tensor]:
     """All buffers but BatchNorm's, each once."""
     found = {
         id(buffer): buffer
-        for layer in _modules(module)
+        for layer in own_modules(module)
         if not isinstance(layer, _BatchNorm)
         for buffer in layer.buffers(recurse=False)
         if not isinstance(buffer, UninitializedBuffer) and buffer.layout == torch.strided and buffer.numel()

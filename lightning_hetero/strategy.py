@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import _augment_message
@@ -23,7 +24,8 @@ from lightning_hetero import agreement, failures, loss_count
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.batch_norm import smallest_local_batch
 from lightning_hetero.buffers import BufferMerge, broadcast_in_forward
-from lightning_hetero.collectives import Exchange, allreduce_mean, masked, total, until_last_bucket
+from lightning_hetero.collectives import Exchange, allreduce_mean, masked, own_total, total, until_last_bucket
+from lightning_hetero.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
 from lightning_hetero.loaders import Context, Loaders, content_hash
 from lightning_hetero.metrics import StepLogging
@@ -31,6 +33,7 @@ from lightning_hetero.monitor import PlanLog, device_name, table
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner, Shares
 from lightning_hetero.sampler import Position
+from lightning_hetero.sync_batch_norm import Ties
 from lightning_hetero.timing import HostMarks, WorkClock, clock_of
 from lightning_hetero.training_step import SameData, TrainingSteps
 from lightning_hetero.weighting import COLUMNS, Rows, column
@@ -85,6 +88,7 @@ class HeteroStrategy(DDPStrategy):
         self._steps: TrainingSteps | None = None
         self._logging: StepLogging | None = None
         self._merge: BufferMerge | None = None
+        self._ties: Ties | None = None
         self._same_data = SameData()
         self._content = 0.0
         self._last_ready = -1
@@ -142,6 +146,9 @@ class HeteroStrategy(DDPStrategy):
             self._clock = clock_of(self.root_device)
             self._exchange = Exchange(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
+            if type(self._layer_sync) is TorchSyncBatchNorm and self.world_size > 1:
+                self._ties = Ties(self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting)
+                self._layer_sync = ExactSyncBatchNorm(self._ties)
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
         self._attach(self.lightning_module.trainer, self._exchange.broadcast(seed) % 2**32)
 
@@ -179,7 +186,7 @@ class HeteroStrategy(DDPStrategy):
                 self._shares,
                 self.world_size,
                 global_batch,
-                minimum=smallest_local_batch(self.lightning_module),
+                minimum=1 if self._ties is not None else smallest_local_batch(self.lightning_module),
                 granularity=self._granularity,
             )
         return self._planner
@@ -205,6 +212,7 @@ class HeteroStrategy(DDPStrategy):
                 self._clock,
                 self._watch,
                 self._hear,
+                self._ties,
             )
 
     @override

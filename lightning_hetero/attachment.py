@@ -15,16 +15,20 @@ from typing_extensions import override
 
 
 class StepCallback(Callback):
-    """Hears of the end of batches and epochs, before the user's callbacks do.
+    """Hears of the end of batches and epochs, and of results being looked at, before the user's callbacks do.
 
     Args:
         on_batch_end: a training batch is over.
         on_epoch_end: this rank has no more batches in this epoch.
+        on_look: a validation begins, or training is over: on all ranks.
     """
 
-    def __init__(self, on_batch_end: Callable[[], None], on_epoch_end: Callable[[], None]) -> None:
+    def __init__(
+        self, on_batch_end: Callable[[], None], on_epoch_end: Callable[[], None], on_look: Callable[[], None]
+    ) -> None:
         self._on_batch_end = on_batch_end
         self._on_epoch_end = on_epoch_end
+        self._on_look = on_look
 
     @override
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
@@ -33,6 +37,14 @@ class StepCallback(Callback):
     @override
     def on_train_epoch_end(self, *_: Any, **__: Any) -> None:
         self._on_epoch_end()
+
+    @override
+    def on_validation_start(self, *_: Any, **__: Any) -> None:
+        self._on_look()
+
+    @override
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._on_look()
 
 
 class StopRequest:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_hetero.sync_batch_norm import SynchronisedBatchNorm
+
 
 class RandomStates:
     """The global random states of this process: torch on the CPU and on the current device, numpy, Python."""
@@ -29,10 +31,18 @@ class RandomStates:
 
 
 class ModuleState:
-    """What a forward pass changes in a module without being asked to: buffers and torchmetrics' states."""
+    """What a forward pass changes in a module without being asked to: buffers and torchmetrics' states.
+
+    Synchronised statistics are left out: they follow the other ranks' samples, not the borrowed ones.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        self._buffers = [
+            (buffer, buffer.detach().clone())
+            for layer in module.modules()
+            if not isinstance(layer, SynchronisedBatchNorm)
+            for buffer in layer.buffers(recurse=False)
+        ]
         self._metrics = [
             (metric, {name: _copied(getattr(metric, name)) for name in _metric_state(metric)})
             for metric in module.modules()

@@ -6,6 +6,7 @@ rows say where each of them stands, instead of in a gradient bucket that waits f
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -121,6 +122,21 @@ class Exchange:
         if problem:
             raise ValueError(problem)
         return cast("T", result)
+
+
+def total(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Add a tensor up over all ranks, in place; by default over the group of the gradients, which knows the device."""
+    dist.all_reduce(tensor, group=group)
+
+
+def own_total(timeout: timedelta | None) -> Callable[[torch.Tensor], None]:
+    """The same over a group of its own, so that its exchanges keep no order with those of gradients.
+
+    All ranks have to call this; the group has the backend of the default one.
+    """
+    group = dist.new_group(timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup), "this rank is in the group of all ranks"
+    return partial(total, group=group)
 
 
 def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -9,11 +9,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import _augment_message
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
@@ -22,7 +24,9 @@ from lightning_hetero import agreement, failures, loss_count, profiles
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.balancer import STATE_VERSION
 from lightning_hetero.batch_norm import smallest_local_batch
-from lightning_hetero.collectives import Exchange, allreduce_mean, masked, until_last_bucket
+from lightning_hetero.buffers import BufferMerge, broadcast_in_forward
+from lightning_hetero.collectives import Exchange, allreduce_mean, masked, own_total, total, until_last_bucket
+from lightning_hetero.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
 from lightning_hetero.loaders import Context, Loaders, content_hash
 from lightning_hetero.malloc import keep_freed_memory
@@ -31,6 +35,7 @@ from lightning_hetero.monitor import PlanLog, device_name, table
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner, Shares, learns, profile_path
 from lightning_hetero.sampler import Position
+from lightning_hetero.sync_batch_norm import Ties
 from lightning_hetero.timing import HostMarks, WorkClock, clock_of
 from lightning_hetero.training_step import SameData, TrainingSteps
 from lightning_hetero.weighting import COLUMNS, Rows, column
@@ -85,6 +90,8 @@ class HeteroStrategy(DDPStrategy):
         self._watch: failures.BackwardWatch | None = None
         self._steps: TrainingSteps | None = None
         self._logging: StepLogging | None = None
+        self._merge: BufferMerge | None = None
+        self._ties: Ties | None = None
         self._same_data = SameData()
         self._content = 0.0
         self._last_ready = -1
@@ -145,6 +152,9 @@ class HeteroStrategy(DDPStrategy):
             self._clock = clock_of(self.root_device)
             self._exchange = Exchange(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
+            if type(self._layer_sync) is TorchSyncBatchNorm and self.world_size > 1:
+                self._ties = Ties(self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting)
+                self._layer_sync = ExactSyncBatchNorm(self._ties)
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
         self._attach(self.lightning_module.trainer, self._exchange.broadcast(seed) % 2**32)
 
@@ -170,7 +180,7 @@ class HeteroStrategy(DDPStrategy):
             before_batch=self._clock.start,
             update_metrics=self._logging.update,
             stop=self._stop,
-            callback=StepCallback(self._batch_over, self._epoch_over),
+            callback=StepCallback(self._batch_over, self._epoch_over, self._merge_buffers),
         )
 
     def _planner_for(self, global_batch: int) -> Planner:
@@ -182,7 +192,7 @@ class HeteroStrategy(DDPStrategy):
                 self._shares,
                 self.world_size,
                 global_batch,
-                minimum=smallest_local_batch(self.lightning_module),
+                minimum=1 if self._ties is not None else smallest_local_batch(self.lightning_module),
                 granularity=self._granularity,
                 known=self._known(global_batch) if learns(self._shares) else None,
             )
@@ -229,7 +239,33 @@ class HeteroStrategy(DDPStrategy):
                 self._clock,
                 self._watch,
                 self._hear,
+                self._ties,
             )
+
+    @override
+    def _setup_model(self, model: Module) -> DistributedDataParallel:
+        self._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+        wrapped = super()._setup_model(model)
+        broadcasts = broadcast_in_forward(self._ddp_kwargs)
+        if broadcasts is None:
+            # Set afterwards: older versions of torch take the option for the copy at the start as well.
+            wrapped.broadcast_buffers = False
+        if not broadcasts:
+            self._merge = BufferMerge(
+                model, self.root_device, self.global_rank, self.world_size, total, self._clock.waiting
+            )
+        return wrapped
+
+    def _merge_buffers(self) -> None:
+        # A rank that fails may save a checkpoint, while the others sit in another exchange.
+        module = self.lightning_module
+        if self._merge is not None and module is not None and not module.trainer.interrupted:
+            self._merge.merge()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._merge_buffers()
+        return super().lightning_module_state_dict()
 
     @override
     def on_train_start(self) -> None:
@@ -255,6 +291,7 @@ class HeteroStrategy(DDPStrategy):
             self._watch.stop()
             self._watch = None
         self._steps = None
+        self._merge = None
         super().teardown()
 
     @override
@@ -282,6 +319,8 @@ class HeteroStrategy(DDPStrategy):
             assert self._loaders is not None
             shares = self._loaders.take(self._batches)
             self._steps.arrive(shares[0] if shares else None)
+            if self._merge is not None:
+                self._merge.count(shares[0] if shares else None, batch)
             self._content = 0.0
             if self._loaders.user_shards and self._batches < SameData.WATCHED:
                 self._content = SameData.number(self._loaders.index_hash(), content_hash(batch))

@@ -19,6 +19,7 @@ from lightning_hetero.collectives import Exchange, PendingRows
 from lightning_hetero.failures import BackwardWatch, check_backward
 from lightning_hetero.loss_count import LossCounter
 from lightning_hetero.sampler import Share
+from lightning_hetero.sync_batch_norm import Ties
 from lightning_hetero.timing import Reading, WorkClock
 from lightning_hetero.weighting import LEFT_EPOCH, TRAINS, Message, Rows, check, column, weight
 
@@ -40,6 +41,25 @@ def gradients_left_alone(module: nn.Module) -> Iterator[None]:
     handles = [
         parameter.register_hook(torch.zeros_like) for parameter in module.parameters() if parameter.requires_grad
     ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> Iterator[None]:
+    """A backward pass inside, of a loss times 0, adds no NaN to the gradients where nothing counts.
+
+    Unlike `gradients_left_alone` it keeps what synchronised layers bring from other ranks.
+    """
+
+    def clean(gradient: Tensor) -> Tensor:
+        without = gradient.nan_to_num(0.0, 0.0, 0.0)
+        return torch.where(counts, gradient, without) if isinstance(counts, Tensor) else without
+
+    handles = [parameter.register_hook(clean) for parameter in module.parameters() if parameter.requires_grad]
     try:
         yield
     finally:
@@ -107,6 +127,7 @@ class TrainingSteps:
         clock: runs while this rank works.
         watch: is told when it goes backward.
         on_rows: called once a step with all ranks' messages.
+        ties: of the synchronised layers, where there are any.
     """
 
     REMEMBERED = 16
@@ -121,7 +142,9 @@ class TrainingSteps:
         clock: WorkClock,
         watch: BackwardWatch,
         on_rows: Callable[[int, Rows], None],
+        ties: Ties | None = None,
     ) -> None:
+        self._ties = ties
         self._on_device = device.type == "cuda"
         self._module = module
         self._counter = counter
@@ -161,6 +184,8 @@ class TrainingSteps:
         self._share = share
         self._begun = False
         self._weight = 1.0
+        if self._ties is not None:
+            self._ties.borrowed = self.borrowed
         if self.borrowed:
             self._random = self._random or RandomStates()
             self._state = ModuleState(self._module)
@@ -249,13 +274,21 @@ class TrainingSteps:
         if averaged:
             self._watch.enter(self._step)
         empty = self._empty
-        if self._hidden is not None and averaged and not masks_accumulate and self._earlier == 0:
+        # Samples of which nothing counts take part in synchronised statistics: their gradients are not zero there.
+        counts = not empty if self._hidden is None else self._hidden > 0
+        tied = self._ties if self._ties is not None and not self.borrowed and counts is not True else None
+        if tied is not None:
+            pass
+        elif self._hidden is not None and averaged and not masks_accumulate and self._earlier == 0:
             self.mask = self._hidden > 0
         elif self._hidden is not None:
             # The bucket holds the gradients of earlier micro-batches too, which a mask would wipe out.
             empty = not bool(self._hidden > 0)
         try:
-            if empty:
+            if tied is not None:
+                with tied.gradients_count(counts), gradients_without_nan(self._module, counts):
+                    yield loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
+            elif empty:
                 with gradients_left_alone(self._module):
                     yield loss
             elif isinstance(factor, Tensor) or factor != 1.0:

@@ -7,6 +7,7 @@ from typing import Literal
 from lightning_hetero.allocation import proportional
 from lightning_hetero.balancer import Balancer
 from lightning_hetero.plan import Plan, Schedule
+from lightning_hetero.step_time import StepTimeModel
 
 Shares = Literal["auto", "equal"] | Sequence[float]
 
@@ -83,6 +84,14 @@ class Planner:
             else None
         )
         self._told: dict[int, dict[int, float]] = {}
+
+    def models(self) -> tuple[StepTimeModel, ...] | None:
+        """Each rank's own work, as far as it is known: W models, or None."""
+        return self._balancer.models() if self._balancer is not None else None
+
+    def tails(self) -> tuple[float, ...]:
+        """W seconds that each rank pays for communication when it is the last to finish; 0 as long as unknown."""
+        return (0.0,) * self.world_size
 
     def observe(self, steps: Sequence[int], seconds: Sequence[float], drawn: int) -> Plan | None:
         """Take in what ranks have measured, and decide once a step is known of all of them.

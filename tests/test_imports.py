@@ -9,10 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_hetero"
 
-PURE = ("plan", "step_time", "allocation", "balancer", "planner", "weighting")
+PURE = ("plan", "step_time", "allocation", "outlook", "balancer", "planner", "tally", "weighting")
 TORCH = ("stream", "sampler", "timing", "loss_count", "batch_norm", "borrowing", "limits")
 DISTRIBUTED = ("collectives", "agreement", "failures", "training_step")
-LIGHTNING = ("attachment", "loaders", "metrics", "checkpoint", "monitor", "strategy", "accelerator")
+LIGHTNING = ("attachment", "loaders", "metrics", "checkpoint", "monitor", "observer", "strategy", "accelerator")
 OUTERMOST = ("__init__", "ray", "report", "demo", "cli")
 
 # Order matters: a room may import those to the left of it. A new file has to find its place here.

@@ -79,8 +79,8 @@ def test_only_steps_at_the_first_split_are_early_and_at_the_last_late():
     now = run(tally, range(4, 9), B, seconds=2, now=now)
     assert (tally.first_split, tally.split, tally.settled) == (A, B, 5)
     assert (tally.early_seconds(), tally.latest_seconds()) == (4, 2)
-    run(tally, range(9, 11), A, seconds=8, now=now)
-    assert (tally.split, tally.settled) == (A, 2)
+    run(tally, range(9, 17), A, seconds=8, now=now)
+    assert (tally.split, tally.settled) == (A, 8)
     assert (tally.early_seconds(), tally.latest_seconds()) == (4, 8), "a return to the first split is not early"
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import _augment_message
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +31,8 @@ from lightning_hetero.limits import check_devices, check_job, check_options, che
 from lightning_hetero.loaders import Context, Loaders, content_hash
 from lightning_hetero.malloc import keep_freed_memory
 from lightning_hetero.metrics import StepLogging
-from lightning_hetero.monitor import PlanLog, device_name, table
+from lightning_hetero.monitor import device_name
+from lightning_hetero.observer import Observer
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner, Shares, learns, profile_path
 from lightning_hetero.sampler import Position
@@ -95,7 +96,7 @@ class HeteroStrategy(DDPStrategy):
         self._same_data = SameData()
         self._content = 0.0
         self._last_ready = -1
-        self._plan_log: PlanLog | None = None
+        self._observer: Observer | None = None  # on the first rank, while it trains
         self._devices: list[str] = []
         self._launched = False
         self._facts: dict[str, Any] = {}  # what has to be equal for a profile to hold
@@ -177,7 +178,7 @@ class HeteroStrategy(DDPStrategy):
         self._attachment = Attachment(
             trainer,
             prepare_dataloader=self._loaders.prepare,
-            before_batch=self._clock.start,
+            before_batch=self._before_batch,
             update_metrics=self._logging.update,
             stop=self._stop,
             callback=StepCallback(self._batch_over, self._epoch_over, self._merge_buffers),
@@ -270,14 +271,31 @@ class HeteroStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
+        assert self.lightning_module is not None
         folder = self._folder()
         if self._planner is not None and self.is_global_zero:
-            self._plan_log = PlanLog(folder)
-            self._show(self._planner.schedule.newest)
+            trainer = self.lightning_module.trainer
+            self._observer = Observer(trainer, self._planner, self._devices, self._granularity, folder)
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self._pause_observer()
+
+    @override
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(*args, **kwargs)
+        self._pause_observer()
+
+    def _pause_observer(self) -> None:
+        if self._observer is not None:
+            self._observer.pause()
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
+        if self._observer is not None:
+            self._observer.end_run()
         folder = self._folder()
         if self.is_global_zero and self._planner is not None and (state := self._planner.state_dict()) is not None:
             profiles.write(folder, self._facts, state)
@@ -292,6 +310,7 @@ class HeteroStrategy(DDPStrategy):
             self._watch = None
         self._steps = None
         self._merge = None
+        self._observer = None
         super().teardown()
 
     @override
@@ -378,18 +397,26 @@ class HeteroStrategy(DDPStrategy):
             closure = self._steps.global_loss(closure, self.reduce)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
+    def _before_batch(self) -> None:
+        self._clock.start()
+        if self._observer is not None:
+            self._observer.begin_batch()
+
     def _batch_over(self) -> None:
         assert self._steps is not None
         assert self.lightning_module is not None
-        self._steps.end(
-            stepped=not self.lightning_module.trainer.fit_loop._should_accumulate()
-            or not self.lightning_module.automatic_optimization,
-            global_batch=self._planner.global_batch if self._planner is not None else None,
+        stepped = (
+            not self.lightning_module.trainer.fit_loop._should_accumulate()
+            or not self.lightning_module.automatic_optimization
         )
+        self._steps.end(stepped=stepped, global_batch=self._planner.global_batch if self._planner is not None else None)
+        if self._observer is not None:
+            self._observer.end_batch(self._batches - 1, stepped=stepped)
 
     def _epoch_over(self) -> None:
         assert self._steps is not None
         self._steps.leave_epoch(self._batches)
+        self._pause_observer()
 
     def _hear(self, step: int, rows: Rows) -> None:
         """All ranks' messages of a step."""
@@ -399,19 +426,14 @@ class HeteroStrategy(DDPStrategy):
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
+        measured, seconds = column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist()
         plan = self._planner.observe(
-            column(rows, "measured").astype(int).tolist(),
-            column(rows, "seconds").tolist(),
-            int(column(rows, "drawn").max()),
-            column(rows, "averaging").tolist(),
+            measured, seconds, int(column(rows, "drawn").max()), column(rows, "averaging").tolist()
         )
-        if plan is not None:
-            self._show(plan, column(rows, "memory").tolist())
-
-    def _show(self, plan: Plan, memory: list[float] | None = None) -> None:
-        if self._plan_log is not None:
-            self._plan_log.write(plan)
-        rank_zero_info(table(plan, self._devices, memory))
+        if self._observer is not None:
+            self._observer.hear(self._planner, measured, seconds)
+            if plan is not None:
+                self._observer.planned(plan, column(rows, "memory").tolist())
 
     # ---- exchanges, which are no work of this rank ----
 

@@ -76,7 +76,8 @@ def test_shares_are_learnt_and_written_down(tmp_path: Path) -> None:
     (plan, sizes0, folder), (plan1, sizes1, _) = run_ranks(2, learn, str(tmp_path))
     assert plan == plan1
     assert plan[0] > 2 * plan[1]
-    lines = [json.loads(line) for line in (Path(folder) / "hetero" / "plan.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (Path(folder) / "hetero" / "plan.jsonl").read_text().splitlines()]
+    lines = [event for event in events if event["event"] == "plan"]
     assert lines[0] == {
         "event": "plan",
         "step": 0,

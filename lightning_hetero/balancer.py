@@ -177,11 +177,12 @@ class Balancer:
         self._times_observed = self._times_observed + 1 if split == self._observed else 1
         self._observed = split
 
-    def propose(self, current: tuple[int, ...]) -> Proposal | None:
+    def propose(self, current: tuple[int, ...], maximum: Sequence[int] | None = None) -> Proposal | None:
         """Say what the plan should be.
 
         Args:
             current: W samples; the newest plan that was decided, in force or not.
+            maximum: W largest local batches; None for no caps.
 
         Returns:
             The new plan, or None to keep ``current``: because it is good, or because too little is known of it yet.
@@ -196,11 +197,16 @@ class Balancer:
         explore = all(len(rank.seconds) == 1 for rank in self._ranks)
         if explore:
             speeds = [(b / time) ** _BEYOND for b, time in zip(current, now, strict=True)]
-            split = proportional(self.global_batch, speeds, minimum=self.minimum, granularity=self.granularity)
+            split = proportional(
+                self.global_batch, speeds, minimum=self.minimum, maximum=maximum, granularity=self.granularity
+            )
         else:
             # Beyond twice what was measured, a curve is a guess.
             caps = [max(2 * max(rank.seconds), self.minimum) for rank in self._ranks]
             caps = [-(-cap // self.granularity) * self.granularity for cap in caps]
+            if maximum is not None:
+                within = [min(pair) for pair in zip(caps, maximum, strict=True)]
+                caps = within if sum(within) >= self.global_batch else list(maximum)
             split = allocate(
                 models, self.global_batch, minimum=self.minimum, maximum=caps, granularity=self.granularity
             )

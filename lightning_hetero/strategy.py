@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,16 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_hetero import agreement, failures, loss_count
+from lightning_hetero import agreement, device_memory, failures, loss_count
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.batch_norm import smallest_local_batch
 from lightning_hetero.collectives import Exchange, allreduce_mean, masked, until_last_bucket
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
 from lightning_hetero.loaders import Context, Loaders, content_hash
+from lightning_hetero.memory import Caps, Report
 from lightning_hetero.metrics import StepLogging
 from lightning_hetero.monitor import PlanLog, device_name, table
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner, Shares
+from lightning_hetero.recovery import Passes, Recovery, explained, impossible
 from lightning_hetero.sampler import Position
 from lightning_hetero.timing import HostMarks, WorkClock, clock_of
 from lightning_hetero.training_step import SameData, TrainingSteps
@@ -47,7 +50,8 @@ class HeteroStrategy(DDPStrategy):
             ranks, what DDP would use. With several training loaders it holds for each of them.
         loss_count: from the module and a batch, as ``training_step`` gets it, to the number that the loss is a mean
             over. None: the module's own ``loss_count(batch)``, what is known of TorchGeo's tasks, or samples.
-        memory_limit: the part of a device's memory that a share may fill, or bytes. Not enforced yet.
+        memory_limit: the part of a device's memory that a rank may hold, or bytes if it is above 1. A rank whose
+            share would need more is capped, and the others get the rest.
         granularity: local batches are multiples of it, but for the last of an epoch.
         **ddp_options: all that Lightning's ``DDPStrategy`` takes.
 
@@ -87,6 +91,9 @@ class HeteroStrategy(DDPStrategy):
         self._last_ready = -1
         self._plan_log: PlanLog | None = None
         self._devices: list[str] = []
+        self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
+        self._recovery: Recovery | None = None
+        self._unrecoverable: str | None = None
         self._launched = False
 
     @property
@@ -139,6 +146,8 @@ class HeteroStrategy(DDPStrategy):
             self._clock = clock_of(self.root_device)
             self._exchange = Exchange(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
+            rooms = self._exchange.gather(device_memory.room_of(self.root_device))
+            self._limits = device_memory.limits(rooms, self._memory_limit)
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
         self._attach(self.lightning_module.trainer, self._exchange.broadcast(seed) % 2**32)
 
@@ -178,6 +187,9 @@ class HeteroStrategy(DDPStrategy):
                 global_batch,
                 minimum=smallest_local_batch(self.lightning_module),
                 granularity=self._granularity,
+                memory=lambda total, least: Caps(
+                    self._limits, self._devices, total, minimum=least, granularity=self._granularity
+                ),
             )
         return self._planner
 
@@ -203,6 +215,38 @@ class HeteroStrategy(DDPStrategy):
                 self._watch,
                 self._hear,
             )
+            self._recovery = self._make_recovery()
+
+    def _make_recovery(self) -> Recovery | None:
+        module, precision = self.lightning_module, self.precision_plugin
+        assert module is not None
+        assert self._steps is not None
+        self._unrecoverable = impossible(
+            module,
+            self.model,
+            automatic=module.automatic_optimization,
+            hooked=self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None,
+        )
+        if self._unrecoverable is not None or not isinstance(self.model, DistributedDataParallel):
+            return None
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            with precision.train_step_context():
+                return module.training_step(*args, **kwargs)
+
+        scaler = getattr(precision, "scaler", None)
+        passes = Passes(
+            forward=compute,
+            backward=lambda loss: precision.backward(loss, module, None),
+            scaled=scaler.scale if scaler is not None else lambda loss: loss,
+            accumulated=lambda: module.trainer.accumulate_grad_batches,
+        )
+        smallest = smallest_local_batch(module)
+        return Recovery(module, self.model, self._steps, passes, place=self._place, smallest=smallest)
+
+    @property
+    def _place(self) -> str:
+        return f"rank {self.global_rank} ({device_name(self.root_device)})"
 
     @override
     def on_train_start(self) -> None:
@@ -221,7 +265,7 @@ class HeteroStrategy(DDPStrategy):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        self._steps = None
+        self._steps = self._recovery = None
         super().teardown()
 
     @override
@@ -281,10 +325,18 @@ class HeteroStrategy(DDPStrategy):
             content=self._content,
             stop=self._stop is not None and self._stop.made,
         )
-        with self._steps.logged(self._logging) as returned:
-            output = super().training_step(*args, **kwargs)
+        with self._steps.logged(self._logging) as returned, self._out_of_memory_explained():
+            if self._recovery is not None and self._steps.risky:
+                output = self._recovery.training_step(self._logging, *args, **kwargs)
+            else:
+                output = super().training_step(*args, **kwargs)
             returned(output)
         return output
+
+    def _out_of_memory_explained(self) -> AbstractContextManager[None]:
+        assert self._steps is not None
+        reason = self._unrecoverable or "it has computed as many samples in an earlier step"
+        return explained(self._place, self._steps.local_batch, reason)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -296,8 +348,18 @@ class HeteroStrategy(DDPStrategy):
             and self.model.require_backward_grad_sync
         )
         manual = self.lightning_module is not None and not self.lightning_module.automatic_optimization
-        with self._steps.weighted(closure_loss, averaged=averaged, masks_accumulate=manual) as loss:
-            return super().backward(loss, optimizer, *args, **kwargs)
+        recovery = self._recovery if self._steps.risky else None
+        with (
+            self._out_of_memory_explained(),
+            self._steps.weighted(closure_loss, averaged=averaged and recovery is None, masks_accumulate=manual) as loss,
+        ):
+            if recovery is None:
+                return super().backward(loss, optimizer, *args, **kwargs)
+            module = self.lightning_module
+            assert module is not None
+            scaled = self.precision_plugin.pre_backward(loss, module)
+            recovery.backward(scaled, loss, closure_loss, average=averaged)
+            return self.precision_plugin.post_backward(scaled, module)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -327,18 +389,30 @@ class HeteroStrategy(DDPStrategy):
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
+        drawn = int(column(rows, "drawn").max())
+        for sentence in self._hear_of_memory(rows):
+            rank_zero_warn(sentence)
+        plan = self._planner.fit_into_memory(drawn)
+        if plan is not None:
+            self._show(plan)
         plan = self._planner.observe(
-            column(rows, "measured").astype(int).tolist(),
-            column(rows, "seconds").tolist(),
-            int(column(rows, "drawn").max()),
+            column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist(), drawn
         )
         if plan is not None:
-            self._show(plan, column(rows, "memory").tolist())
+            self._show(plan)
 
-    def _show(self, plan: Plan, memory: list[float] | None = None) -> None:
+    def _hear_of_memory(self, rows: Rows) -> tuple[str, ...]:
+        caps = self._planner.caps if self._planner is not None else None
+        if caps is None:
+            return ()
+        columns = zip(*(column(rows, name).tolist() for name in ("held", "memory", "resting", "fits")), strict=True)
+        return caps.hear([Report(int(held), peak, resting, int(fits)) for held, peak, resting, fits in columns])
+
+    def _show(self, plan: Plan) -> None:
         if self._plan_log is not None:
             self._plan_log.write(plan)
-        rank_zero_info(table(plan, self._devices, memory))
+        caps = self._planner.caps if self._planner is not None else None
+        rank_zero_info(table(plan, self._devices, caps.peaks() if caps is not None else None))
 
     # ---- exchanges, which are no work of this rank ----
 

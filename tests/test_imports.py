@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_hetero"
 
-PURE = ("plan", "step_time", "allocation", "balancer", "planner", "weighting")
-TORCH = ("stream", "sampler", "timing", "loss_count", "batch_norm", "borrowing", "limits")
-DISTRIBUTED = ("collectives", "agreement", "failures", "training_step")
+PURE = ("plan", "step_time", "allocation", "balancer", "memory", "planner", "weighting")
+TORCH = ("stream", "sampler", "timing", "loss_count", "batch_norm", "borrowing", "limits", "device_memory", "cutting")
+DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery")
 LIGHTNING = ("attachment", "loaders", "metrics", "checkpoint", "monitor", "strategy", "accelerator")
 OUTERMOST = ("__init__", "ray", "report", "demo", "cli")
 

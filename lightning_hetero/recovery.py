@@ -153,6 +153,15 @@ class Recovery:
         self._keywords: dict[str, Any] = {}
         self._done: Gradients | None = None
 
+    @property
+    def ready(self) -> bool:
+        """Whether this step may go past DDP's wrapper.
+
+        With `static_graph`, DDP learns the graph in the first step, and averages nothing later on if that went past it.
+        """
+        model = self._model
+        return not model.static_graph or bool(model._static_graph_delay_allreduce_enqueued)  # noqa: SLF001 - no other way
+
     def training_step(self, logging: PartLogging, *args: Any, **kwargs: Any) -> Any:
         """The module's training step; if memory runs out, that and the backward pass, in parts.
 

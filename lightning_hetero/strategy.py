@@ -326,16 +326,25 @@ class HeteroStrategy(DDPStrategy):
             stop=self._stop is not None and self._stop.made,
         )
         with self._steps.logged(self._logging) as returned, self._out_of_memory_explained():
-            if self._recovery is not None and self._steps.risky:
-                output = self._recovery.training_step(self._logging, *args, **kwargs)
+            if (recovery := self._recovery_now()) is not None:
+                output = recovery.training_step(self._logging, *args, **kwargs)
             else:
                 output = super().training_step(*args, **kwargs)
             returned(output)
         return output
 
+    def _recovery_now(self) -> Recovery | None:
+        """What survives running out of memory in this step; None where that is not to be expected, or can't be."""
+        assert self._steps is not None
+        return self._recovery if self._recovery is not None and self._steps.risky and self._recovery.ready else None
+
     def _out_of_memory_explained(self) -> AbstractContextManager[None]:
         assert self._steps is not None
-        reason = self._unrecoverable or "it has computed as many samples in an earlier step"
+        reason = self._unrecoverable or (
+            "with static_graph the first step can't be repeated in parts"
+            if self._steps.risky
+            else "it has computed as many samples in an earlier step"
+        )
         return explained(self._place, self._steps.local_batch, reason)
 
     @override
@@ -348,7 +357,7 @@ class HeteroStrategy(DDPStrategy):
             and self.model.require_backward_grad_sync
         )
         manual = self.lightning_module is not None and not self.lightning_module.automatic_optimization
-        recovery = self._recovery if self._steps.risky else None
+        recovery = self._recovery_now()
         with (
             self._out_of_memory_explained(),
             self._steps.weighted(closure_loss, averaged=averaged and recovery is None, masks_accumulate=manual) as loss,

@@ -1,5 +1,6 @@
 """What a device has in memory, and the most that this process held of it in a step."""
 
+import contextlib
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -87,37 +88,45 @@ class PeakMemory:
 
     On CUDA, what torch has allocated; it is counted on the host, so nothing waits for the device. On the CPU, resident
     pages without those of files, which the system can take back. An allocator may keep what it was given, so there a
-    peak is told only of steps at least as large as all before: a later, smaller one would seem to need as much.
+    peak is told only of steps at least as large as all before: a later, smaller one would seem to need as much. And
+    only of the first few of each size, since asking the system takes a tenth of a millisecond.
 
     Args:
         device: of this rank.
         proc: where the system tells of processes.
     """
 
+    LOOKED_AT = 8
+    """Steps on the CPU with the same local batch."""
+
     def __init__(self, device: torch.device, proc: Path = Path("/proc")) -> None:
         self._device = device
         self._proc = proc / "self"
         self._largest = 0
+        self._looked = 0  # at steps with that local batch
         self.resting = self._cuda("current") if device.type == "cuda" else self._resident("VmRSS")
 
-    def start(self) -> None:
+    def start(self, local_batch: int) -> None:
         """A step begins: forget earlier peaks."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-            return
-        try:
-            (self._proc / "clear_refs").write_text("5")
-        except OSError:  # without it the peak is that of the process's life, which is more than this step's: still safe
-            return
+        elif self._looks_at(local_batch):
+            # Without the right to, the peak is that of the process's life, which is more than this step's: still safe.
+            with contextlib.suppress(OSError):
+                (self._proc / "clear_refs").write_text("5")
 
     def of_step(self, local_batch: int) -> float:
         """The peak since `start`; 0 where it is not known."""
         if self._device.type == "cuda":
             return self._cuda("peak")
-        if local_batch < self._largest:
+        if not self._looks_at(local_batch):
             return 0.0
+        self._looked = self._looked + 1 if local_batch == self._largest else 1
         self._largest = local_batch
         return self._resident("VmHWM")
+
+    def _looks_at(self, local_batch: int) -> bool:
+        return local_batch > self._largest or (local_batch == self._largest and self._looked < self.LOOKED_AT)
 
     def _cuda(self, which: str) -> float:
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)  # the flat one takes far longer to make

@@ -6,6 +6,7 @@ DDP's wrapper, and average their gradients afterwards. So the others just wait w
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -324,6 +325,10 @@ class Recovery:
                 continue
             self._set_aside()  # what a broken backward pass has left is dropped
         self._steps.computed_in_parts(max(sizes))
+        if 0 < (counted := sum(shares)) and not math.isclose(counted, 1.0, rel_tol=1e-9):
+            # The user's counts of parts don't add up to that of the batch: then only their ratios mean something.
+            shares = [share / counted for share in shares]
+            gradients = [None if gradient is None else gradient.div_(counted) for gradient in gradients]
         parts = [
             loss * share for loss, share in zip(losses, shares if total > 0 else _even(sizes), strict=True) if share > 0
         ]

@@ -340,11 +340,12 @@ class HeteroStrategy(DDPStrategy):
 
     def _out_of_memory_explained(self) -> AbstractContextManager[None]:
         assert self._steps is not None
-        reason = self._unrecoverable or (
-            "with static_graph the first step can't be repeated in parts"
-            if self._steps.risky
-            else "it has computed as many samples in an earlier step"
-        )
+        if self._steps.local_batch is None:
+            reason = "where the user shards a step can't be repeated in parts"
+        elif self._steps.risky:
+            reason = self._unrecoverable or "with static_graph the first step can't be repeated in parts"
+        else:
+            reason = self._unrecoverable or "it has computed as many samples in an earlier step"
         return explained(self._place, self._steps.local_batch, reason)
 
     @override

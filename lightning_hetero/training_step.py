@@ -195,7 +195,7 @@ class TrainingSteps:
         self._begun = self._cut = False
         self.risky = share is not None and any(map(int.__gt__, share.counts, self._largest))
         self._weight = 1.0
-        self._memory.start()
+        self._memory.start(self.local_batch or 0)
         if self.borrowed:
             self._random = self._random or RandomStates()
             self._state = ModuleState(self._module)

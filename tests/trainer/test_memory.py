@@ -122,6 +122,13 @@ class Ignoring(MaskedMean):
         super().__init__(ignore_index=1)
 
 
+class Constant(Regression):
+    """Its counts say nothing, and those of parts don't add up to that of the batch."""
+
+    def loss_count(self, batch: Any) -> float:
+        return 5.0
+
+
 class Weighted(Classifier):
     def __init__(self) -> None:
         super().__init__(weight=[0.1, 3.0, 0.7, 1.3], ignore_index=2)
@@ -137,6 +144,7 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
         ("mean", Regression, {}, {}, {}),
         ("down to one sample, ignored ones among them", Ignoring, {"fits": 1}, {}, {"shares": [3, 1]}),
         ("class weights", Weighted, {"fits": 2}, {}, {}),
+        ("counts that do not add up", Constant, {"fits": 2}, {"limit_train_batches": 1}, {"shares": [1, 1]}),
         ("accumulation", Regression, {}, {"accumulate_grad_batches": 3}, {}),
         ("a later micro-batch", Regression, {"at": 1}, {"accumulate_grad_batches": 3}, {}),
         ("the last micro-batch", Regression, {"at": 1}, {"accumulate_grad_batches": 2}, {}),
@@ -304,6 +312,11 @@ def test_a_global_batch_that_fits_nowhere() -> None:
     for rank in (0, 1):
         assert "ValueError: a global batch of 12 does not fit into memory: 6 samples too many" in errors[rank]
         assert "use a global batch of at most 6" in errors[rank]
+
+
+def test_one_rank_alone_has_nobody_to_take_the_rest() -> None:
+    errors = fails_on_ranks(1, fit, Recipe(module=partial(hungry, fits=3, ranks=(0,))), {})
+    assert "a global batch of 6 does not fit into memory: 3 samples too many" in errors[0]
 
 
 def test_a_limit_that_leaves_no_room() -> None:

@@ -144,7 +144,7 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
         ("mean", Regression, {}, {}, {}),
         ("down to one sample, ignored ones among them", Ignoring, {"fits": 1}, {}, {"shares": [3, 1]}),
         ("class weights", Weighted, {"fits": 2}, {}, {}),
-        ("counts that do not add up", Constant, {"fits": 2}, {"limit_train_batches": 1}, {"shares": [1, 1]}),
+        ("counts that do not add up", Constant, {"fits": 3}, {"limit_train_batches": 1}, {"shares": [1, 1]}),
         ("accumulation", Regression, {}, {"accumulate_grad_batches": 3}, {}),
         ("a later micro-batch", Regression, {"at": 1}, {"accumulate_grad_batches": 3}, {}),
         ("the last micro-batch", Regression, {"at": 1}, {"accumulate_grad_batches": 2}, {}),

@@ -60,20 +60,7 @@ def allocate(
     """
     world_size = len(models)
     low, total = _lower_limits(world_size, global_batch, minimum, granularity)
-    high = low + (total - int(low.sum()))  # no rank can get more than what the others' minimum leaves
-    if maximum is not None:
-        caps = _per_rank("maximum", maximum, world_size) // granularity * granularity
-        if (caps < low).any():
-            rank = int(np.argmax(caps < low))
-            raise ValueError(
-                f"rank {rank}: no multiple of granularity {granularity} lies between its minimum and its maximum"
-                f" ({low[rank] - caps[rank]} samples apart, rounded to the granularity)"
-            )
-        if (room := int(caps.sum())) < total:
-            raise ValueError(
-                f"the caps of all ranks add up to {room} samples, {total - room} short of the global batch {total}"
-            )
-        high = np.minimum(high, caps)
+    high = _upper_limits(low, total, maximum, granularity)
     if int(low.sum()) == total:
         return tuple(low.tolist())
     step_time_models = [model for model in models if type(model) is StepTimeModel]
@@ -103,24 +90,31 @@ def expected_maximum(means: Sequence[float], deviations: Sequence[float]) -> flo
 
 
 def proportional(
-    global_batch: int, shares: Sequence[float], *, minimum: int | Sequence[int] = 1, granularity: int = 1
+    global_batch: int,
+    shares: Sequence[float],
+    *,
+    minimum: int | Sequence[int] = 1,
+    maximum: int | Sequence[int] | None = None,
+    granularity: int = 1,
 ) -> tuple[int, ...]:
     """Split ``global_batch`` samples in proportion to ``shares``, by largest remainders (Hamilton's method).
 
-    A rank whose share comes to less than its minimum gets the minimum, and the rest is shared by the others.
-    Equal remainders go to the lower rank.
+    A rank whose share comes to less than its minimum gets the minimum, one whose share comes to more than its maximum
+    gets the maximum, and the rest is shared by the others in proportion. What they can't take goes to ranks without a
+    share, in equal parts. Equal remainders go to the lower rank.
 
     Args:
         global_batch: samples to hand out; a multiple of ``granularity``.
         shares: one non-negative number a rank, such as ``[4, 1]``; only their ratios matter.
         minimum: least local batch, for all ranks or one a rank; rounded up to ``granularity``.
+        maximum: largest local batch, likewise; rounded down. None: no cap.
         granularity: local batches are multiples of it.
 
     Returns:
         Local batches, one a rank; they add up to ``global_batch``.
 
     Raises:
-        ValueError: a share is negative or not finite, all are 0, or the minimum doesn't fit.
+        ValueError: a share is negative or not finite, all are 0, or the limits don't fit.
 
     """
     for rank, share in enumerate(shares):
@@ -134,18 +128,36 @@ def proportional(
         raise ValueError(f"the shares {list(shares)} add up to zero: at least one rank must have a share")
     weights = weights / weights.max()  # sums of huge or tiny shares stay finite and above 0
     units, least = total // granularity, low // granularity
-    free, quota = np.ones(len(shares), dtype=bool), least.astype(np.float64)
-    while (scale := weights[free].sum()) > 0:
-        rest = units - int(least[~free].sum())
-        quota = np.where(free, rest * weights / scale, least)
-        if not (quota < least).any():
-            break
-        free &= quota >= least
-    # Ranks at their minimum, and ranks without a share, have no remainder: none of what is missing goes to them.
+    most = _upper_limits(low, total, maximum, granularity) // granularity
+    quota = _filled(units, weights, least, most)
+    # Ranks at a limit, and ranks without a share, have no remainder: none of what is missing goes to them.
     result = np.floor(quota).astype(np.int64)
     order = np.argsort(result - quota, kind="stable")
+    order = order[(result < most)[order]]
     result[order[: units - int(result.sum())]] += 1
     return tuple((result * granularity).tolist())
+
+
+def _filled(units: int, weights: _Floats, least: _Ints, most: _Ints) -> _Floats:
+    """(W,) quotas between the limits that add up to ``units``, in proportion to the weights where no limit holds."""
+    free, quota = np.ones(len(weights), dtype=bool), least.astype(np.float64)
+    while free.any():
+        rest = units - int(quota[~free].sum())  # quotas that are no longer free are whole numbers
+        scale = weights[free].sum()
+        if scale == 0:  # equal parts of what the ranks with a share leave; nothing, if they take all
+            if rest <= int(least[free].sum()):
+                return np.where(free, least, quota)
+            weights = np.where(free, 1.0, weights)
+            continue
+        quota = np.where(free, rest * weights / scale, quota)
+        kept = np.clip(quota, least, most)
+        # Where limits take more than they give, the lower ones hold for sure, and the other way round.
+        too_much = float((kept - quota)[free].sum())
+        held = free & (quota < least if too_much > 0 else quota > most if too_much < 0 else kept != quota)
+        if not held.any():
+            return np.asarray(np.where(free, kept, quota), dtype=np.float64)
+        quota, free = np.where(held, kept, quota), free & ~held
+    return quota
 
 
 def _per_rank(name: str, limit: int | Sequence[int], world_size: int) -> _Ints:
@@ -182,6 +194,25 @@ def _lower_limits(
             f" {need - total} more than the global batch {total}"
         )
     return low, total
+
+
+def _upper_limits(low: _Ints, total: int, maximum: int | Sequence[int] | None, granularity: int) -> _Ints:
+    """(W,) largest local batches."""
+    high: _Ints = low + (total - int(low.sum()))  # no rank can get more than what the others' minimum leaves
+    if maximum is None:
+        return high
+    caps = _per_rank("maximum", maximum, len(low)) // granularity * granularity
+    if (caps < low).any():
+        rank = int(np.argmax(caps < low))
+        raise ValueError(
+            f"rank {rank}: no multiple of granularity {granularity} lies between its minimum and its maximum"
+            f" ({low[rank] - caps[rank]} samples apart, rounded to the granularity)"
+        )
+    if (room := int(caps.sum())) < total:
+        raise ValueError(
+            f"the caps of all ranks add up to {room} samples, {total - room} short of the global batch {total}"
+        )
+    return np.minimum(high, caps)
 
 
 def _one_by_one(models: Sequence[SecondsModel], total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:

@@ -219,8 +219,9 @@ class Balancer:
         return self._shared([rate**_BEYOND for rate in rates], maximum)
 
     def _shared(self, shares: Sequence[float], maximum: Sequence[int] | None) -> tuple[int, ...]:
-        limits = {} if maximum is None else {"maximum": maximum}
-        return proportional(self.global_batch, shares, minimum=self.minimum, granularity=self.granularity, **limits)
+        return proportional(
+            self.global_batch, shares, minimum=self.minimum, maximum=maximum, granularity=self.granularity
+        )
 
     def _best(self, maximum: Sequence[int] | None) -> tuple[int, ...]:
         """The split with the least expected step time, of those that leave room for noise in several amounts."""
@@ -228,7 +229,8 @@ class Balancer:
         caps = [max(2 * max(rank.seconds), self.minimum) for rank in self._ranks]
         caps = [-(-cap // self.granularity) * self.granularity for cap in caps]
         if maximum is not None:
-            caps = [min(pair) for pair in zip(caps, maximum, strict=True)]
+            within = [min(pair) for pair in zip(caps, maximum, strict=True)]
+            caps = within if sum(within) >= self.global_batch else list(maximum)
         found = []
         for room in _ROOM:
             models = [

@@ -97,6 +97,14 @@ class Exchange:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of the flags are set on any rank; all ranks give equally many."""
+        if self._group is None:
+            return list(flags)
+        table = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in table.tolist()]
+
     def broadcast(self, value: T) -> T:
         """Rank 0's value."""
         if self._group is None:
@@ -182,3 +190,42 @@ def masked(hook: Hook, mask: Callable[[], torch.Tensor | None]) -> Hook:
         return hook(state, bucket)
 
     return kept
+
+
+_BUCKET_BYTES = 25 * 2**20
+"""As large as DDP's buckets: large enough to be quick, small beside the gradients."""
+
+
+def average_gradients(parameters: Sequence[torch.nn.Parameter], exchange: Exchange) -> None:
+    """What DDP does in a backward pass, after one that was purely local: the mean over all ranks.
+
+    A parameter without gradient on this rank counts as zeros. One without gradient on all ranks is left as it is, as
+    under DDP with `find_unused_parameters`.
+
+    Args:
+        parameters: the same on all ranks, in the same order.
+        exchange: tells which parameters have a gradient on any rank.
+    """
+    used = exchange.any_of([parameter.grad is not None for parameter in parameters])
+    waiting: list[torch.nn.Parameter] = []
+    for parameter, anywhere in zip(parameters, used, strict=True):
+        if not anywhere:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        same = not waiting or (waiting[0].dtype, waiting[0].device) == (parameter.dtype, parameter.device)
+        if waiting and (not same or sum(p.nbytes for p in waiting) + parameter.nbytes > _BUCKET_BYTES):
+            _average(waiting, exchange.world_size)
+            waiting = []
+        waiting.append(parameter)
+    if waiting:
+        _average(waiting, exchange.world_size)
+
+
+@torch.no_grad()
+def _average(parameters: Sequence[torch.nn.Parameter], world_size: int) -> None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(world_size)
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

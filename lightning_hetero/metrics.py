@@ -1,13 +1,77 @@
 """What a rank logs in a step in which it has nothing, or nothing valid, to log."""
 # ruff: noqa: SLF001 - what stands in for an update of Lightning's metric has to leave it as the update would
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
 from torch import Tensor
 from torchmetrics import Metric
+
+
+@dataclass
+class _Entry:
+    """What one part of a batch has logged under a key."""
+
+    value: Tensor
+    batch_size: int
+    weight: float = math.nan  # of the part, once it is done
+
+
+class PartLogs:
+    """What the parts of a batch log, to be logged once for all of it.
+
+    Args:
+        results: whose batch size is the part's meanwhile.
+    """
+
+    def __init__(self, results: _ResultCollection) -> None:
+        self._results = results
+        self._part: list[tuple[str, _Entry]] = []
+        self._kept: dict[str, list[_Entry]] = {}
+
+    def begin(self, batch: Any) -> None:
+        """A part begins; what one that was not kept has logged is forgotten."""
+        self._part.clear()
+        self._results.batch, self._results.batch_size = batch, None
+
+    def add(self, key: str, value: Tensor, batch_size: int) -> None:
+        """The part logs a value."""
+        self._part.append((key, _Entry(value.detach(), batch_size)))
+
+    def keep(self, loss: Tensor, count: float) -> None:
+        """The part is done.
+
+        Args:
+            loss: that it returned.
+            count: what it counts for; the weight of the loss, where that was logged, and 0 leaves NaN out.
+        """
+        for key, entry in self._part:
+            same = entry.value.shape == loss.shape and torch.equal(entry.value.to(loss.dtype), loss)
+            nothing = count == 0 and not bool(torch.isfinite(entry.value).all())
+            entry.weight = 0.0 if nothing else count if same else float(entry.batch_size)
+            self._kept.setdefault(key, []).append(entry)
+        self._part.clear()
+
+    def combined(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Key, value and batch size of the whole batch, in the order in which keys were first logged."""
+        for key, entries in self._kept.items():
+            meta = self._results[key].meta
+            values = torch.stack([entry.value for entry in entries])
+            if meta.is_max_reduction or meta.is_min_reduction:
+                value = values.amax(0) if meta.is_max_reduction else values.amin(0)
+            elif meta.is_mean_reduction:
+                counted = [entry for entry in entries if entry.weight > 0] or entries
+                total = sum(entry.weight for entry in counted)
+                parts = [e.value * (e.weight / total if total > 0 else 1 / len(counted)) for e in counted]
+                value = torch.stack(parts).sum(0)
+            else:
+                value = values.sum(0)
+            yield key, value, sum(entry.batch_size for entry in entries)
 
 
 class StepLogging:
@@ -27,6 +91,23 @@ class StepLogging:
         self._borrowed = self._empty = False
         self._count: Tensor | None = None
         self._logged: list[tuple[_ResultMetric, Tensor, int]] = []
+        self._updated: set[str] = set()  # keys of this step
+        self._parts: PartLogs | None = None
+
+    @contextmanager
+    def in_parts(self) -> Iterator[PartLogs]:
+        """The batch is computed once more, in parts: each key is updated once, at the end, if it was not before."""
+        batch, batch_size = self._results.batch, self._results.batch_size
+        self._parts = parts = PartLogs(self._results)
+        try:
+            yield parts
+        finally:
+            self._parts = None
+            self._results.batch, self._results.batch_size = batch, batch_size
+        done = set(self._updated)
+        for key, value, size in parts.combined():
+            if key not in done:
+                self.update(key, value, size)
 
     def begin(self, *, borrowed: bool, empty: bool, count: Tensor | None = None) -> None:
         """A training step begins.
@@ -37,6 +118,7 @@ class StepLogging:
             count: what the samples count for, where only the device knows; then NaN is left out where it is 0.
         """
         self._count = count
+        self._updated.clear()
         self._borrowed, self._empty = borrowed, empty and not borrowed
         self._logged.clear()
 
@@ -52,6 +134,11 @@ class StepLogging:
     def update(self, key: str, value: Any, batch_size: int) -> None:
         """What the collection calls for every logged value; see `_ResultCollection.update_metrics`."""
         metric = self._results[key]
+        if self._parts is not None and isinstance(value, Tensor) and metric.is_tensor:
+            self._parts.add(key, value, batch_size)
+            metric.has_reset = False
+            return
+        self._updated.add(key)
         if isinstance(value, Metric) or not metric.is_tensor:
             if self._borrowed:
                 metric.value = value  # the key is known; the step's value stays what it was

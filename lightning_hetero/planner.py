@@ -1,11 +1,12 @@
 """From the user's `shares` and the ranks' measurements to the schedule of plans; pure, the same on every rank."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_hetero.allocation import proportional
 from lightning_hetero.balancer import Balancer
+from lightning_hetero.memory import Caps
 from lightning_hetero.plan import Plan, Schedule
 from lightning_hetero.step_time import StepTimeModel
 
@@ -68,6 +69,7 @@ class Planner:
         minimum: the least that a rank can compute with; less where the global batch does not give each as much.
         granularity: local batches are multiples of it.
         known: what an earlier run of the same job has learnt, see `state_dict`; the first plan follows from it.
+        memory: from the global batch and the least local batch to the caps of all ranks; None for no caps.
 
     Raises:
         ValueError: the global batch can't be split so, or what is known is damaged.
@@ -85,6 +87,7 @@ class Planner:
         minimum: int = 1,
         granularity: int = 1,
         known: Mapping[str, Any] | None = None,
+        memory: Callable[[int, int], Caps] | None = None,
     ) -> None:
         check_shares(shares, world_size)
         if global_batch < world_size:
@@ -97,19 +100,44 @@ class Planner:
         self.minimum = max(1, min(minimum, global_batch // world_size))
         # A multiple of the granularity that reaches the minimum is the least that a plan can give.
         least = -(-self.minimum // granularity) * granularity
-        fixed = [1.0] * world_size if isinstance(shares, str) else [float(share) for share in shares]
-        local_batches = proportional(global_batch, fixed, minimum=least, granularity=granularity)
+        self._least, self._granularity = least, granularity
+        self._fixed = [1.0] * world_size if isinstance(shares, str) else [float(share) for share in shares]
+        local_batches = proportional(global_batch, self._fixed, minimum=least, granularity=granularity)
         first = Plan(0, local_batches, reason="equal" if isinstance(shares, str) else "shares")
         self._balancer = (
             Balancer(world_size, global_batch, minimum=least, granularity=granularity)
             if learns(shares) and world_size > 1
             else None
         )
+        self.caps = memory(global_batch, least) if memory is not None else None
         if self._balancer is not None and known is not None:
             proposal = self._balancer.start_from(known)
             first = Plan(0, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
         self.schedule = Schedule(first)
         self._told: dict[int, dict[int, tuple[float, float]]] = {}
+
+    def fit_into_memory(self, drawn: int) -> Plan | None:
+        """See that the newest plan keeps to the caps, and make one that does where it doesn't; at once, and by itself.
+
+        Args:
+            drawn: the last step that any rank's loaders have handed out.
+
+        Returns:
+            The new plan, already in the schedule, or None.
+        """
+        newest = self.schedule.newest
+        caps = self._maximum()
+        if caps is None or all(map(int.__le__, newest.local_batches, caps)):
+            return None
+        proposal = self._balancer.propose(newest.local_batches, caps) if self._balancer is not None else None
+        if proposal is not None:
+            return self._append(drawn, proposal.local_batches, proposal.predicted_seconds, "memory")
+        # What was in force is the best that is known, or what the user wants: the surplus is spread in proportion.
+        shares = newest.local_batches if self._balancer is not None else self._fixed
+        split = proportional(
+            self.global_batch, shares, minimum=self._least, maximum=caps, granularity=self._granularity
+        )
+        return self._append(drawn, split, None, "memory")
 
     def observe(
         self, steps: Sequence[int], seconds: Sequence[float], drawn: int, averaging: Sequence[float] | None = None
@@ -154,11 +182,17 @@ class Planner:
     def _decide(self, drawn: int) -> Plan | None:
         assert self._balancer is not None
         newest = self.schedule.newest
-        proposal = self._balancer.propose(newest.local_batches)
+        proposal = self._balancer.propose(newest.local_batches, self._maximum())
         if proposal is None:
             return None
-        plan = Plan(
-            max(drawn + 1, newest.first_step), proposal.local_batches, proposal.predicted_seconds, proposal.reason
-        )
+        return self._append(drawn, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
+
+    def _maximum(self) -> tuple[int, ...] | None:
+        return self.caps.maximum(self.schedule.newest.local_batches) if self.caps is not None else None
+
+    def _append(
+        self, drawn: int, local_batches: tuple[int, ...], seconds: tuple[float, ...] | None, reason: str
+    ) -> Plan:
+        plan = Plan(max(drawn + 1, self.schedule.newest.first_step), local_batches, seconds, reason)
         self.schedule.append(plan)
         return plan

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_hetero import agreement, failures, loss_count, profiles
+from lightning_hetero import agreement, device_memory, failures, loss_count, profiles
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.balancer import STATE_VERSION
 from lightning_hetero.batch_norm import smallest_local_batch
@@ -30,11 +31,13 @@ from lightning_hetero.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
 from lightning_hetero.loaders import Context, Loaders, content_hash
 from lightning_hetero.malloc import keep_freed_memory
+from lightning_hetero.memory import Caps, Report
 from lightning_hetero.metrics import StepLogging
 from lightning_hetero.monitor import device_name
 from lightning_hetero.observer import Observer
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner, Shares, learns, profile_path
+from lightning_hetero.recovery import Passes, Recovery, explained, impossible
 from lightning_hetero.sampler import Position
 from lightning_hetero.sync_batch_norm import Ties
 from lightning_hetero.timing import HostMarks, WorkClock, clock_of
@@ -56,7 +59,8 @@ class HeteroStrategy(DDPStrategy):
             ranks, what DDP would use. With several training loaders it holds for each of them.
         loss_count: from the module and a batch, as ``training_step`` gets it, to the number that the loss is a mean
             over. None: the module's own ``loss_count(batch)``, what is known of TorchGeo's tasks, or samples.
-        memory_limit: the part of a device's memory that a share may fill, or bytes. Not enforced yet.
+        memory_limit: the part of a device's memory that a rank may hold, or bytes if it is above 1. A rank whose
+            share would need more is capped, and the others get the rest.
         granularity: local batches are multiples of it, but for the last of an epoch.
         **ddp_options: all that Lightning's ``DDPStrategy`` takes.
 
@@ -98,6 +102,9 @@ class HeteroStrategy(DDPStrategy):
         self._last_ready = -1
         self._observer: Observer | None = None  # on the first rank, while it trains
         self._devices: list[str] = []
+        self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
+        self._recovery: Recovery | None = None
+        self._unrecoverable: str | None = None
         self._launched = False
         self._facts: dict[str, Any] = {}  # what has to be equal for a profile to hold
 
@@ -156,6 +163,8 @@ class HeteroStrategy(DDPStrategy):
             if type(self._layer_sync) is TorchSyncBatchNorm and self.world_size > 1:
                 self._ties = Ties(self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting)
                 self._layer_sync = ExactSyncBatchNorm(self._ties)
+            rooms = self._exchange.gather(device_memory.room_of(self.root_device))
+            self._limits = device_memory.limits(rooms, self._memory_limit)
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
         self._attach(self.lightning_module.trainer, self._exchange.broadcast(seed) % 2**32)
 
@@ -196,6 +205,9 @@ class HeteroStrategy(DDPStrategy):
                 minimum=1 if self._ties is not None else smallest_local_batch(self.lightning_module),
                 granularity=self._granularity,
                 known=self._known(global_batch) if learns(self._shares) else None,
+                memory=lambda total, least: Caps(
+                    self._limits, self._devices, total, minimum=least, granularity=self._granularity
+                ),
             )
         return self._planner
 
@@ -242,6 +254,38 @@ class HeteroStrategy(DDPStrategy):
                 self._hear,
                 self._ties,
             )
+            self._recovery = self._make_recovery()
+
+    def _make_recovery(self) -> Recovery | None:
+        module, precision = self.lightning_module, self.precision_plugin
+        assert module is not None
+        assert self._steps is not None
+        self._unrecoverable = impossible(
+            module,
+            self.model,
+            automatic=module.automatic_optimization,
+            hooked=self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None,
+        )
+        if self._unrecoverable is not None or not isinstance(self.model, DistributedDataParallel):
+            return None
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            with precision.train_step_context():
+                return module.training_step(*args, **kwargs)
+
+        scaler = getattr(precision, "scaler", None)
+        passes = Passes(
+            forward=compute,
+            backward=lambda loss: precision.backward(loss, module, None),
+            scaled=scaler.scale if scaler is not None else lambda loss: loss,
+            accumulated=lambda: module.trainer.accumulate_grad_batches,
+        )
+        smallest = smallest_local_batch(module)
+        return Recovery(module, self.model, self._steps, passes, place=self._place, smallest=smallest)
+
+    @property
+    def _place(self) -> str:
+        return f"rank {self.global_rank} ({device_name(self.root_device)})"
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
@@ -308,9 +352,7 @@ class HeteroStrategy(DDPStrategy):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        self._steps = None
-        self._merge = None
-        self._observer = None
+        self._steps = self._recovery = self._merge = self._observer = None
         super().teardown()
 
     @override
@@ -372,10 +414,28 @@ class HeteroStrategy(DDPStrategy):
             content=self._content,
             stop=self._stop is not None and self._stop.made,
         )
-        with self._steps.logged(self._logging) as returned:
-            output = super().training_step(*args, **kwargs)
+        with self._steps.logged(self._logging) as returned, self._out_of_memory_explained():
+            if (recovery := self._recovery_now()) is not None:
+                output = recovery.training_step(self._logging, *args, **kwargs)
+            else:
+                output = super().training_step(*args, **kwargs)
             returned(output)
         return output
+
+    def _recovery_now(self) -> Recovery | None:
+        """What survives running out of memory in this step; None where that is not to be expected, or can't be."""
+        assert self._steps is not None
+        return self._recovery if self._recovery is not None and self._steps.risky and self._recovery.ready else None
+
+    def _out_of_memory_explained(self) -> AbstractContextManager[None]:
+        assert self._steps is not None
+        if self._steps.local_batch is None:
+            reason = "where the user shards a step can't be repeated in parts"
+        elif self._steps.risky:
+            reason = self._unrecoverable or "with static_graph the first step can't be repeated in parts"
+        else:
+            reason = self._unrecoverable or "it has computed as many samples in an earlier step"
+        return explained(self._place, self._steps.local_batch, reason)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -387,8 +447,18 @@ class HeteroStrategy(DDPStrategy):
             and self.model.require_backward_grad_sync
         )
         manual = self.lightning_module is not None and not self.lightning_module.automatic_optimization
-        with self._steps.weighted(closure_loss, averaged=averaged, masks_accumulate=manual) as loss:
-            return super().backward(loss, optimizer, *args, **kwargs)
+        recovery = self._recovery_now()
+        with (
+            self._out_of_memory_explained(),
+            self._steps.weighted(closure_loss, averaged=averaged and recovery is None, masks_accumulate=manual) as loss,
+        ):
+            if recovery is None:
+                return super().backward(loss, optimizer, *args, **kwargs)
+            module = self.lightning_module
+            assert module is not None
+            scaled = self.precision_plugin.pre_backward(loss, module)
+            recovery.backward(scaled, loss, closure_loss, average=averaged)
+            return self.precision_plugin.post_backward(scaled, module)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -426,14 +496,27 @@ class HeteroStrategy(DDPStrategy):
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
+        drawn = int(column(rows, "drawn").max())
+        for sentence in self._hear_of_memory(rows):
+            rank_zero_warn(sentence)
+        self._show(self._planner.fit_into_memory(drawn))
         measured, seconds = column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist()
-        plan = self._planner.observe(
-            measured, seconds, int(column(rows, "drawn").max()), column(rows, "averaging").tolist()
-        )
+        plan = self._planner.observe(measured, seconds, drawn, column(rows, "averaging").tolist())
         if self._observer is not None:
             self._observer.hear(self._planner, measured, seconds)
-            if plan is not None:
-                self._observer.planned(plan, column(rows, "memory").tolist())
+        self._show(plan)
+
+    def _hear_of_memory(self, rows: Rows) -> tuple[str, ...]:
+        caps = self._planner.caps if self._planner is not None else None
+        if caps is None:
+            return ()
+        columns = zip(*(column(rows, name).tolist() for name in ("held", "memory", "resting", "fits")), strict=True)
+        return caps.hear([Report(int(held), peak, resting, int(fits)) for held, peak, resting, fits in columns])
+
+    def _show(self, plan: Plan | None) -> None:
+        if plan is not None and self._observer is not None:
+            caps = self._planner.caps if self._planner is not None else None
+            self._observer.planned(plan, caps.peaks() if caps is not None else None)
 
     # ---- exchanges, which are no work of this rank ----
 

@@ -1,10 +1,8 @@
 """One training step of a rank, from its batch to the weight of its loss."""
 
 import hashlib
-import resource
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,21 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hetero.borrowing import ModuleState, RandomStates
-from lightning_hetero.collectives import Exchange, PendingRows
+from lightning_hetero.collectives import Exchange, PendingRows, average_gradients
+from lightning_hetero.device_memory import PeakMemory
 from lightning_hetero.failures import BackwardWatch, check_backward
 from lightning_hetero.loss_count import LossCounter
 from lightning_hetero.sampler import Share
 from lightning_hetero.sync_batch_norm import Ties
 from lightning_hetero.timing import Reading, WorkClock
 from lightning_hetero.weighting import LEFT_EPOCH, TRAINS, Message, Rows, check, column, weight
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most bytes that this process has held so far: on its GPU, or resident in main memory."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 @contextmanager
@@ -167,6 +158,13 @@ class TrainingSteps:
         self.mask: Tensor | None = None
         """False on the device when nothing counts of the batch that is being gone backward from; None for no mask."""
         self._window = Window()
+        self._memory = PeakMemory(device)
+        self._largest = (0,) * exchange.world_size  # local batches that ranks have told to have computed in one piece
+        self._held, self._peak, self._fits = 0, 0.0, 0
+        self._cut = False
+        self.risky = False
+        """A rank has more samples in this step than it is known to have computed; the same on all ranks."""
+        self._count: float | Tensor = 0.0
         self._earlier = 0  # micro-batches of this optimizer step that are done
         self._finished: deque[Window] = deque(maxlen=self.REMEMBERED)
 
@@ -175,6 +173,45 @@ class TrainingSteps:
         """Whether this rank computes other ranks' samples in this step."""
         return self._share is not None and self._share.borrowed
 
+    @property
+    def local_batch(self) -> int | None:
+        """This rank's samples in this step, 0 if they are borrowed; None where the user shards."""
+        return self._share.counts[self._exchange.rank] if self._share is not None else None
+
+    @property
+    def too_large(self) -> bool:
+        """Whether memory ran out with as many samples as this rank has in this step."""
+        return 0 < self._fits < (self.local_batch or 0)
+
+    @property
+    def count(self) -> float:
+        """What this rank's batch counts for; the host waits for the device."""
+        return float(self._count)
+
+    def count_of(self, batch: Any) -> float:
+        """What a part of the batch counts for; the host waits for the device."""
+        return float(self._counter(self._module, batch))
+
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The mean of the gradients over all ranks, after backward passes that each made by itself."""
+        with self._clock.waiting():
+            self._watch.enter(self._step)
+            try:
+                average_gradients(parameters, self._exchange)
+            finally:
+                self._watch.leave()
+
+    def computed_in_parts(self, fits: int) -> None:
+        """This rank ran out of memory in this step.
+
+        Args:
+            fits: samples of the largest part that it could compute.
+        """
+        self._cut = True
+        if self.local_batch:  # borrowed samples are no measure
+            known = self._largest[self._exchange.rank]  # in one piece
+            self._fits = min(self._fits or fits, fits) if known >= self.local_batch else max(fits, known)
+
     def remember_random_states(self) -> None:
         """A borrowed batch is about to be loaded in this process."""
         self._random = RandomStates()
@@ -182,10 +219,12 @@ class TrainingSteps:
     def arrive(self, share: Share | None) -> None:
         """The batch of a step has been loaded; nothing of the user's code has seen it yet."""
         self._share = share
-        self._begun = False
+        self._begun = self._cut = False
+        self.risky = share is not None and any(map(int.__gt__, share.counts, self._largest))
         self._weight = 1.0
         if self._ties is not None:
             self._ties.borrowed = self.borrowed
+        self._memory.start(self.local_batch or 0)
         if self.borrowed:
             self._random = self._random or RandomStates()
             self._state = ModuleState(self._module)
@@ -207,6 +246,7 @@ class TrainingSteps:
                 count = self._counter(self._module, batch)
             except Exception as error:  # noqa: BLE001 - whatever the user's rule raises has to reach the other ranks
                 self._fault, count = error, float("nan")
+        self._count = count
         # What the host does not know it does not ask for, since that would make it wait for the device.
         self._hidden = count if isinstance(count, Tensor) and self._on_device else None
         known = float(count) if self._hidden is None else 1.0
@@ -223,9 +263,12 @@ class TrainingSteps:
             checksum=self._share.checksum if self._share is not None else 0,
             drawn=drawn,
             **news,
-            memory=peak_memory(self._device),
+            memory=self._peak,
             content=content,
             stop=stop,
+            held=self._held,
+            resting=self._memory.resting,
+            fits=self._fits,
         )
         self._pending = self._exchange.start(message.row())
 
@@ -258,6 +301,7 @@ class TrainingSteps:
             self._weight = torch.where(total > 0, self._exchange.world_size * own / total, 0.0)
         else:
             self._weight = weight(column(rows, "count"), self._exchange.rank)
+        self._largest = tuple(map(max, self._largest, column(rows, "held").astype(int).tolist()))
         self._on_rows(int(column(rows, "step")[0]), rows)
         return self._weight
 
@@ -345,6 +389,10 @@ class TrainingSteps:
         """
         self.weigh()  # a module in manual optimization may have had nothing to go backward from
         reading = self._clock.stop()
+        self._held = 0 if self._cut else self.local_batch or 0
+        self._peak = self._memory.of_step(self._held) if self._held else 0.0
+        if self._cut:
+            self._window.comparable = False
         if global_batch is not None:
             self._window.add(reading, self._share, global_batch)
         self._earlier = 0 if stepped else self._earlier + 1

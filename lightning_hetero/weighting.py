@@ -25,9 +25,12 @@ class Message:
         measured: the step that `seconds` belongs to; -1 for none.
         seconds: its own work in that step.
         averaging: seconds between its last gradient and the averaged ones in that step.
-        memory: most bytes that the rank has held so far.
+        memory: most bytes that the rank held in its last step; 0 if not known.
         content: a hash of the data of the first batches, where the user shards; 0 otherwise.
         stop: 1 when the rank has been asked to stop.
+        held: its local batch in its last step, computed in one piece; 0 where it was not.
+        resting: bytes that it held before its first step.
+        fits: the largest local batch that fits, learnt from running out of memory; 0 if it never did.
     """
 
     kind: float
@@ -41,6 +44,9 @@ class Message:
     memory: float = 0.0
     content: float = 0.0
     stop: float = 0.0
+    held: float = 0.0
+    resting: float = 0.0
+    fits: float = 0.0
 
     def row(self) -> tuple[float, ...]:
         """The numbers, in the order of the fields."""

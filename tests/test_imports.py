@@ -10,19 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_hetero"
 
 PURE = (
-    "malloc",
-    "plan",
-    "step_time",
-    "allocation",
-    "outlook",
-    "history",
-    "balancer",
-    "planner",
-    "tally",
-    "profiles",
-) + ("weighting",)
-TORCH = ("stream", "sampler", "timing", "loss_count", "batch_norm", "sync_batch_norm", "borrowing", "buffers", "limits")
-DISTRIBUTED = ("collectives", "agreement", "failures", "training_step")
+    *("malloc", "plan", "step_time", "allocation", "outlook", "history", "balancer", "memory", "planner", "tally"),
+    *("profiles", "weighting"),
+)
+TORCH = (
+    *("stream", "sampler", "timing", "loss_count", "batch_norm", "sync_batch_norm", "borrowing", "buffers", "limits"),
+    *("device_memory", "cutting"),
+)
+DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery")
 LIGHTNING = ("attachment", "layer_sync", "loaders", "metrics", "checkpoint", "monitor", "observer", "strategy")
 OUTERMOST = ("accelerator", "__init__", "ray", "report", "demo", "cli")
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -218,6 +219,63 @@ def test_shares_by_example() -> None:
     assert proportional(64, [100, 1, 1], minimum=[1, 8, 1]) == (55, 8, 1)
     assert proportional(64, [3, 1], granularity=8) == (48, 16)
     assert proportional(10, [0.1, 0.2, 0.7]) == (1, 2, 7)
+
+
+def filled(units: int, weights: list[Fraction], least: list[int], most: list[int]) -> list[Fraction]:
+    """Exact quotas, in another way: the level at which limits and shares together take all."""
+    limits = {Fraction(limit) / w for w, a, b in zip(weights, least, most, strict=True) for limit in (a, b)}
+
+    def at(level: Fraction) -> list[Fraction]:
+        return [min(max(level * w, Fraction(a)), Fraction(b)) for w, a, b in zip(weights, least, most, strict=True)]
+
+    below = max(level for level in limits if sum(at(level)) <= units)
+    rising = [w for w, x, b, a in zip(weights, at(below), most, least, strict=True) if a <= below * w == x < b]
+    return at(below + (units - sum(at(below))) / sum(rising)) if sum(at(below)) < units else at(below)
+
+
+@given(st.data(), st.integers(1, 6), st.integers(1, 3))
+def test_what_a_cap_keeps_from_a_rank_goes_to_the_others_in_proportion(
+    data: st.DataObject, world_size: int, step: int
+) -> None:
+    """Against exact fractions: every rank is less than one step from its quota, and within its limits."""
+    weights = data.draw(st.lists(st.integers(1, 9), min_size=world_size, max_size=world_size))
+    limits = [sorted(data.draw(st.tuples(st.integers(0, 20), st.integers(0, 20)))) for _ in range(world_size)]
+    least, most = [a for a, _ in limits], [b for _, b in limits]
+    units = data.draw(st.integers(max(1, sum(least)), max(1, sum(most))))
+    if not sum(least) <= units <= sum(most):
+        return
+    result = proportional(
+        units * step, weights, minimum=[a * step for a in least], maximum=[b * step for b in most], granularity=step
+    )
+    assert sum(result) == units * step
+    quotas = filled(units, [Fraction(w) for w in weights], least, most)
+    for b, quota, low, high in zip(result, quotas, least, most, strict=True):
+        assert b % step == 0
+        assert low * step <= b <= high * step
+        assert abs(Fraction(b, step) - quota) < 1 + Fraction(1, 10**9)
+
+
+def test_caps_by_example() -> None:
+    assert proportional(10, [4, 1], maximum=[5, 10]) == (5, 5)
+    assert proportional(64, [1, 1, 1], maximum=[10, 64, 64]) == (10, 27, 27)
+    assert proportional(64, [6, 2, 1], maximum=[10, 64, 64]) == (10, 36, 18)
+    assert proportional(64, [4, 0, 0], minimum=0, maximum=[40, 64, 64]) == (40, 12, 12)
+    assert proportional(64, [4, 0], maximum=[64, 64]) == (63, 1)
+    assert proportional(64, [3, 1], maximum=[40, 64], granularity=8) == (40, 24)
+    assert proportional(64, [1, 1], maximum=32) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"maximum": [30, 10]}, "^the caps of all ranks add up to 40 samples, 24 short of the global batch 64$"),
+        ({"minimum": [1, 9], "maximum": [64, 8]}, "rank 1: no multiple of granularity 1"),
+        ({"maximum": [1, 2, 3]}, "maximum must be an int, or one a rank for 2 ranks"),
+    ],
+)
+def test_caps_that_do_not_fit_raise(limits: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        proportional(64, [1, 1], **limits)
 
 
 @pytest.mark.parametrize(

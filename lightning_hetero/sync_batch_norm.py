@@ -52,7 +52,7 @@ class Ties:
             self._counts = True
 
     def counted(self, gradient: Tensor) -> Tensor:
-        """A gradient without the 0 x NaN of a loss of which nothing counts; what later layers bring from others stays."""
+        """A gradient without the 0 x NaN of a loss of which nothing counts; what later layers bring stays."""
         if self.borrowed:
             return torch.zeros_like(gradient)
         if self._counts is True:

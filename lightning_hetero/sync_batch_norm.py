@@ -52,10 +52,13 @@ class Ties:
             self._counts = True
 
     def counted(self, gradient: Tensor) -> Tensor:
-        """The gradient that comes from this rank's loss: exact zeros where nothing of it counts, not 0 x NaN."""
-        if isinstance(self._counts, Tensor):
-            return torch.where(self._counts, gradient, 0.0)
-        return gradient if self._counts and not self.borrowed else torch.zeros_like(gradient)
+        """A gradient without the 0 x NaN of a loss of which nothing counts; what later layers bring stays."""
+        if self.borrowed:
+            return torch.zeros_like(gradient)
+        if self._counts is True:
+            return gradient
+        clean = gradient.nan_to_num(0.0, 0.0, 0.0)
+        return torch.where(self._counts, gradient, clean) if isinstance(self._counts, Tensor) else clean
 
     def __deepcopy__(self, _: Any) -> "Ties":
         return self

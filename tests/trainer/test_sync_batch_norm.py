@@ -98,7 +98,7 @@ def check(on_device: bool) -> None:
     for number, (name, recipe) in enumerate(RECIPES.items()):
         plain = plain_fit(recipe, 2 * recipe.batch_size)["seen"]
         for rank, outs in enumerate(ranks):
-            error = relative_error(torch.tensor(outs[number][0][0]), torch.tensor(plain[0][0]))
+            error = relative_error(*(torch.tensor(v[0][0], dtype=torch.float64) for v in (outs[number], plain)))
             assert error <= EXACT, f"{name}: rank {rank} is off by {error:.1e}"
 
 

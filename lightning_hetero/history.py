@@ -14,9 +14,12 @@ from lightning_hetero.step_time import StepTimeModel
 KEPT = 40
 KEPT_LOCAL_BATCHES = 8
 
-# That many steps in a row, all off by this factor (or by so many times the noise, if that is more), are a drift.
-DRIFT_STEPS = 3
-_DRIFT = 1.15
+# That many measurements of a local batch make it known: one of them may be disturbed.
+_KNOWN = 3
+
+# That many steps in a row, all off by this factor (or by so many times the noise, if that is more), are a drift: soon
+# where much is lost, later where it may be an episode that passes.
+_DRIFTS = ((4, 1.6), (8, 1.15))
 _DRIFT_SPREADS = 3.0
 
 # The median of that many steps, off by this factor from what the local batch took before (or by so many standard
@@ -38,8 +41,8 @@ _ASSUMED_SPREAD = 0.03
 _NARROW = 4 / 3
 _FIXED = 0.25
 
-# Fewer measurements of a local batch than DRIFT_STEPS may be disturbed ones. They are left out where they are off by
-# this part from what better known local batches nearby (within the ratio) say; further away, those say too little.
+# Measurements of a local batch that is not known yet are left out where they are off by this part from what known local
+# batches nearby (within the ratio) say; further away, those say too little.
 _CREDIBLE = 0.2
 _NEARBY = 3 / 2
 
@@ -82,15 +85,18 @@ class RankHistory:
         self.tails = [*self.tails, seconds][-_KEPT_TAILS:]
 
     def _changed_suddenly(self, local_batch: int) -> bool:
-        last = self.seconds[local_batch][-DRIFT_STEPS:]
-        older = self._without_last(local_batch, DRIFT_STEPS)
-        known = {b: median(s) for b, s in older.items() if len(s) >= DRIFT_STEPS}  # one step alone may be an outlier
-        if len(last) < DRIFT_STEPS or not known:
+        return any(self._changed(local_batch, steps, factor) for steps, factor in _DRIFTS)
+
+    def _changed(self, local_batch: int, steps: int, factor: float) -> bool:
+        last = self.seconds[local_batch][-steps:]
+        older = self._without_last(local_batch, steps)
+        known = {b: median(s) for b, s in older.items() if len(s) >= _KNOWN}
+        if len(last) < steps or not known:
             return False
         # Samples never make a step shorter. So, whatever the curve, these bound the last steps at unchanged speed.
         most = min((time for b, time in known.items() if b >= local_batch), default=math.inf)
         least = max((time for b, time in known.items() if b <= local_batch), default=0.0)
-        factor = max(_DRIFT, 1 + _DRIFT_SPREADS * self.spread())
+        factor = max(factor, 1 + _DRIFT_SPREADS * self.spread())
         if not (min(last) > factor * most or max(last) * factor < least):
             return False
         self._rescale(local_batch, older, last)
@@ -131,7 +137,7 @@ class RankHistory:
 
     def spread(self) -> float:
         """Relative standard deviation of single measurements around the median of their local batch."""
-        groups = [(median(s), sorted(s)) for s in self.seconds.values() if len(s) >= DRIFT_STEPS]
+        groups = [(median(s), sorted(s)) for s in self.seconds.values() if len(s) >= _KNOWN]
         # The middle one of an odd number is its median, and tells nothing of the spread.
         off = [abs(v / m - 1) for m, s in groups for i, v in enumerate(s) if 2 * i + 1 != len(s)]
         return _NORMAL * median(off) if len(off) >= _FEW else _ASSUMED_SPREAD
@@ -154,7 +160,7 @@ class RankHistory:
 
 def fit(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:
     """Fit a model to seconds by local batch, the one that was used last at the end."""
-    solid = {b: s for b, s in measured.items() if len(s) >= DRIFT_STEPS}
+    solid = {b: s for b, s in measured.items() if len(s) >= _KNOWN}
     if not solid or len(solid) == len(measured):
         return _through(measured)
     model = _through(solid)

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_hetero import cutting
 from lightning_hetero.borrowing import ModuleState
 from lightning_hetero.loss_count import sample_count
+from lightning_hetero.sync_batch_norm import SynchronisedBatchNorm
 from lightning_hetero.training_step import TrainingSteps, gradients_left_alone
 
 Gradients = list[Tensor | None]
@@ -49,8 +50,8 @@ def impossible(module: nn.Module, model: object, *, automatic: bool, hooked: boo
         return "with a ddp_comm_hook of its own a run can't repeat a step in parts"
     if not isinstance(model, DistributedDataParallel) or model.mixed_precision is not None:
         return "this kind of wrapper can't repeat a step in parts"
-    if any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):
-        return "with SyncBatchNorm, which waits for the other ranks, a step can't be repeated in parts"
+    if any(isinstance(layer, nn.SyncBatchNorm | SynchronisedBatchNorm) for layer in module.modules()):
+        return "with synchronised BatchNorm, which waits for the other ranks, a step can't be repeated in parts"
     return None
 
 

@@ -93,13 +93,16 @@ class _Rank:
         self.fits = UNLIMITED
         self.ran = 0  # the largest local batch so far
 
-    def hear(self, report: Report) -> None:
+    def hear(self, report: Report) -> bool:
+        """Whether there was news, which is rare: peaks repeat."""
+        before = self.resting, self.fits, self.ran, self.peaks.get(report.held)
         self.resting = report.resting
         self.fits = report.fits or self.fits
         if report.held > 0:
             self.ran = max(self.ran, report.held)
             if report.peak > 0:
                 self.peaks[report.held] = max(report.peak, self.peaks.get(report.held, 0.0))
+        return before != (self.resting, self.fits, self.ran, self.peaks.get(report.held))
 
     def largest(self, limit: float) -> int:
         """What its memory allows."""
@@ -134,6 +137,7 @@ class Caps:
         self._minimum = minimum
         self._granularity = granularity
         self._ranks = [_Rank() for _ in limits]
+        self._hard = self._what_memory_allows()
 
     def hear(self, reports: Sequence[Report]) -> tuple[str, ...]:
         """Take in what all ranks tell.
@@ -144,13 +148,15 @@ class Caps:
         Raises:
             ValueError: the global batch does not fit into the memory of all ranks together.
         """
-        said = []
+        said, news = [], False
         for number, (rank, report) in enumerate(zip(self._ranks, reports, strict=True)):
             known = rank.fits
-            rank.hear(report)
+            news |= rank.hear(report)
             if rank.fits < known:
                 said.append(self._ran_out(number))
-        self._check()
+        if news:
+            self._hard = self._what_memory_allows()
+            self._check()
         return tuple(said)
 
     def peaks(self) -> list[float]:
@@ -163,7 +169,7 @@ class Caps:
         Args:
             current: W samples, of the newest plan.
         """
-        hard = self._hard()
+        hard = self._hard
         factor = 1
         while True:  # a reach that is too short for the global batch gives way, to what memory allows
             caps = [
@@ -177,7 +183,7 @@ class Caps:
     def _rounded(self, local_batch: int) -> int:
         return local_batch // self._granularity * self._granularity
 
-    def _hard(self) -> list[int]:
+    def _what_memory_allows(self) -> list[int]:
         return [
             min(self._rounded(rank.largest(limit)), self._rounded(UNLIMITED))
             for rank, limit in zip(self._ranks, self._limits, strict=True)
@@ -198,7 +204,7 @@ class Caps:
         Raises:
             ValueError: there isn't.
         """
-        caps = self._hard()
+        caps = self._hard
         unable = [number for number, cap in enumerate(caps) if cap < self._minimum]
         fits = sum(min(cap, self._global_batch) for cap in caps)
         if not unable and fits >= self._global_batch:

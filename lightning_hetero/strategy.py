@@ -3,7 +3,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,13 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_hetero import agreement, device_memory, failures, loss_count, profiles
+from lightning_hetero import agreement, device_memory, failures, loss_count
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
-from lightning_hetero.balancer import STATE_VERSION
 from lightning_hetero.batch_norm import smallest_local_batch
 from lightning_hetero.buffers import BufferMerge, broadcast_in_forward
 from lightning_hetero.collectives import Exchange, allreduce_mean, masked, own_total, total, until_last_bucket
 from lightning_hetero.layer_sync import ExactSyncBatchNorm
+from lightning_hetero.learnt import Learnt, run_folder
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
 from lightning_hetero.loaders import Context, Loaders, content_hash
 from lightning_hetero.malloc import keep_freed_memory
@@ -36,9 +35,9 @@ from lightning_hetero.metrics import StepLogging
 from lightning_hetero.monitor import device_name
 from lightning_hetero.observer import Observer
 from lightning_hetero.plan import Plan
-from lightning_hetero.planner import Planner, Shares, learns, profile_path
-from lightning_hetero.recovery import Passes, Recovery, explained, impossible
+from lightning_hetero.planner import Planner, Shares
 from lightning_hetero.sampler import Position
+from lightning_hetero.survival import Survival
 from lightning_hetero.sync_batch_norm import Ties
 from lightning_hetero.timing import HostMarks, WorkClock, clock_of
 from lightning_hetero.training_step import SameData, TrainingSteps
@@ -103,10 +102,9 @@ class HeteroStrategy(DDPStrategy):
         self._observer: Observer | None = None  # on the first rank, while it trains
         self._devices: list[str] = []
         self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
-        self._recovery: Recovery | None = None
-        self._unrecoverable: str | None = None
+        self._survival: Survival | None = None
         self._launched = False
-        self._facts: dict[str, Any] = {}  # what has to be equal for a profile to hold
+        self._learnt: Learnt | None = None
 
     @property
     def plan(self) -> Plan:
@@ -160,6 +158,7 @@ class HeteroStrategy(DDPStrategy):
             self._clock = clock_of(self.root_device)
             self._exchange = Exchange(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
+            self._learnt = Learnt(self._shares, self._exchange, self.root_device)
             if type(self._layer_sync) is TorchSyncBatchNorm and self.world_size > 1:
                 self._ties = Ties(self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting)
                 self._layer_sync = ExactSyncBatchNorm(self._ties)
@@ -204,32 +203,12 @@ class HeteroStrategy(DDPStrategy):
                 global_batch,
                 minimum=1 if self._ties is not None else smallest_local_batch(self.lightning_module),
                 granularity=self._granularity,
-                known=self._known(global_batch) if learns(self._shares) else None,
+                known=self._learnt.find(self.lightning_module, global_batch) if self._learnt is not None else None,
                 memory=lambda total, least: Caps(
                     self._limits, self._devices, total, minimum=least, granularity=self._granularity
                 ),
             )
         return self._planner
-
-    def _known(self, global_batch: int) -> dict[str, Any] | None:
-        """What an earlier run of this job has learnt; all ranks get what rank 0 finds."""
-        assert self._exchange is not None
-        assert self.lightning_module is not None
-        devices = self._exchange.gather(agreement.machine(self.root_device))
-        precision = self.lightning_module.trainer.precision
-        facts = agreement.job(self.lightning_module, precision) | {"global batch": global_batch, "devices": devices}
-        facts["version"] = STATE_VERSION
-        self._facts = facts
-        folder, given = self._folder(), profile_path(self._shares)
-        return self._exchange.from_rank_zero(
-            lambda: profiles.read(given, facts) if given else profiles.find(folder, facts)
-        )
-
-    def _folder(self) -> str:
-        """The run's folder; asks all ranks."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        return trainer.log_dir or trainer.default_root_dir
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
@@ -254,43 +233,19 @@ class HeteroStrategy(DDPStrategy):
                 self._hear,
                 self._ties,
             )
-            self._recovery = self._make_recovery()
-
-    def _make_recovery(self) -> Recovery | None:
-        module, precision = self.lightning_module, self.precision_plugin
-        assert module is not None
-        assert self._steps is not None
-        self._unrecoverable = impossible(
-            module,
-            self.model,
-            automatic=module.automatic_optimization,
-            hooked=self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None,
-        )
-        if self._unrecoverable is not None or not isinstance(self.model, DistributedDataParallel):
-            return None
-
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            with precision.train_step_context():
-                return module.training_step(*args, **kwargs)
-
-        scaler = getattr(precision, "scaler", None)
-        passes = Passes(
-            forward=compute,
-            backward=lambda loss: precision.backward(loss, module, None),
-            scaled=scaler.scale if scaler is not None else lambda loss: loss,
-            accumulated=lambda: module.trainer.accumulate_grad_batches,
-        )
-        smallest = smallest_local_batch(module)
-        return Recovery(module, self.model, self._steps, passes, place=self._place, smallest=smallest)
-
-    @property
-    def _place(self) -> str:
-        return f"rank {self.global_rank} ({device_name(self.root_device)})"
+            self._survival = Survival(
+                self.lightning_module,
+                self.model,
+                self.precision_plugin,
+                self._steps,
+                place=f"rank {self.global_rank} ({device_name(self.root_device)})",
+                hooked=self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None,
+            )
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
-        # Not where DDP keeps track of which parameters were used: it is not told of passes that go past its wrapper, and
-        # takes the views of what these left behind for its own.
+        # Not where DDP keeps track of which parameters were used: it is not told of passes that go past its wrapper,
+        # and takes the views of what these left behind for its own.
         if not (self._ddp_kwargs.get("find_unused_parameters") or self._ddp_kwargs.get("static_graph")):
             self._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         wrapped = super()._setup_model(model)
@@ -319,9 +274,9 @@ class HeteroStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
-        folder = self._folder()
+        trainer = self.lightning_module.trainer
+        folder = run_folder(trainer)
         if self._planner is not None and self.is_global_zero:
-            trainer = self.lightning_module.trainer
             self._observer = Observer(trainer, self._planner, self._devices, self._granularity, folder)
 
     @override
@@ -343,9 +298,8 @@ class HeteroStrategy(DDPStrategy):
         super().on_train_end()
         if self._observer is not None:
             self._observer.end_run()
-        folder = self._folder()
-        if self.is_global_zero and self._planner is not None and (state := self._planner.state_dict()) is not None:
-            profiles.write(folder, self._facts, state)
+        if self._learnt is not None and self.lightning_module is not None:
+            self._learnt.keep(self.lightning_module.trainer, self._planner)
 
     @override
     def teardown(self) -> None:
@@ -355,7 +309,7 @@ class HeteroStrategy(DDPStrategy):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        self._steps = self._recovery = self._merge = self._observer = None
+        self._steps = self._survival = self._merge = self._observer = None
         super().teardown()
 
     @override
@@ -417,28 +371,14 @@ class HeteroStrategy(DDPStrategy):
             content=self._content,
             stop=self._stop is not None and self._stop.made,
         )
-        with self._steps.logged(self._logging) as returned, self._out_of_memory_explained():
-            if (recovery := self._recovery_now()) is not None:
+        assert self._survival is not None
+        with self._steps.logged(self._logging) as returned, self._survival.explained():
+            if (recovery := self._survival.recovery) is not None:
                 output = recovery.training_step(self._logging, *args, **kwargs)
             else:
                 output = super().training_step(*args, **kwargs)
             returned(output)
         return output
-
-    def _recovery_now(self) -> Recovery | None:
-        """What survives running out of memory in this step; None where that is not to be expected, or can't be."""
-        assert self._steps is not None
-        return self._recovery if self._recovery is not None and self._steps.risky and self._recovery.ready else None
-
-    def _out_of_memory_explained(self) -> AbstractContextManager[None]:
-        assert self._steps is not None
-        if self._steps.local_batch is None:
-            reason = "where the user shards a step can't be repeated in parts"
-        elif self._steps.risky:
-            reason = self._unrecoverable or "with static_graph the first step can't be repeated in parts"
-        else:
-            reason = self._unrecoverable or "it has computed as many samples in an earlier step"
-        return explained(self._place, self._steps.local_batch, reason)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -450,18 +390,15 @@ class HeteroStrategy(DDPStrategy):
             and self.model.require_backward_grad_sync
         )
         manual = self.lightning_module is not None and not self.lightning_module.automatic_optimization
-        recovery = self._recovery_now()
+        assert self._survival is not None
+        recovery = self._survival.recovery
         with (
-            self._out_of_memory_explained(),
+            self._survival.explained(),
             self._steps.weighted(closure_loss, averaged=averaged and recovery is None, masks_accumulate=manual) as loss,
         ):
-            if recovery is None:
-                return super().backward(loss, optimizer, *args, **kwargs)
-            module = self.lightning_module
-            assert module is not None
-            scaled = self.precision_plugin.pre_backward(loss, module)
-            recovery.backward(scaled, loss, closure_loss, average=averaged)
-            return self.precision_plugin.post_backward(scaled, module)
+            if recovery is not None:
+                return self._survival.backward(recovery, loss, closure_loss, average=averaged)
+            return super().backward(loss, optimizer, *args, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:

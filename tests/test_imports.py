@@ -18,7 +18,10 @@ TORCH = (
     *("device_memory", "cutting"),
 )
 DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery")
-LIGHTNING = ("attachment", "layer_sync", "loaders", "metrics", "checkpoint", "monitor", "observer", "strategy")
+LIGHTNING = (
+    *("attachment", "layer_sync", "learnt", "survival", "loaders", "metrics", "checkpoint", "monitor", "observer"),
+    "strategy",
+)
 OUTERMOST = ("accelerator", "__init__", "ray", "report", "demo", "cli")
 
 # Order matters: a room may import those to the left of it. A new file has to find its place here.

@@ -1,0 +1,60 @@
+"""What one run of a job has learnt, for the next one: all ranks begin with what the first rank finds."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_hetero import profiles
+from lightning_hetero.agreement import job, machine
+from lightning_hetero.balancer import STATE_VERSION
+from lightning_hetero.collectives import Exchange
+from lightning_hetero.planner import Planner, Shares, learns, profile_path
+
+
+class Learnt:
+    """Reads and writes the profile of one job.
+
+    Args:
+        shares: the user's.
+        exchange: between the ranks.
+        device: of this rank.
+    """
+
+    def __init__(self, shares: Shares, exchange: Exchange, device: torch.device) -> None:
+        self._shares = shares
+        self._exchange = exchange
+        self._device = device
+        self._facts: dict[str, Any] = {}  # what has to be equal for a profile to hold
+
+    def find(self, module: "pl.LightningModule", global_batch: int) -> dict[str, Any] | None:
+        """What an earlier run has learnt; None where there was none. All ranks have to ask.
+
+        Raises:
+            ValueError: the profile that the user names is none, or of another job.
+        """
+        if not learns(self._shares):
+            return None
+        facts = {
+            "version": STATE_VERSION,
+            **job(module, module.trainer.precision),
+            "global batch": global_batch,
+            "devices": self._exchange.gather(machine(self._device)),
+        }
+        self._facts = facts
+        folder, given = run_folder(module.trainer), profile_path(self._shares)
+        return self._exchange.from_rank_zero(
+            lambda: profiles.read(given, facts) if given else profiles.find(folder, facts)
+        )
+
+    def keep(self, trainer: "pl.Trainer", planner: Planner | None) -> None:
+        """Write the profile, on the first rank. All ranks have to call."""
+        folder = run_folder(trainer)
+        state = planner.state_dict() if planner is not None else None
+        if self._exchange.rank == 0 and state is not None:
+            profiles.write(folder, self._facts, state)
+
+
+def run_folder(trainer: "pl.Trainer") -> str:
+    """The run's folder; asks all ranks."""
+    return trainer.log_dir or trainer.default_root_dir

@@ -69,6 +69,10 @@ class MemoryModel:
         return local_batch
 
 
+_NEARLY = 1.1
+"""A local batch that is larger than the largest so far by this factor is nothing new, if the model agrees."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What one rank tells of its memory with a step's message.
@@ -162,6 +166,17 @@ class Caps:
     def peaks(self) -> list[float]:
         """W numbers of bytes, the most that each rank is known to have held; 0 where nothing is known."""
         return [max(rank.peaks.values(), default=0.0) for rank in self._ranks]
+
+    def vouch(self, local_batches: Sequence[int]) -> bool:
+        """Whether all ranks are sure to have memory for W local batches.
+
+        They are where they have computed as many samples, or nearly as many and their models, of two local batches at
+        least, see room for the rest.
+        """
+        return all(
+            local_batch <= rank.ran or (len(rank.peaks) > 1 and local_batch <= min(most, _NEARLY * rank.ran))
+            for local_batch, rank, most in zip(local_batches, self._ranks, self._hard, strict=True)
+        )
 
     def maximum(self, current: Sequence[int]) -> tuple[int, ...]:
         """W largest local batches, multiples of the granularity; their sum is at least the global batch.

@@ -2,7 +2,7 @@
 # ruff: noqa: SLF001 - a strategy is part of Lightning's inside; what it touches of a Trainer is guarded by a test
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -233,6 +233,7 @@ class HeteroStrategy(DDPStrategy):
                 self._hear,
                 self._ties,
             )
+            self._steps.vouched = self._vouched
             self._survival = Survival(
                 self.lightning_module,
                 self.model,
@@ -445,6 +446,10 @@ class HeteroStrategy(DDPStrategy):
         if self._observer is not None:
             self._observer.hear(self._planner, measured, seconds)
         self._show(plan)
+
+    def _vouched(self, local_batches: Sequence[int]) -> bool:
+        caps = self._planner.caps if self._planner is not None else None
+        return caps is not None and caps.vouch(local_batches)
 
     def _hear_of_memory(self, rows: Rows) -> tuple[str, ...]:
         caps = self._planner.caps if self._planner is not None else None

@@ -162,8 +162,10 @@ class TrainingSteps:
         self._largest = (0,) * exchange.world_size  # local batches that ranks have told to have computed in one piece
         self._held, self._peak, self._fits = 0, 0.0, 0
         self._cut = False
+        self.vouched: Callable[[Sequence[int]], bool] = lambda _: False
+        """Whether it is known, on all ranks alike, that W local batches fit though they are larger than any before."""
         self.risky = False
-        """A rank has more samples in this step than it is known to have computed; the same on all ranks."""
+        """A rank has more samples in this step than it is known to be able to compute; the same on all ranks."""
         self._count: float | Tensor = 0.0
         self._earlier = 0  # micro-batches of this optimizer step that are done
         self._finished: deque[Window] = deque(maxlen=self.REMEMBERED)
@@ -220,7 +222,8 @@ class TrainingSteps:
         """The batch of a step has been loaded; nothing of the user's code has seen it yet."""
         self._share = share
         self._begun = self._cut = False
-        self.risky = share is not None and any(map(int.__gt__, share.counts, self._largest))
+        larger = share is not None and any(map(int.__gt__, share.counts, self._largest))
+        self.risky = share is not None and larger and not self.vouched(share.counts)
         self._weight = 1.0
         if self._ties is not None:
             self._ties.borrowed = self.borrowed

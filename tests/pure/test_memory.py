@@ -203,3 +203,18 @@ def test_learnt_plans_keep_to_the_caps() -> None:
     plans = [plan.local_batches for plan in planner.schedule.plans]
     assert plans[-1] == (30, 20)
     assert max(plan[0] for plan in plans) == 30
+
+
+def test_a_little_more_than_before_is_vouched_for_where_the_model_sees_room() -> None:
+    """One peak gives no slope; a jump, or a local batch beyond the limit, is nobody's word."""
+    caps = Caps((10_000.0, 10_000.0), ("cpu", "cpu"), 64, minimum=1, granularity=1)
+    assert not caps.vouch((1, 1)), "nothing is known"
+    caps.hear([Report(32, 3200.0, 0.0, 0), Report(32, 3200.0, 0.0, 0)])
+    assert caps.vouch((32, 32))
+    assert not caps.vouch((33, 31)), "no slope yet"
+    caps.hear([Report(50, 5000.0, 0.0, 0), Report(14, 1400.0, 0.0, 0)])
+    assert caps.vouch((55, 9))
+    assert not caps.vouch((56, 8)), "more than a tenth"
+    caps.hear([Report(95, 9500.0, 0.0, 0), Report(32, 3200.0, 0.0, 0)])
+    assert caps.vouch((100, 9))
+    assert not caps.vouch((101, 9)), "beyond the limit"

@@ -50,6 +50,9 @@ def impossible(module: nn.Module, model: object, *, automatic: bool, hooked: boo
         return "with a ddp_comm_hook of its own a run can't repeat a step in parts"
     if not isinstance(model, DistributedDataParallel) or model.mixed_precision is not None:
         return "this kind of wrapper can't repeat a step in parts"
+    if model.find_unused_parameters:
+        # DDP marks what a pass past its wrapper uses, and misses the gradients of it in the next one.
+        return "with find_unused_parameters a step can't be repeated in parts"
     if any(isinstance(layer, nn.SyncBatchNorm | SynchronisedBatchNorm) for layer in module.modules()):
         return "with synchronised BatchNorm, which waits for the other ranks, a step can't be repeated in parts"
     return None

@@ -245,10 +245,7 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
-        # Not where DDP keeps track of which parameters were used: it is not told of passes that go past its wrapper,
-        # and takes the views of what these left behind for its own.
-        if not (self._ddp_kwargs.get("find_unused_parameters") or self._ddp_kwargs.get("static_graph")):
-            self._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+        self._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         wrapped = super()._setup_model(model)
         broadcasts = broadcast_in_forward(self._ddp_kwargs)
         if broadcasts is None:

@@ -160,6 +160,8 @@ class RankHistory:
 
 def fit(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:
     """Fit a model to seconds by local batch, the one that was used last at the end."""
+    # The first step at a local batch allocates, compiles and tunes; until it is outvoted, the shorter time stands.
+    measured = {b: s if len(s) >= _KNOWN else [min(s)] for b, s in measured.items()}
     solid = {b: s for b, s in measured.items() if len(s) >= _KNOWN}
     if not solid or len(solid) == len(measured):
         return _through(measured)

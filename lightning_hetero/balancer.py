@@ -49,6 +49,9 @@ _STEPS = 5
 # Quick plans need a hint that something is wrong at all: on equal devices, two noisy steps are none.
 _UNEQUAL = 0.15
 
+# The last rank is known for certain where the others have waited longer by this part of its own work.
+_CLEARLY = 0.1
+
 # Measurements of a local batch that are taken over from an earlier run.
 _REMEMBERED = 5
 
@@ -144,9 +147,11 @@ class Balancer:
         drifts = [rank.observe(b, float(t)) for rank, b, t in zip(self._ranks, split, seconds, strict=True)]
         if any(drifts):
             self._drifted, self._quick_plans = True, _QUICK_PLANS
-        if averaging and min(averaging) > 0:
-            last = min(range(self.world_size), key=averaging.__getitem__)
-            self._ranks[last].observe_tail(float(averaging[last]))
+        if averaging and min(averaging) > 0 and self.world_size > 1:
+            last, next_to_last = sorted(range(self.world_size), key=averaging.__getitem__)[:2]
+            # Where two ranks are ready together, either may be the one whose communication takes its time.
+            if averaging[next_to_last] - averaging[last] > _CLEARLY * seconds[last]:
+                self._ranks[last].observe_tail(float(averaging[last]))
         self._times_observed = self._times_observed + 1 if split == self._observed else 1
         self._observed = split
         if self._times_observed >= _SETTLED:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_hetero.allocation import proportional
 from lightning_hetero.monitor import Ending, Outlook, PlanLog, differs, table
-from lightning_hetero.outlook import FARTHEST, Job
+from lightning_hetero.outlook import ALONE, FARTHEST, Job
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner
 from lightning_hetero.tally import Tally
@@ -124,7 +124,7 @@ class Observer:
         models = self._planner.models()
         if models is None:
             return None
-        return Job(models, self._planner.tails(), self._planner.minimum, self._granularity)
+        return Job(models, self._planner.tails(), self._planner.minimum, self._granularity, alone=ALONE)
 
     def _log_scalars(self, step: int) -> None:
         plan, pace, job = self._planner.schedule.at(step), self._tally.pace(), self._job()

@@ -198,6 +198,20 @@ def test_the_first_step_says_nothing_where_ranks_are_nearly_equal() -> None:
     assert balancer.propose((32, 32)) is None
 
 
+def test_the_tail_is_that_of_the_rank_for_which_all_others_wait() -> None:
+    """Where two are ready together, a slow communication would be laid at the wrong door, and stay there for good."""
+    balancer = Balancer(3, 96)
+    balancer.observe(0, (32, 32, 32), [1.0, 1.0, 1.0])
+    balancer.observe(1, (32, 32, 32), [0.58, 0.56, 0.3], [0.20, 0.22, 0.48])
+    assert balancer.tails() == (0.0, 0.0, 0.0)
+    balancer.observe(2, (32, 32, 32), [0.3, 0.76, 0.3], [0.48, 0.02, 0.48])
+    assert balancer.tails() == (0.02, 0.02, 0.02), "of the others nothing is known: they are taken to be like it"
+    balancer.observe(3, (32, 32, 32), [0.3, 0.5, 0.7], [0.44, 0.24, 0.04])
+    assert balancer.tails() == (0.03, 0.02, 0.04)
+    balancer.observe(4, (32, 32, 32), [0.3, 0.5, 0.7], [0.0, 0.24, 0.04])
+    assert balancer.tails() == (0.03, 0.02, 0.04), "not measured on all ranks"
+
+
 def test_a_useful_step_gives_a_proposal_and_it_is_not_repeated_while_the_old_plan_still_runs() -> None:
     """Loaders prefetch, so steps under the old plan go on for a while; they are recorded, and decide nothing."""
     balancer = Balancer(2, 64)

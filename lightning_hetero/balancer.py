@@ -49,6 +49,9 @@ _STEPS = 5
 # Quick plans need a hint that something is wrong at all: on equal devices, two noisy steps are none.
 _UNEQUAL = 0.15
 
+# A gain that is worth another try of what was measured a few times only.
+_DOUBT = 0.1
+
 # The last rank is known for certain where the others have waited longer by this part of its own work.
 _CLEARLY = 0.1
 
@@ -176,6 +179,8 @@ class Balancer:
         pause = self._times_observed % _STEPS == 0  # to look at every step would cost more than it could bring
         if not too_much and not (self._observed == tuple(current) and (self._quick_plans > 0 or pause)):
             return None
+        if pause and self._times_observed >= _SETTLED:
+            self._doubt(current, maximum)
         explore = all(len(rank.seconds) == 1 for rank in self._ranks)
         split = self._beyond(current, maximum) if explore else self._best(maximum)
         gain = 1 - self._expected(split) / self._expected(current)
@@ -187,6 +192,17 @@ class Balancer:
         self._drifted = False
         self._quick_plans = max(self._quick_plans - 1, 0)
         return Proposal(split, tuple(m.seconds(b) for m, b in zip(self._models(), split, strict=True)), reason)
+
+    def _doubt(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> None:
+        """Forget local batches of which little is known where the others promise much without them.
+
+        A split that was tried while something else held a rank up, or while it compiled, was left again, and looks bad
+        for ever. Once it is forgotten it gets tried again, and long enough this time.
+        """
+        kept = self._ranks
+        self._ranks = [rank.trusted(b, _STEPS) for rank, b in zip(kept, current, strict=True)]
+        if 1 - self._expected(self._best(maximum)) / self._expected(current) <= _DOUBT:
+            self._ranks = kept
 
     def start_from(self, state: Mapping[str, Any]) -> Proposal:
         """Begin with what an earlier run of the same job has measured, and say what the first plan should be.
@@ -327,6 +343,10 @@ class Balancer:
                 for measured, tails in zip(state["measured"], state["tails"], strict=False)
             ]
             observed = tuple(int(b) for b in state["observed"])
+            if observed and (len(observed) != self.world_size or sum(observed) != self.global_batch):
+                raise ValueError(f"a balancer's state observed {observed}, no split of {self.global_batch} samples")
+            if any(not (math.isfinite(tail) and tail >= 0) for rank in ranks for tail in rank.tails):
+                raise ValueError("a balancer's state has tails that can't have been measured")
             counters = int(state["times_observed"]), int(state["quick_plans"]), bool(state["drifted"])
         except TypeError as error:
             raise ValueError(f"a balancer's state is damaged: {error}") from None
@@ -335,6 +355,8 @@ class Balancer:
             raise ValueError(f"a balancer's state needs measurements of all {self.world_size} ranks, or of none")
         for rank in ranks:
             for b, seconds in rank.seconds.items():
+                if not seconds:
+                    raise ValueError(f"a balancer's state has no measurements of a local batch of {b}")
                 StepTimeModel.fit([b] * len(seconds), seconds)  # raises for what cannot have been measured
         self._ranks, self._observed = ranks, observed
         self._times_observed, self._quick_plans, self._drifted = counters

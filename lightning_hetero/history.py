@@ -67,6 +67,7 @@ class RankHistory:
         self.seconds = {b: list(s) for b, s in (seconds or {}).items()}
         self.tails = list(tails)
         self._model: StepTimeModel | None = None
+        self._spread: float | None = None
 
     def observe(self, local_batch: int, seconds: float) -> bool:
         """Record a step; tells whether it showed the speed of the rank to have changed."""
@@ -74,7 +75,7 @@ class RankHistory:
         self.seconds[local_batch] = recent[-KEPT:]
         while len(self.seconds) > KEPT_LOCAL_BATCHES:
             del self.seconds[next(iter(self.seconds))]
-        self._model = None
+        self._model = self._spread = None
         changed = self._changed_suddenly(local_batch)
         if not changed and len(recent) % (_SLOW_STEPS // 2) == 0:
             self._follow_slowly(local_batch)
@@ -123,7 +124,11 @@ class RankHistory:
         scale = median(last) / fit(older).seconds(local_batch)
         self.seconds = {b: [scale * v for v in s] for b, s in older.items() if b != local_batch}
         self.seconds[local_batch] = last
-        self._model = None
+        self._model = self._spread = None
+
+    def trusted(self, local_batch: int, least: int) -> "RankHistory":
+        """What is left without local batches that were measured less than `least` times, `local_batch` excepted."""
+        return RankHistory({b: s for b, s in self.seconds.items() if len(s) >= least or b == local_batch}, self.tails)
 
     def model(self) -> StepTimeModel:
         """The curve through what was measured, of own work alone."""
@@ -137,6 +142,11 @@ class RankHistory:
 
     def spread(self) -> float:
         """Relative standard deviation of single measurements around the median of their local batch."""
+        if self._spread is None:
+            self._spread = self._spread_now()
+        return self._spread
+
+    def _spread_now(self) -> float:
         groups = [(median(s), sorted(s)) for s in self.seconds.values() if len(s) >= _KNOWN]
         # The middle one of an odd number is its median, and tells nothing of the spread.
         off = [abs(v / m - 1) for m, s in groups for i, v in enumerate(s) if 2 * i + 1 != len(s)]

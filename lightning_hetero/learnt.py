@@ -4,10 +4,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_hetero import profiles
 from lightning_hetero.agreement import job, machine
-from lightning_hetero.balancer import STATE_VERSION
+from lightning_hetero.balancer import STATE_VERSION, Balancer
 from lightning_hetero.collectives import Exchange
 from lightning_hetero.planner import Planner, Shares, learns, profile_path
 
@@ -43,16 +44,31 @@ class Learnt:
         }
         self._facts = facts
         folder, given = run_folder(module.trainer), profile_path(self._shares)
-        return self._exchange.from_rank_zero(
-            lambda: profiles.read(given, facts) if given else profiles.find(folder, facts)
-        )
+
+        def look() -> dict[str, Any] | None:
+            state = profiles.read(given, facts) if given else profiles.find(folder, facts)
+            if state is None:
+                return None
+            try:
+                Balancer(self._exchange.world_size, global_batch).start_from(state)
+            except ValueError as error:
+                if given:
+                    raise ValueError(f"the profile {given} can't be used: {error}") from None
+                rank_zero_warn(f"a profile of an earlier run in {folder} or beside it can't be used: {error}")
+                return None
+            return state
+
+        return self._exchange.from_rank_zero(look)
 
     def keep(self, trainer: "pl.Trainer", planner: Planner | None) -> None:
         """Write the profile, on the first rank. All ranks have to call."""
         folder = run_folder(trainer)
         state = planner.state_dict() if planner is not None else None
         if self._exchange.rank == 0 and state is not None:
-            profiles.write(folder, self._facts, state)
+            try:
+                profiles.write(folder, self._facts, state)
+            except OSError as error:  # what was trained is worth more
+                rank_zero_warn(f"what this run has learnt of its devices could not be written: {error}")
 
 
 def run_folder(trainer: "pl.Trainer") -> str:

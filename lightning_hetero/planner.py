@@ -109,12 +109,17 @@ class Planner:
             if learns(shares) and world_size > 1
             else None
         )
-        self.caps = memory(global_batch, least) if memory is not None else None
+        self._memory = memory
+        self.forget_memory()
         if self._balancer is not None and known is not None:
             proposal = self._balancer.start_from(known)
             first = Plan(0, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
         self.schedule = Schedule(first)
         self._told: dict[int, dict[int, tuple[float, float]]] = {}
+
+    def forget_memory(self) -> None:
+        """Another fit begins: its samples may be larger, so what was seen of memory no longer holds."""
+        self.caps = self._memory(self.global_batch, self._least) if self._memory is not None else None
 
     def fit_into_memory(self, drawn: int) -> Plan | None:
         """See that the newest plan keeps to the caps, and make one that does where it doesn't; at once, and by itself.

@@ -37,7 +37,7 @@ def read(path: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         profile = json.loads(Path(path).read_text(encoding="utf-8"))
-        version, known, state = profile["version"], profile["facts"], profile["state"]
+        version, known, state = profile["version"], dict(profile["facts"]), dict(profile["state"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no profile of a run: {type(error).__name__}: {error}") from None
     if version != _VERSION:
@@ -53,10 +53,17 @@ def read(path: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 def find(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
     """The state of the newest profile of an equal job, in a run's folder or in those of the runs beside it."""
     own = Path(folder)
-    beside = sorted(own.parent.glob(f"version_*/{_FILE}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    beside = sorted(own.parent.glob(f"version_*/{_FILE}"), key=_age)
     for path in (own / _FILE, *beside):
         try:
             return read(path, facts)
         except ValueError:
             continue  # it is not for this job
     return None
+
+
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except OSError:  # it has just been removed
+        return 0.0

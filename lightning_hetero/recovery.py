@@ -44,18 +44,21 @@ def impossible(module: nn.Module, model: object, *, automatic: bool, hooked: boo
         automatic: optimization is.
         hooked: the user gave DDP a communication hook, or a wrapper for one.
     """
-    if not automatic:
-        return "in manual optimization a step can't be repeated in parts"
-    if hooked:
-        return "with a ddp_comm_hook of its own a run can't repeat a step in parts"
-    if not isinstance(model, DistributedDataParallel) or model.mixed_precision is not None:
-        return "this kind of wrapper can't repeat a step in parts"
-    if model.find_unused_parameters:
-        # DDP marks what a pass past its wrapper uses, and misses the gradients of it in the next one.
-        return "with find_unused_parameters a step can't be repeated in parts"
-    if any(isinstance(layer, nn.SyncBatchNorm | SynchronisedBatchNorm) for layer in module.modules()):
-        return "with synchronised BatchNorm, which waits for the other ranks, a step can't be repeated in parts"
-    return None
+    layers = list(module.modules())
+    wrapped = isinstance(model, DistributedDataParallel) and model.mixed_precision is None
+    sparse = any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse for layer in layers)
+    # DDP marks what a pass past its wrapper uses, and misses the gradients of it in the next one.
+    marks = isinstance(model, DistributedDataParallel) and model.find_unused_parameters
+    waits = any(isinstance(layer, nn.SyncBatchNorm | SynchronisedBatchNorm) for layer in layers)
+    obstacles = (
+        (not automatic, "in manual optimization a step"),
+        (hooked, "with a ddp_comm_hook of its own a step"),
+        (not wrapped, "with this kind of wrapper a step"),
+        (sparse, "with sparse gradients a step"),
+        (marks, "with find_unused_parameters a step"),
+        (waits, "with synchronised BatchNorm, which waits for the other ranks, a step"),
+    )
+    return next((f"{what} can't be repeated in parts" for there, what in obstacles if there), None)
 
 
 @contextmanager

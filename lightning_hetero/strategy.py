@@ -105,6 +105,7 @@ class HeteroStrategy(DDPStrategy):
         self._survival: Survival | None = None
         self._launched = False
         self._learnt: Learnt | None = None
+        self._planned: dict[str, Any] = {}  # the job that the planner is for
 
     @property
     def plan(self) -> Plan:
@@ -195,13 +196,17 @@ class HeteroStrategy(DDPStrategy):
     def _planner_for(self, global_batch: int) -> Planner:
         """The planner for the first training loader's global batch; what was learnt for the same one is kept."""
         first = self._loaders is None or self._loaders.first_in_round
-        if self._planner is None or (first and self._planner.global_batch != global_batch):
-            assert self.lightning_module is not None
+        assert self.lightning_module is not None
+        minimum = 1 if self._ties is not None else smallest_local_batch(self.lightning_module)
+        job = agreement.job(self.lightning_module, self.lightning_module.trainer.precision)
+        key = {**job, "global batch": global_batch, "minimum": minimum}
+        if self._planner is None or (first and self._planned != key):
+            self._planned = key
             self._planner = Planner(
                 self._shares,
                 self.world_size,
                 global_batch,
-                minimum=1 if self._ties is not None else smallest_local_batch(self.lightning_module),
+                minimum=minimum,
                 granularity=self._granularity,
                 known=self._learnt.find(self.lightning_module, global_batch) if self._learnt is not None else None,
                 memory=lambda total, least: Caps(
@@ -219,6 +224,8 @@ class HeteroStrategy(DDPStrategy):
             agreement.require(self._exchange, agreement.facts(self.lightning_module, trainer.precision), "the job")
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
+            if self._planner is not None:
+                self._planner.forget_memory()
             counter = loss_count.find(self.lightning_module, self._loss_count, loss_count.sample_count)
             if counter.advice:
                 rank_zero_warn(counter.advice)

@@ -3,7 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -24,14 +24,9 @@ from lightning_hetero.weighting import LEFT_EPOCH, TRAINS, Message, Rows, check,
 
 
 @contextmanager
-def gradients_left_alone(module: nn.Module) -> Iterator[None]:
-    """A backward pass inside adds exact zeros to the gradients, whatever it computes.
-
-    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN.
-    """
-    handles = [
-        parameter.register_hook(torch.zeros_like) for parameter in module.parameters() if parameter.requires_grad
-    ]
+def _hooked(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A backward pass inside adds what `hook` makes of each gradient."""
+    handles = [parameter.register_hook(hook) for parameter in module.parameters() if parameter.requires_grad]
     try:
         yield
     finally:
@@ -39,8 +34,21 @@ def gradients_left_alone(module: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
-def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> Iterator[None]:
+def gradients_left_alone(module: nn.Module, unless: Tensor | None = None) -> AbstractContextManager[None]:
+    """A backward pass inside adds exact zeros to the gradients, whatever it computes.
+
+    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN.
+
+    Args:
+        module: whose gradients.
+        unless: a truth value on the device; where it is true, gradients are what they are. The host never reads it.
+    """
+    if unless is None:
+        return _hooked(module, torch.zeros_like)
+    return _hooked(module, lambda gradient: torch.where(unless, gradient, torch.zeros_like(gradient)))
+
+
+def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> AbstractContextManager[None]:
     """A backward pass inside, of a loss times 0, adds no NaN to the gradients where nothing counts.
 
     Unlike `gradients_left_alone` it keeps what synchronised layers bring from other ranks.
@@ -50,12 +58,7 @@ def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> Iterator[
         without = gradient.nan_to_num(0.0, 0.0, 0.0)
         return torch.where(counts, gradient, without) if isinstance(counts, Tensor) else without
 
-    handles = [parameter.register_hook(clean) for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _hooked(module, clean)
 
 
 @dataclass
@@ -293,14 +296,14 @@ class TrainingSteps:
         pending, self._pending = self._pending, None
         with self._clock.waiting():
             rows = pending.wait(partial(check_backward, self._exchange.rank, self._exchange.world_size, self._step))
+            if self._device_counts is not None and (work := self._device_counts[2]) is not None:
+                work.wait()  # orders the streams, so that the device waits here; the host goes on
         if self._fault is not None:
             raise self._fault
         check(rows)
         if self._device_counts is not None:
-            own, total, work = self._device_counts
+            own, total, _ = self._device_counts
             self._device_counts = None
-            if work is not None:
-                work.wait()  # orders the streams; the host goes on
             self._weight = torch.where(total > 0, self._exchange.world_size * own / total, 0.0)
         else:
             self._weight = weight(column(rows, "count"), self._exchange.rank)
@@ -320,24 +323,23 @@ class TrainingSteps:
         factor = self.weigh()
         if averaged:
             self._watch.enter(self._step)
-        empty = self._empty
         # Samples of which nothing counts take part in synchronised statistics: their gradients are not zero there.
-        counts = not empty if self._hidden is None else self._hidden > 0
+        counts = not self._empty if self._hidden is None else self._hidden > 0
         tied = self._ties if self._ties is not None and not self.borrowed and counts is not True else None
-        if tied is not None:
-            pass
-        elif self._hidden is not None and averaged and not masks_accumulate and self._earlier == 0:
-            self.mask = self._hidden > 0
-        elif self._hidden is not None:
-            # The bucket holds the gradients of earlier micro-batches too, which a mask would wipe out.
-            empty = not bool(self._hidden > 0)
+        # A mask of buckets would wipe out the gradients of earlier micro-batches, which they hold too.
+        masked = averaged and not masks_accumulate and self._earlier == 0
+        if tied is None and isinstance(counts, Tensor) and masked:
+            self.mask = counts
         try:
             if tied is not None:
                 with tied.gradients_count(counts), gradients_without_nan(self._module, counts):
                     yield loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
-            elif empty:
+            elif self._empty:
                 with gradients_left_alone(self._module):
                     yield loss
+            elif isinstance(counts, Tensor) and not masked:
+                with gradients_left_alone(self._module, unless=counts):
+                    yield loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
             elif isinstance(factor, Tensor) or factor != 1.0:
                 yield loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
             else:

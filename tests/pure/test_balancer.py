@@ -122,7 +122,7 @@ def test_devices_of_any_speed_are_balanced_within_ten_steps(world_size: int, dev
         corrections.append(sum(step >= 10 for step, _ in run.changes))
     assert sum(ratio <= 1.05 for ratio in ratios) >= 9
     assert max(ratios) <= 1.1
-    assert max(corrections) <= 2
+    assert max(corrections) <= 3  # what was measured a few times only is doubted once, see below
     assert np.mean(corrections) <= 1
 
 
@@ -354,3 +354,35 @@ def test_limits_that_leave_no_split_raise_at_once() -> None:
         Balancer(2, 8, minimum=8)
     with pytest.raises(ValueError, match="at least 1 sample to be measured, got minimum 0"):
         Balancer(2, 8, minimum=0)
+
+
+@pytest.mark.parametrize("steps", [(3, 2), (4, 3), (6, 3), (3, 5), (2, 3)])
+@pytest.mark.parametrize("factor", [2.0, 3.0, 6.0])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disturbance_while_exploring_is_got_over(steps: tuple[int, int], factor: float, rank: int) -> None:
+    """A split that was tried during it was left at once, and would look bad for ever if it were not doubted."""
+    first, number = steps
+    for seed in range(3):
+        run = Run([lambda b: 0.05 + 0.01 * b, lambda b: 0.1 + 0.04 * b], 64, 0.02, seed)
+        calm = list(run.curves)
+        for step in range(90):
+            disturbed = first <= step < first + number
+            run.curves[rank] = slowed(calm[rank], factor) if disturbed else calm[rank]
+            run.steps(1)
+        assert np.mean(run.makespans[60:]) <= 1.08 * best_makespan(calm, 64)
+
+
+@pytest.mark.parametrize("compiling", [1, 2])
+def test_a_local_batch_that_is_compiled_first_is_not_shunned(compiling: int) -> None:
+    """`torch.compile` takes many times a step for each new shape, on every rank."""
+    for seconds in (3.0, 30.0):
+        run = Run([lambda b: 0.05 + 0.01 * b, lambda b: 0.1 + 0.04 * b], 64, 0.02, 0)
+        calm, seen = list(run.curves), [{}, {}]
+
+        def curve(rank: int, b: float, calm: list = calm, seen: list = seen, extra: float = seconds) -> float:
+            seen[rank][b] = seen[rank].get(b, 0) + 1
+            return calm[rank](b) + (extra if seen[rank][b] <= compiling else 0.0)
+
+        run.curves = [lambda b, rank=rank, curve=curve: curve(rank, b) for rank in range(2)]
+        run.steps(150)
+        assert np.mean(run.makespans[120:]) <= 1.1 * best_makespan(calm, 64)

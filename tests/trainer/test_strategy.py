@@ -230,7 +230,7 @@ SCRIPT = """
         quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         trainer = Trainer(strategy=sys.argv[1], accelerator="cpu", devices=2, max_epochs=2, **quiet)
         trainer.fit(Line(), data)
-        print("steps", trainer.global_step)
+        sys.stdout.write(f"steps {trainer.global_step}\n")  # in one piece: both ranks write
 """
 
 

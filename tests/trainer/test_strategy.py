@@ -119,6 +119,30 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step() -> None:
     assert outs[0][0] in (4, 5)
 
 
+class Normalised(Regression):
+    """Needs two samples a rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)).double()
+
+
+def two_modules() -> Any:
+    strategy = HeteroStrategy(shares=[15, 1], global_batch=16)
+    trainer = make_trainer(strategy, 2, max_epochs=1)
+    smallest = []
+    for module in (Regression(), Normalised()):
+        trainer.fit_loop.max_epochs = trainer.current_epoch + 1
+        trainer.fit(module, DataLoader(Numbers(48), batch_size=8))
+        smallest.append(min(strategy.plan.local_batches))
+    return smallest
+
+
+def test_another_module_gets_a_planner_of_its_own() -> None:
+    """What one module has taught says nothing of the next, which may need more samples on each rank."""
+    assert run_ranks(2, two_modules) == [[1, 2]] * 2
+
+
 CALLS: list[int] = []
 
 
@@ -230,7 +254,7 @@ SCRIPT = """
         quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         trainer = Trainer(strategy=sys.argv[1], accelerator="cpu", devices=2, max_epochs=2, **quiet)
         trainer.fit(Line(), data)
-        sys.stdout.write(f"steps {trainer.global_step}\n")  # in one piece: both ranks write
+        sys.stdout.write(f"steps {trainer.global_step}\\n")  # in one piece: both ranks write
 """
 
 

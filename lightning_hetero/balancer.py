@@ -179,7 +179,7 @@ class Balancer:
         pause = self._times_observed % _STEPS == 0  # to look at every step would cost more than it could bring
         if not too_much and not (self._observed == tuple(current) and (self._quick_plans > 0 or pause)):
             return None
-        if pause and self._times_observed >= _SETTLED:
+        if pause and self._times_observed >= _SETTLED and self._observed == tuple(current):
             self._doubt(current, maximum)
         explore = all(len(rank.seconds) == 1 for rank in self._ranks)
         split = self._beyond(current, maximum) if explore else self._best(maximum)

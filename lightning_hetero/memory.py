@@ -84,10 +84,10 @@ class Report:
         fits: the largest local batch that fits, learnt from running out of memory; 0 if that never happened.
     """
 
-    held: int
+    held: float
     peak: float
     resting: float
-    fits: int
+    fits: float
 
 
 class _Rank:
@@ -99,14 +99,15 @@ class _Rank:
 
     def hear(self, report: Report) -> bool:
         """Whether there was news, which is rare: peaks repeat."""
-        before = self.resting, self.fits, self.ran, self.peaks.get(report.held)
+        before = self.resting, self.fits, self.ran, self.peaks.get(int(report.held))
         self.resting = report.resting
-        self.fits = report.fits or self.fits
+        self.fits = int(report.fits) or self.fits
         if report.held > 0:
-            self.ran = max(self.ran, report.held)
+            held = int(report.held)
+            self.ran = max(self.ran, held)
             if report.peak > 0:
-                self.peaks[report.held] = max(report.peak, self.peaks.get(report.held, 0.0))
-        return before != (self.resting, self.fits, self.ran, self.peaks.get(report.held))
+                self.peaks[held] = max(report.peak, self.peaks.get(held, 0.0))
+        return before != (self.resting, self.fits, self.ran, self.peaks.get(int(report.held)))
 
     def largest(self, limit: float) -> int:
         """What its memory allows."""

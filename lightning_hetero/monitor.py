@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_hetero.plan import Plan
 
@@ -188,7 +189,7 @@ class PlanLog:
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / "hetero" / "plan.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._failed = False
 
     def write(self, plan: Plan) -> None:
         """Add a plan."""
@@ -203,6 +204,13 @@ class PlanLog:
         )
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Add any event."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        """Add any event; a folder that can't be written to is said once, and does not end the training."""
+        if self._failed:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            self._failed = True
+            rank_zero_warn(f"the plans of this run are not written down: {error}")

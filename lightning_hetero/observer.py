@@ -17,6 +17,7 @@ from lightning_hetero.outlook import ALONE, FARTHEST, Job
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner
 from lightning_hetero.tally import Tally
+from lightning_hetero.weighting import Rows, column
 
 
 class Observer:
@@ -50,17 +51,13 @@ class Observer:
         self._step = -1
         self.planned(planner.schedule.newest)
 
-    def planned(self, plan: Plan, memory: list[float] | None = None) -> None:
-        """There is a new plan.
-
-        Args:
-            plan: it.
-            memory: W bytes, the most that each rank has held.
-        """
+    def planned(self, plan: Plan) -> None:
+        """There is a new plan."""
         self._log.write(plan)
         if not self._shown or differs(plan.local_batches, self._shown):
             self._shown = plan.local_batches
-            rank_zero_info(table(plan, self._devices, memory))
+            caps = self._planner.caps
+            rank_zero_info(table(plan, self._devices, caps.peaks() if caps is not None else None))
 
     def begin_batch(self) -> None:
         """A training batch is about to be fetched."""
@@ -70,18 +67,20 @@ class Observer:
         """Something comes that is no training step."""
         self._tally.pause()
 
-    def hear(self, planner: Planner, steps: Sequence[int], seconds: Sequence[float]) -> None:
+    def hear(self, planner: Planner, rows: Rows, plans: Sequence[Plan]) -> None:
         """All ranks have told of their own work.
 
         Args:
-            planner: the one that has heard it too; another one than before where the global batch has changed.
-            steps: W steps that are told of, -1 for none.
-            seconds: W seconds.
+            planner: the one that has heard it too; another one than before where the job has changed.
+            rows: their messages.
+            plans: what the planner has decided upon them.
         """
         if planner is not self._planner:
             self._planner, self._tally, self._shown = planner, Tally(len(self._devices)), ()
-            self.planned(planner.schedule.newest)
-        self._tally.hear(steps, seconds)
+            self.planned(planner.schedule.plans[0])
+        self._tally.hear(column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist())
+        for plan in plans:
+            self.planned(plan)
 
     def end_batch(self, step: int, *, stepped: bool) -> None:
         """A training batch is over.

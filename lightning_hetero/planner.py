@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_hetero.allocation import proportional
 from lightning_hetero.balancer import Balancer
-from lightning_hetero.memory import Caps
+from lightning_hetero.memory import Caps, Report
 from lightning_hetero.plan import Plan, Schedule
 from lightning_hetero.step_time import StepTimeModel
+from lightning_hetero.weighting import Rows, column
 
 Shares = str | Sequence[float]
 """What a user may say of the shares; see `check_shares`."""
@@ -57,6 +59,19 @@ def check_shares(shares: Shares, world_size: int | None = None) -> None:
             f"shares={list(shares)} has {len(values)} number{'s' if len(values) != 1 else ''}, but there "
             f"{'are' if world_size != 1 else 'is'} {world_size} rank{'s' if world_size != 1 else ''}: give one a rank"
         )
+
+
+@dataclass(frozen=True)
+class News:
+    """What follows from the messages of a step.
+
+    Attributes:
+        sentences: to be said once.
+        plans: that have been decided, oldest first.
+    """
+
+    sentences: tuple[str, ...]
+    plans: tuple[Plan, ...]
 
 
 class Planner:
@@ -120,6 +135,24 @@ class Planner:
     def forget_memory(self) -> None:
         """Another fit begins: its samples may be larger, so what was seen of memory no longer holds."""
         self.caps = self._memory(self.global_batch, self._least) if self._memory is not None else None
+
+    def hear(self, rows: Rows) -> News:
+        """All ranks' messages of a step: what they say of their memory and of their work.
+
+        Raises:
+            ValueError: the global batch does not fit into the memory of all ranks together.
+        """
+        drawn = int(column(rows, "drawn").max())
+        told = zip(*(column(rows, name).tolist() for name in ("held", "memory", "resting", "fits")), strict=True)
+        sentences = self.caps.hear([Report(*row) for row in told]) if self.caps is not None else ()
+        within = self.fit_into_memory(drawn)
+        measured, seconds = column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist()
+        better = self.observe(measured, seconds, drawn, column(rows, "averaging").tolist())
+        return News(sentences, tuple(plan for plan in (within, better) if plan is not None))
+
+    def vouches(self, local_batches: Sequence[int]) -> bool:
+        """Whether all ranks are sure to have memory for W local batches; see `memory.Caps.vouch`."""
+        return self.caps is not None and self.caps.vouch(local_batches)
 
     def fit_into_memory(self, drawn: int) -> Plan | None:
         """See that the newest plan keeps to the caps, and make one that does where it doesn't; at once, and by itself.

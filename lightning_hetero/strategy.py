@@ -2,7 +2,7 @@
 # ruff: noqa: SLF001 - a strategy is part of Lightning's inside; what it touches of a Trainer is guarded by a test
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,7 +30,7 @@ from lightning_hetero.learnt import Learnt, run_folder
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
 from lightning_hetero.loaders import Context, Loaders, content_hash
 from lightning_hetero.malloc import keep_freed_memory
-from lightning_hetero.memory import Caps, Report
+from lightning_hetero.memory import Caps
 from lightning_hetero.metrics import StepLogging
 from lightning_hetero.monitor import device_name
 from lightning_hetero.observer import Observer
@@ -240,7 +240,7 @@ class HeteroStrategy(DDPStrategy):
                 self._hear,
                 self._ties,
             )
-            self._steps.vouched = self._vouched
+            self._steps.vouched = lambda split: self._planner is not None and self._planner.vouches(split)
             self._survival = Survival(
                 self.lightning_module,
                 self.model,
@@ -441,31 +441,11 @@ class HeteroStrategy(DDPStrategy):
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
-        drawn = int(column(rows, "drawn").max())
-        for sentence in self._hear_of_memory(rows):
+        news = self._planner.hear(rows)
+        for sentence in news.sentences:
             rank_zero_warn(sentence)
-        self._show(self._planner.fit_into_memory(drawn))
-        measured, seconds = column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist()
-        plan = self._planner.observe(measured, seconds, drawn, column(rows, "averaging").tolist())
         if self._observer is not None:
-            self._observer.hear(self._planner, measured, seconds)
-        self._show(plan)
-
-    def _vouched(self, local_batches: Sequence[int]) -> bool:
-        caps = self._planner.caps if self._planner is not None else None
-        return caps is not None and caps.vouch(local_batches)
-
-    def _hear_of_memory(self, rows: Rows) -> tuple[str, ...]:
-        caps = self._planner.caps if self._planner is not None else None
-        if caps is None:
-            return ()
-        columns = zip(*(column(rows, name).tolist() for name in ("held", "memory", "resting", "fits")), strict=True)
-        return caps.hear([Report(int(held), peak, resting, int(fits)) for held, peak, resting, fits in columns])
-
-    def _show(self, plan: Plan | None) -> None:
-        if plan is not None and self._observer is not None:
-            caps = self._planner.caps if self._planner is not None else None
-            self._observer.planned(plan, caps.peaks() if caps is not None else None)
+            self._observer.hear(self._planner, rows, news.plans)
 
     # ---- exchanges, which are no work of this rank ----
 

@@ -189,7 +189,7 @@ def synchronise(module: nn.Module, ties: Ties) -> None:
                 f"sync_batchnorm=True: a {type(layer).__name__} has not seen a batch yet; run one in configure_model"
             )
         if getattr(layer, "process_group", None) is None:
-            layer.ties, layer.original = ties, type(layer)  # type: ignore[assignment]
+            layer.ties, layer.original = ties, type(layer)  # type: ignore[assignment] # mypy takes them for submodules
             layer.__class__ = SynchronisedBatchNorm
 
 
@@ -197,5 +197,5 @@ def separate(module: nn.Module) -> None:
     """Make the layers again what they were."""
     for layer in own_modules(module):
         if isinstance(layer, SynchronisedBatchNorm):
-            layer.__class__ = layer.original  # type: ignore[assignment]
+            layer.__class__ = layer.original  # type: ignore[assignment] # a class that is known at run time only
             del layer.ties, layer.original

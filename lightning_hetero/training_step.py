@@ -3,7 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -331,18 +331,18 @@ class TrainingSteps:
         if tied is None and isinstance(counts, Tensor) and masked:
             self.mask = counts
         try:
-            if tied is not None:
-                with tied.gradients_count(counts), gradients_without_nan(self._module, counts):
-                    yield loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
-            elif self._empty:
-                with gradients_left_alone(self._module):
-                    yield loss
-            elif isinstance(counts, Tensor) and not masked:
-                with gradients_left_alone(self._module, unless=counts):
-                    yield loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
-            elif isinstance(factor, Tensor) or factor != 1.0:
-                yield loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
-            else:
+            with ExitStack() as hooks:
+                if tied is not None:
+                    hooks.enter_context(tied.gradients_count(counts))
+                    hooks.enter_context(gradients_without_nan(self._module, counts))
+                elif self._empty:
+                    hooks.enter_context(gradients_left_alone(self._module))
+                elif isinstance(counts, Tensor) and not masked:
+                    hooks.enter_context(gradients_left_alone(self._module, unless=counts))
+                if isinstance(factor, Tensor):
+                    loss = loss * factor.to(loss.dtype)
+                elif factor != 1.0 and not (self._empty and tied is None):  # there only its graph matters
+                    loss = loss * factor
                 yield loss
         finally:
             self.mask = None

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_hetero"
 
 PURE = (
-    *("malloc", "plan", "step_time", "allocation", "outlook", "history", "balancer", "memory", "planner", "tally"),
-    *("profiles", "weighting"),
+    *("malloc", "plan", "step_time", "allocation", "outlook", "history", "balancer", "memory", "weighting", "planner"),
+    *("tally", "profiles"),
 )
 TORCH = (
     *("stream", "sampler", "timing", "loss_count", "batch_norm", "sync_batch_norm", "borrowing", "buffers", "limits"),

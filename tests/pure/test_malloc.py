@@ -3,28 +3,31 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 SCRIPT = """
-import resource, sys
-import torch
-from lightning_hetero.malloc import keep_freed_memory
-taken = keep_freed_memory() if sys.argv[1] == "kept" else True
+import resource, runpy, sys
+import numpy
+taken = runpy.run_path(sys.argv[2])["keep_freed_memory"]() if sys.argv[1] == "kept" else True
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
-    torch.ones(48 * 2**20 // 4)
+    numpy.ones(48 * 2**20 // 8)
 before = faults()
 for _ in range(10):
-    torch.ones(48 * 2**20 // 4)
+    numpy.ones(48 * 2**20 // 8)
 print(taken, faults() - before)
 """
 
 
+MODULE = Path(__file__).parents[2] / "lightning_hetero" / "malloc.py"
+
+
 def run(setting: str) -> tuple[bool, int]:
     out = subprocess.run(
-        [sys.executable, "-c", SCRIPT, setting], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", SCRIPT, setting, MODULE], capture_output=True, text=True, check=True, timeout=120
     ).stdout.split()
     return out[0] == "True", int(out[1])
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import lightning_hetero.observer
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.monitor import Ending, Outlook, about, differs, duration, table
+from lightning_hetero.monitor import Ending, Outlook, PlanLog, about, differs, duration, table
 from lightning_hetero.observer import Observer
 from lightning_hetero.plan import Plan
 from tests.ranks import run_ranks
@@ -186,6 +186,15 @@ def test_a_rank_that_does_not_pay_is_named_once(tmp_path):
     assert 16 < left_out["pays_from"] <= 64 * 16
     assert second["said"] == []
     assert first["left"] is second["left"] is None
+
+
+def test_a_folder_that_can_not_be_written_to_is_said_once(tmp_path):
+    """Training is worth more than the list of its plans."""
+    (tmp_path / "hetero").write_text("a file stands where the folder should be")
+    log = PlanLog(tmp_path)
+    with pytest.warns(UserWarning, match="the plans of this run are not written down"):
+        log.add({"event": "plan"})
+    log.add({"event": "plan"})
 
 
 def test_the_end_says_what_was_gained(tmp_path):

@@ -1,7 +1,7 @@
 """What counts as a rank's own work in real fits, on a clock that only the work itself moves.
 
-Each rank's clock is replaced by a counter: loading a sample, training on it, an optimizer step, validating and saving
-advance it by known amounts, and waiting for the other rank by nothing. So what is measured can be compared exactly.
+Each rank's clock is replaced by a counter: loading a sample, training on it, an optimizer step, validating, saving, and
+waiting for the other rank advance it by known amounts. So what is measured can be compared exactly.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from lightning_hetero import HeteroStrategy, timing
+from lightning_hetero.collectives import PendingRows
 from lightning_hetero.weighting import Rows, column
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
@@ -95,8 +96,22 @@ FITS: dict[str, tuple[type[Worked], dict[str, Any]]] = {
 }
 
 
+def takes_long(function: Any) -> Any:
+    """Like `function`, and meanwhile others are waited for."""
+
+    def waits(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        Clock.now += OTHER
+        return result
+
+    return waits
+
+
 def fit_all() -> dict[str, Any]:
-    timing.perf_counter = lambda: Clock.now  # type: ignore[assignment] # in this process, which ends with the test
+    # In this process, which ends with the test: waiting for messages, and for the gradients of the others, takes long.
+    timing.perf_counter = lambda: Clock.now  # type: ignore[assignment]
+    PendingRows.wait = takes_long(PendingRows.wait)  # type: ignore[method-assign]
+    timing.WorkClock.gradients_ready = takes_long(timing.WorkClock.gradients_ready)  # type: ignore[method-assign]
     heard = {}
     for name, (module, options) in FITS.items():
         strategy = Listening(shares=[3, 1], global_batch=8)

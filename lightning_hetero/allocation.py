@@ -63,9 +63,9 @@ def allocate(
     high = _upper_limits(low, total, maximum, granularity)
     if int(low.sum()) == total:
         return tuple(low.tolist())
-    step_time_models = [model for model in models if type(model) is StepTimeModel]
-    if len(step_time_models) == world_size:
-        return _by_makespan(_Curves(step_time_models), total, low, high, granularity)
+    packed = [model.packed for model in models if type(model) is StepTimeModel]
+    if len(packed) == world_size:
+        return _by_makespan(_Curves(packed), total, low, high, granularity)
     return _one_by_one(models, total, low, high, granularity)
 
 
@@ -232,29 +232,39 @@ def _one_by_one(models: Sequence[SecondsModel], total: int, low: _Ints, high: _I
 
 
 class _Curves:
-    """The step-time models of all ranks as arrays, padded to K breakpoints with one at infinity."""
+    """The step-time models of all ranks in flat arrays, one model after the other.
 
-    def __init__(self, models: Sequence[StepTimeModel]) -> None:
-        packed = [model.packed for model in models]
-        counts = np.fromiter(map(len, packed), dtype=np.int64, count=len(packed)) // 24
-        table = np.full((len(packed), int(counts.max()) + 1, 3), np.inf)  # (W, K, 3)
-        table[np.arange(table.shape[1]) < counts[:, None]] = np.frombuffer(b"".join(packed)).reshape(-1, 3)
-        self._world_size = len(packed)
-        # Each (K, W): local batches, seconds, seconds a sample from there on.
-        self._batches, self._times, self._slopes = np.ascontiguousarray(table.transpose(2, 1, 0))
+    Args:
+        packed: W models, each as `StepTimeModel.packed`.
+
+    """
+
+    def __init__(self, packed: Sequence[bytes]) -> None:
+        table = np.frombuffer(b"".join(packed)).reshape(-1, 3)
+        # Each (K,) for K breakpoints of all models: local batches, seconds, seconds a sample from there on.
+        self._batches, self._times, self._slopes = np.ascontiguousarray(table.T)
+        rows = np.fromiter(map(len, packed), dtype=np.int64, count=len(packed)) // 24
+        self._starts = np.cumsum(rows) - rows  # (W,) where each model begins
+        self._most = int(rows.max())
 
     def seconds(self, ranks: _Ints, local_batches: _Ints) -> _Floats:
         """(N,) ranks and their local batches -> (N,) seconds, bit for bit what each model says."""
-        at = ((self._batches[:, ranks] <= local_batches).sum(axis=0) - 1) * self._world_size + ranks
+        at = self._starts.take(ranks)
+        for _ in range(self._most):
+            further = self._batches.take(at + 1) <= local_batches  # never past a model's end, which lies at infinity
+            if not further.any():
+                break
+            at += further
         rise = self._slopes.take(at) * (local_batches - self._batches.take(at))
-        times: _Floats = np.minimum(self._times.take(at) + rise, self._times.take(at + self._world_size))
+        times: _Floats = np.minimum(self._times.take(at) + rise, self._times.take(at + 1))
         return times
 
     def within(self, time: float, low: _Ints, high: _Ints, step: int) -> _Ints:
         """(W,) largest multiples of ``step`` between the limits that each rank finishes within ``time``."""
-        piece = np.maximum((self._times <= time).sum(axis=0) - 1, 0) * self._world_size + np.arange(self._world_size)
+        reached = np.add.reduceat(self._times <= time, self._starts, dtype=np.int64)
+        piece = self._starts + np.maximum(reached - 1, 0)
         x, t, slope = self._batches.take(piece), self._times.take(piece), self._slopes.take(piece)
-        x_next, t_next = (a.take(piece + self._world_size) for a in (self._batches, self._times))
+        x_next, t_next = self._batches.take(piece + 1), self._times.take(piece + 1)
         last = np.minimum(x_next - 1, high)  # in this piece
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             guess = np.where(slope > 0, np.floor(x + (time - t) / slope), last)

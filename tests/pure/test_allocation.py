@@ -90,7 +90,7 @@ def test_one_bisection_for_all_ranks_gives_the_split_of_the_sample_by_sample_wal
 @given(st.lists(curves, min_size=1, max_size=6), st.integers(1, 70))
 def test_what_fits_into_a_time_is_exact_to_the_last_bit(models: list[StepTimeModel], local_batch: int) -> None:
     """Inverting a curve in floating point is off by a sample now and then; the curve itself has the last word."""
-    every = _Curves(models)
+    every = _Curves([model.packed for model in models])
     low, high = np.zeros(len(models), dtype=np.int64), np.full(len(models), 100)
     for model in models:
         at = model.seconds(local_batch)

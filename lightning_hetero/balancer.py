@@ -55,6 +55,9 @@ _DOUBT = 0.1
 # The last rank is known for certain where the others have waited longer by this part of its own work.
 _CLEARLY = 0.1
 
+# Ranks that take this many times as long for a sample as the fastest are slow communicators too: a CPU does that itself.
+_SLOW = 1.5
+
 # Measurements of a local batch that are taken over from an earlier run.
 _REMEMBERED = 5
 
@@ -120,7 +123,13 @@ class Balancer:
         self._drifted = False
 
     def observe(
-        self, step: int, local_batches: Sequence[int], seconds: Sequence[float], averaging: Sequence[float] = ()
+        self,
+        step: int,
+        local_batches: Sequence[int],
+        seconds: Sequence[float],
+        averaging: Sequence[float] = (),
+        *,
+        apart: bool = False,
     ) -> None:
         """Take in a measured step.
 
@@ -129,6 +138,7 @@ class Balancer:
             local_batches: W samples; the split that step ran with, whatever was proposed since.
             seconds: W seconds that each rank's own work took.
             averaging: W seconds between each rank's last gradient and the averaged ones; 0 or none for unknown.
+            apart: gradients were averaged after the backward pass, and not during it.
 
         Raises:
             ValueError: the numbers can't be measurements of a step with this global batch.
@@ -147,18 +157,42 @@ class Balancer:
         if self._first is None:
             self._first = tuple(seconds)
             return
-        drifts = [rank.observe(b, float(t)) for rank, b, t in zip(self._ranks, split, seconds, strict=True)]
+        own = list(map(float, seconds))
+        if averaging and min(averaging) > 0 and self.world_size > 1:
+            self._hear_of_averaging(split, own, averaging, apart=apart)
+        drifts = [rank.observe(b, t) for rank, b, t in zip(self._ranks, split, own, strict=True)]
         if any(drifts):
             self._drifted, self._quick_plans = True, _QUICK_PLANS
-        if averaging and min(averaging) > 0 and self.world_size > 1:
-            last, next_to_last = sorted(range(self.world_size), key=averaging.__getitem__)[:2]
-            # Where two ranks are ready together, either may be the one whose communication takes its time.
-            if averaging[next_to_last] - averaging[last] > _CLEARLY * seconds[last]:
-                self._ranks[last].observe_tail(float(averaging[last]))
         self._times_observed = self._times_observed + 1 if split == self._observed else 1
         self._observed = split
         if self._times_observed >= _SETTLED:
             self._quick_plans = 0
+
+    def _hear_of_averaging(
+        self, split: Sequence[int], own: list[float], averaging: Sequence[float], *, apart: bool
+    ) -> None:
+        """Learn a tail, or put to a rank's own work what it would have communicated during its backward pass.
+
+        The rank for which all others wait averages most of its gradients during its backward pass, and a tail remains.
+        Where ranks are ready together, or average afterwards, nobody has begun: all of it comes at the end. That is
+        work of the slow communicator, which it will do in its backward pass as soon as it is the last, and which it does
+        beside the others' work as long as it isn't.
+
+        Args:
+            split: W local batches.
+            own: W seconds, changed in place.
+            averaging: W seconds.
+            apart: see `observe`.
+        """
+        least = min(averaging)
+        last = [rank for rank, wait in enumerate(averaging) if wait - least <= _CLEARLY * own[rank]]
+        if len(last) == 1 and not apart:
+            self._ranks[last[0]].observe_tail(float(least))
+            return
+        paces = [seconds / b for seconds, b in zip(own, split, strict=True)]
+        for rank in last:
+            if paces[rank] > _SLOW * min(paces) and _SLOW * paces[rank] > max(paces):
+                own[rank] += max(0.0, least - (self._ranks[rank].tail() or 0.0))
 
     def propose(self, current: tuple[int, ...], maximum: Sequence[int] | None = None) -> Proposal | None:
         """Say what the plan should be.

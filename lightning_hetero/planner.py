@@ -130,7 +130,7 @@ class Planner:
             proposal = self._balancer.start_from(known)
             first = Plan(0, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
         self.schedule = Schedule(first)
-        self._told: dict[int, dict[int, tuple[float, float]]] = {}
+        self._told: dict[int, dict[int, tuple[float, float, float]]] = {}
 
     def forget_memory(self) -> None:
         """Another fit begins: its samples may be larger, so what was seen of memory no longer holds."""
@@ -147,7 +147,8 @@ class Planner:
         sentences = self.caps.hear([Report(*row) for row in told]) if self.caps is not None else ()
         within = self.fit_into_memory(drawn)
         measured, seconds = column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist()
-        better = self.observe(measured, seconds, drawn, column(rows, "averaging").tolist())
+        averaging, apart = column(rows, "averaging").tolist(), column(rows, "apart").tolist()
+        better = self.observe(measured, seconds, drawn, averaging, apart)
         return News(sentences, tuple(plan for plan in (within, better) if plan is not None))
 
     def vouches(self, local_batches: Sequence[int]) -> bool:
@@ -178,7 +179,12 @@ class Planner:
         return self._append(drawn, split, None, "memory")
 
     def observe(
-        self, steps: Sequence[int], seconds: Sequence[float], drawn: int, averaging: Sequence[float] | None = None
+        self,
+        steps: Sequence[int],
+        seconds: Sequence[float],
+        drawn: int,
+        averaging: Sequence[float] | None = None,
+        apart: Sequence[float] | None = None,
     ) -> Plan | None:
         """Take in what ranks have measured, and decide once a step is known of all of them.
 
@@ -187,20 +193,22 @@ class Planner:
             seconds: W numbers, the rank's own work in that step.
             drawn: the last step that any rank's loaders have handed out.
             averaging: W numbers, the seconds between its last gradient and the averaged ones; 0 or None for unknown.
+            apart: W numbers, 1 where these came after the backward pass, and nothing was averaged during it.
 
         Returns:
             The new plan, already in the schedule, or None.
         """
         if self._balancer is None:
             return None
-        for rank, told in enumerate(zip(seconds, averaging or [0.0] * self.world_size, strict=True)):
+        unknown = [0.0] * self.world_size
+        for rank, told in enumerate(zip(seconds, averaging or unknown, apart or unknown, strict=True)):
             if steps[rank] >= 0:  # ranks may be some steps behind each other in telling
                 self._told.setdefault(steps[rank], {})[rank] = told
         complete = [step for step, told in self._told.items() if len(told) == self.world_size]
         for step in complete:
             known = self._told.pop(step)
-            own, waits = zip(*(known[rank] for rank in range(self.world_size)), strict=True)
-            self._balancer.observe(step, self.schedule.at(step).local_batches, own, waits)
+            own, waits, after = zip(*(known[rank] for rank in range(self.world_size)), strict=True)
+            self._balancer.observe(step, self.schedule.at(step).local_batches, own, waits, apart=any(after))
         for step in [step for step in self._told if step < max(steps) - self.PATIENCE]:
             del self._told[step]
         return self._decide(drawn) if complete else None

@@ -71,6 +71,7 @@ class Window:
     readings: list[Reading] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
     comparable: bool = True
+    apart: bool = False  # gradients were averaged after the backward pass
 
     def add(self, reading: Reading | None, share: Share | None, global_batch: int) -> None:
         """One more micro-batch."""
@@ -94,6 +95,7 @@ class Window:
             "measured": self.shares[-1].step,
             "seconds": sum(reading.seconds() for reading in self.readings) / len(self.readings),
             "averaging": sum(reading.averaging_seconds() for reading in self.readings) / len(self.readings),
+            "apart": float(self.apart),
         }
 
 
@@ -199,12 +201,13 @@ class TrainingSteps:
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """The mean of the gradients over all ranks, after backward passes that each made by itself."""
-        with self._clock.waiting():
-            self._watch.enter(self._step)
-            try:
-                average_gradients(parameters, self._exchange)
-            finally:
-                self._watch.leave()
+        self._window.apart = True
+        self._clock.gradients_ready()  # it runs again when the backward pass is over
+        self._watch.enter(self._step)
+        try:
+            average_gradients(parameters, self._exchange)
+        finally:
+            self._watch.leave()
 
     def computed_in_parts(self, fits: int) -> None:
         """This rank ran out of memory in this step.

@@ -25,6 +25,7 @@ class Message:
         measured: the step that `seconds` belongs to; -1 for none.
         seconds: its own work in that step.
         averaging: seconds between its last gradient and the averaged ones in that step.
+        apart: 1 where gradients were averaged after the backward pass in that step, and not during it.
         memory: most bytes that the rank held in its last step; 0 if not known.
         content: a hash of the data of the first batches, where the user shards; 0 otherwise.
         stop: 1 when the rank has been asked to stop.
@@ -41,6 +42,7 @@ class Message:
     measured: float = -1.0
     seconds: float = 0.0
     averaging: float = 0.0
+    apart: float = 0.0
     memory: float = 0.0
     content: float = 0.0
     stop: float = 0.0

@@ -212,6 +212,46 @@ def test_the_tail_is_that_of_the_rank_for_which_all_others_wait() -> None:
     assert balancer.tails() == (0.03, 0.02, 0.04), "not measured on all ranks"
 
 
+def seconds_at(balancer: Balancer, rank: int, local_batch: int) -> float:
+    models = balancer.models()
+    assert models is not None
+    return models[rank].seconds(local_batch)
+
+
+@pytest.mark.parametrize(
+    ("averaging", "apart", "slow", "fast"),
+    [
+        ([0.16, 0.15], False, 0.75, 0.62),  # ready together: nobody has begun to communicate
+        ([0.50, 0.15], True, 0.75, 0.62),  # the slow one is the last, but it could not begin
+        ([0.50, 0.05], False, 0.60, 0.62),  # the last has communicated during its backward pass: this is its tail
+        ([0.02, 0.50], True, 0.60, 0.62),  # the fast one is the last: what the slow one communicates costs it nothing
+        ([0.0, 0.15], True, 0.60, 0.62),  # not measured on all ranks
+    ],
+)
+def test_a_slow_communicator_is_charged_with_what_it_will_do_during_its_backward_pass(averaging, apart, slow, fast):
+    balancer = Balancer(2, 64)
+    balancer.observe(0, (56, 8), [1.0, 1.0])
+    balancer.observe(1, (56, 8), [0.62, 0.60], averaging, apart=apart)
+    assert seconds_at(balancer, 0, 56) == pytest.approx(fast)
+    assert seconds_at(balancer, 1, 8) == pytest.approx(slow)
+    assert max(balancer.tails()) == (0.05 if averaging[1] == 0.05 else 0.0), "no other is a tail"
+
+
+def test_the_tail_is_not_charged_twice() -> None:
+    balancer = Balancer(2, 64)
+    balancer.observe(0, (56, 8), [1.0, 1.0])
+    balancer.observe(1, (48, 16), [0.50, 0.90], [0.5, 0.05])
+    balancer.observe(2, (56, 8), [0.62, 0.60], [0.16, 0.15])
+    assert seconds_at(balancer, 1, 8) == pytest.approx(0.70)
+
+
+def test_equally_fast_ranks_are_charged_with_nothing() -> None:
+    balancer = Balancer(2, 64)
+    balancer.observe(0, (32, 32), [1.0, 1.0])
+    balancer.observe(1, (32, 32), [0.60, 0.62], [0.16, 0.15], apart=True)
+    assert (seconds_at(balancer, 0, 32), seconds_at(balancer, 1, 32)) == pytest.approx((0.60, 0.62))
+
+
 def test_a_useful_step_gives_a_proposal_and_it_is_not_repeated_while_the_old_plan_still_runs() -> None:
     """Loaders prefetch, so steps under the old plan go on for a while; they are recorded, and decide nothing."""
     balancer = Balancer(2, 64)

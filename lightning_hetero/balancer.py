@@ -55,7 +55,7 @@ _DOUBT = 0.1
 # The last rank is known for certain where the others have waited longer by this part of its own work.
 _CLEARLY = 0.1
 
-# Ranks that take this many times as long for a sample as the fastest are slow communicators too: a CPU does that itself.
+# Ranks that take this many times as long for a sample as the fastest communicate slowly too: a CPU does that itself.
 _SLOW = 1.5
 
 # Measurements of a local batch that are taken over from an earlier run.
@@ -175,8 +175,8 @@ class Balancer:
 
         The rank for which all others wait averages most of its gradients during its backward pass, and a tail remains.
         Where ranks are ready together, or average afterwards, nobody has begun: all of it comes at the end. That is
-        work of the slow communicator, which it will do in its backward pass as soon as it is the last, and which it does
-        beside the others' work as long as it isn't.
+        work of the slow communicator, which it will do in its backward pass as soon as it is the last, and beside the
+        others' work as long as it isn't.
 
         Args:
             split: W local batches.

@@ -4,6 +4,7 @@ Each side is a set of processes of its own, one a rank, made anew from nothing b
 no state. All of a rank's sides are pinned to the same core and held to the same quota; only one side runs at a time.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -200,7 +202,24 @@ def _trainer(strategy: Any, devices: int, connection: Connection) -> pl.Trainer:
     )
 
 
-def _train(kind: str, world_size: int, task: Task, connection: Connection) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """What a rank's process is given of its machine.
+
+    Attributes:
+        allocator: see `set_allocator`.
+        threads: of torch.
+        pinned: it runs on its own core only; else wherever the system puts it, with its loader's workers.
+        workers: of its loader.
+    """
+
+    allocator: str = "kept"
+    threads: int = 1
+    pinned: bool = True
+    workers: int = 0
+
+
+def _train(kind: str, world_size: int, task: Task, workers: int, connection: Connection) -> None:
     if kind == "ddp":
         strategy: Any = "ddp"
     elif kind == "hetero":
@@ -209,19 +228,29 @@ def _train(kind: str, world_size: int, task: Task, connection: Connection) -> No
         strategy = Observed(shares="equal", global_batch=task.global_batch)
     else:
         strategy = "auto"
-    loader = DataLoader(Images(task), batch_size=task.global_batch // world_size, shuffle=True)
+    # Workers end with their rank, which is killed: nobody asks them to.
+    loader = DataLoader(Images(task), batch_size=task.global_batch // world_size, shuffle=True, num_workers=workers)
     _trainer(strategy, world_size, connection).fit(Classifier(task.model), loader)
 
 
 def _rank(
-    kind: str, rank: int, world_size: int, core: int, task: Task, allocator: str, folder: str, connection: Connection
+    kind: str,
+    rank: int,
+    world_size: int,
+    core: int,
+    task: Task,
+    setting: Setting,
+    folder: str,
+    connection: Connection,
 ) -> None:  # in a process of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that compares hears it, and ends all others
-    os.sched_setaffinity(0, {core})
-    if not set_allocator(allocator) and allocator == "kept":
+    os.setpgid(0, 0)
+    if setting.pinned:
+        os.sched_setaffinity(0, {core})
+    if not set_allocator(setting.allocator) and setting.allocator == "kept":
         connection.send(("error", "this C library's allocator can't be told to keep memory: use --allocator default"))
         os._exit(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(setting.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     tempfile.tempdir = folder
@@ -230,7 +259,8 @@ def _rank(
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
             meeting = (Path(folder) / "meeting").as_uri()
             dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-        _train(kind, world_size, task, connection)
+        multiprocessing.set_start_method("fork", force=True)  # for workers, as torch has it by itself
+        _train(kind, world_size, task, setting.workers, connection)
     except (EOFError, BrokenPipeError):
         pass  # the process that compares is gone
     except BaseException:  # noqa: BLE001 - whatever it was, it is shown there
@@ -247,11 +277,17 @@ class Side:
         cores: of all ranks of the machine.
         task: what is trained.
         quotas: to hold the ranks to.
-        allocator: see `set_allocator`.
+        setting: of each rank's process.
     """
 
     def __init__(
-        self, kind: str, ranks: Sequence[int], cores: Sequence[int], task: Task, quotas: Quotas, allocator: str
+        self,
+        kind: str,
+        ranks: Sequence[int],
+        cores: Sequence[int],
+        task: Task,
+        quotas: Quotas,
+        setting: Setting,
     ) -> None:
         self.kind = kind
         self.steps: list[dict[str, Any]] = []
@@ -270,8 +306,9 @@ class Side:
         try:
             for number, core in enumerate(self._cores):
                 ours, theirs = context.Pipe()
-                rank = (kind, number, len(ranks), core, task, allocator, self._folder.name, theirs)
-                process = context.Process(target=_rank, args=rank, daemon=True)
+                rank = (kind, number, len(ranks), core, task, setting, self._folder.name, theirs)
+                # A daemon may not have loader workers; `close` ends it in any case.
+                process = context.Process(target=_rank, args=rank, daemon=setting.workers == 0)
                 process.start()
                 theirs.close()
                 self._processes.append(process)
@@ -357,6 +394,8 @@ class Side:
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):  # it may not have come to have a group of its own
+                os.killpg(process.pid, signal.SIGKILL)  # with its loader's workers
             process.kill()
             process.join()
         self._folder.cleanup()

@@ -38,15 +38,16 @@ class Stage:
         self.disturbances: list[float] = []
         """The part of a core that others took, for each turn that counts."""
 
-    def side(self, kind: str, ranks: Sequence[int] | None = None, allocator: str | None = None) -> Any:
+    def side(self, kind: str, ranks: Sequence[int] | None = None, allocator: str | None = None, **setting: Any) -> Any:
         """A side of this comparison, on all ranks and with the allocator of the options unless said otherwise."""
-        from sides import Side
+        from sides import Setting, Side
         from tasks import Task
 
         options = self._options
         task = Task(options.model, options.size, options.global_batch)
         ranks = range(len(self._cores)) if ranks is None else ranks
-        side = Side(kind, ranks, self._cores, task, self.quotas, allocator or options.allocator)
+        given = Setting(allocator or options.allocator, **setting)
+        side = Side(kind, ranks, self._cores, task, self.quotas, given)
         return self._stack.enter_context(side)
 
     def take(self, side: Any, steps: int, split: Split | None = None, *, warm_up: int | None = None) -> list[float]:

@@ -15,7 +15,7 @@ from plot_speed import MODELS
 
 Report = Mapping[str, Any]
 
-QUESTIONS = ("speed", "settling", "drift", "tax", "allocation")
+QUESTIONS = ("speed", "settling", "drift", "tax", "cpu", "allocation")
 """The reports of one start with its name."""
 
 
@@ -128,6 +128,12 @@ def _tax(report: Report) -> str:
     return text
 
 
+def _cpu(report: Report) -> str:
+    first, *_ = report["sides"]
+    ratios = ", ".join(f"{name}: {_times(ratio)}" for name, ratio in report["ratios"].items())
+    return f"step time over that of a rank with one thread ({first}, no loader workers): {ratios}"
+
+
 def _allocation(report: Report) -> str:
     times = report["milliseconds"]
     return f"{times['median']:.1f} ms, at most {times['greatest']:.1f} ms"
@@ -137,6 +143,7 @@ _WORDS: dict[str, Callable[[Report], str]] = {
     "settling": _settling,
     "drift": _drift,
     "tax": _tax,
+    "cpu": _cpu,
     "allocation": _allocation,
 }
 

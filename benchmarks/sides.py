@@ -5,6 +5,7 @@ no state. All of a rank's sides are pinned to the same core and held to the same
 """
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -109,7 +110,15 @@ class Observed(HeteroStrategy):
         notes, self._notes = self._notes, []
         steps = range(self._splits_told, self._batches)
         self._splits_told = self._batches
-        return {"observed": notes, "splits": [self._planner.schedule.at(step).local_batches for step in steps]}
+        splits = [self._planner.schedule.at(step).local_batches for step in steps]
+        return {"observed": notes, "splits": splits, "outlook": self._outlook()}
+
+    def _outlook(self) -> dict[str, Any] | None:
+        """Which ranks do not pay, as the strategy has written it into the run's folder; None before it does."""
+        assert self.lightning_module is not None
+        log = Path(self.lightning_module.trainer.default_root_dir) / "hetero" / "plan.jsonl"
+        events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return next((event for event in events if event["event"] == "outlook"), None)
 
 
 class Pace(Callback):
@@ -198,7 +207,7 @@ def _trainer(strategy: Any, devices: int, connection: Connection) -> pl.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         max_epochs=1,
-        default_root_dir=tempfile.gettempdir(),
+        default_root_dir=tempfile.gettempdir(),  # the side's own
     )
 
 
@@ -293,6 +302,8 @@ class Side:
         self.steps: list[dict[str, Any]] = []
         """All steps that it has trained: see `steps_of`; with each rank's `own` work, known one step later, and `then`,
         the plan that was made of that."""
+        self.outlook: dict[str, Any] | None = None
+        """What hetero says of ranks that do not pay, as of the last turn."""
         self.peaks: list[int] = []
         """The most memory in bytes that each rank has had, as of the last turn."""
         self._cores = [cores[rank] for rank in ranks]
@@ -365,6 +376,7 @@ class Side:
         self.steps += steps_of(len(self.steps), answers[0])
         for note in answers[0]["observed"]:
             self.steps[note["step"]] |= note
+        self.outlook = answers[0].get("outlook")
         self.peaks = [answer["peak"] for answer in answers]
         return {"seconds": answers[0]["seconds"], "foreign": max(0.0, *parts)}
 

@@ -21,7 +21,7 @@ TARGETS = {
 OVER_IMAGES = frozenset({"ObjectDetection", "InstanceSegmentation", "BYOL", "SimCLR", "MoCo", "MAE"})
 """Tasks whose losses are computed inside of the model: the images of a batch are all that can be counted."""
 
-_STATISTICS = frozenset({"SimCLR", "MoCo"})
+_STATISTICS = frozenset({"SimCLR", "MoCo", "MAE"})
 """Tasks that take a standard deviation over the samples of a batch; of one sample it is NaN, and stays so."""
 
 

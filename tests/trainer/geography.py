@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ROWS, COLUMNS, CHIP, DATES = 3, 4, 16, 6
+ROWS, COLUMNS, CHIP, DATES = 3, 4, 16, 4
 """A grid of chips, in chips; pixels along an edge of one; months in which each was taken."""
 
 
@@ -96,6 +96,7 @@ EVERYWHERE: dict[str, Callable[..., Any]] = {
         "RandomGeoSampler", data, 8, length=26, generator=torch.Generator().manual_seed(1)
     ),
     "PreChippedGeoSampler": lambda data: _sampler("PreChippedGeoSampler", data, shuffle=True),
+    "PreChippedGeoSampler in order": lambda data: _sampler("PreChippedGeoSampler", data),
     "GridGeoSampler": lambda data: _sampler("GridGeoSampler", data, CHIP, CHIP),
     "RandomBatchGeoSampler": lambda data: _sampler("RandomBatchGeoSampler", data, 8, 2, length=24),
 }
@@ -108,7 +109,7 @@ NEW: dict[str, Callable[..., Any]] = {
     "RandomTimestampSampler": partial(_months, "RandomTimestampSampler", generator=3),
     "SequentialTimestampSampler": partial(_months, "SequentialTimestampSampler"),
     "RandomTimedeltaSampler": partial(_months, "RandomTimedeltaSampler", days=20, length=9, generator=3),
-    "SequentialTimedeltaSampler": partial(_months, "SequentialTimedeltaSampler", days=31),
+    "SequentialTimedeltaSampler": partial(_months, "SequentialTimedeltaSampler", days=20),
     "RandomPeriodSampler": partial(_months, "RandomPeriodSampler", freq="M", length=9, generator=3),
     "SequentialPeriodSampler": partial(_months, "SequentialPeriodSampler", freq="M"),
     "random places at random times": partial(_both, _random, partial(_months, "RandomTimestampSampler", generator=4)),

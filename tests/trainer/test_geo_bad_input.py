@@ -25,7 +25,7 @@ def chips(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def fit_with(folder: str, name: str, batch_size: int, **options: Any) -> None:
+def fit_with(folder: str, name: str, batch_size: int, options: dict[str, Any]) -> None:
     """With a sampler that is made with other options than those of its name."""
     tolerate_torchgeo()
     samplers = EVERYWHERE if name in EVERYWHERE else NEW
@@ -83,7 +83,7 @@ def test_nothing_to_draw(chips: str, name: str, batch_size: int, options: dict[s
     """Samplers that are shorter than a global batch, and patches that are larger than all tiles."""
     if not any(each.startswith(name) for each in installed()):
         pytest.skip("the installed TorchGeo does not have this sampler")
-    errors = fails_on_ranks(2, partial(fit_with, **options), chips, name, batch_size)
+    errors = fails_on_ranks(2, fit_with, chips, name, batch_size, options)
     assert set(errors) == {0, 1}
     for text in errors.values():
         assert re.search(sentence, text.splitlines()[-1]), text

@@ -6,6 +6,8 @@ from torch import Tensor, nn, where
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
+from lightning_hetero.tasks import takes_statistics
+
 
 def own_modules(module: nn.Module) -> Iterator[nn.Module]:
     """The module and all below it, but for torchmetrics: those have an exchange of their own."""
@@ -16,11 +18,19 @@ def own_modules(module: nn.Module) -> Iterator[nn.Module]:
         yield from own_modules(child)
 
 
-def smallest_local_batch(module: nn.Module) -> int:
-    """The fewest samples that a rank can compute with: 2 where a live BatchNorm takes statistics over them, else 1.
+def smallest_local_batch(module: nn.Module, *, synchronised: bool = False) -> int:
+    """The fewest samples that a rank can compute with: 2 where statistics are taken over them, else 1.
 
     A layer that is kept in evaluation mode uses its running statistics, and `SyncBatchNorm` those of all ranks.
+
+    Args:
+        module: the LightningModule.
+        synchronised: its BatchNorm layers take statistics over all ranks.
     """
+    if takes_statistics(module):
+        return 2
+    if synchronised:
+        return 1
     live = any(
         isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm) and layer.training
         for layer in module.modules()

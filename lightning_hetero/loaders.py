@@ -7,6 +7,7 @@ Lightning injects its own sampler before a strategy is asked, and loaders may be
 
 import copy
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ class Agreement:
             rank_zero_warn(
                 f"{self._name} draws other indices on every rank, so those of rank 0 are used on all of them. If it "
                 "shards the data by rank itself, set Trainer(use_distributed_sampler=False); else let it take its "
-                "randomness from torch's, numpy's or Python's global generators, and runs can be repeated"
+                "randomness from torch's, numpy's or Python's global generators, or give it a generator= with a seed "
+                "if it takes one, and runs can be repeated"
             )
         return self._exchange.broadcast(drawn)
 
@@ -166,6 +168,21 @@ def _numbers_for_geography(loader: DataLoader[Any]) -> bool:
     )
 
 
+def _require_tiles(sampler: object) -> None:
+    """See that a random geographic sampler has tiles to draw from; torch would speak of probabilities instead.
+
+    Raises:
+        ValueError: it has none.
+    """
+    areas = getattr(sampler, "areas", None)
+    if type(sampler).__module__.startswith("torchgeo.") and isinstance(areas, torch.Tensor) and not areas.numel():
+        height, width = getattr(sampler, "size", (math.nan, math.nan))
+        raise ValueError(
+            f"no tile is as large as the patches of {_name(sampler)}, {height:g} × {width:g} in units of the data "
+            "set's CRS: choose a smaller patch_size"
+        )
+
+
 def _distributed(loader: DataLoader[Any]) -> bool:
     """Whether the user's own sampler gives each rank its part."""
     samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
@@ -246,11 +263,13 @@ class Loaders:
         if isinstance(loader.dataset, IterableDataset):
             return self._iterable(loader, global_batch)
         stream = self._stream(loader, global_batch, number)
+        _require_tiles(stream.source)
         stream.draw(self._context.position().epoch, 0)
         if stream.first_batch == 0:
             raise ValueError(
                 f"the training loader has no batches: {_name(stream.source)} drew too few samples for a global "
-                f"batch of {global_batch or 'at least one sample'}{' with drop_last' if loader.drop_last else ''}"
+                f"batch of {global_batch or 'at least one sample'}{' with drop_last' if loader.drop_last else ''}: let "
+                "it draw more (TorchGeo's samplers have a length=), or choose a smaller batch_size"
             )
         planner = self._context.planner(global_batch or stream.first_batch)
         sampler = ShareSampler(

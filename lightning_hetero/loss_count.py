@@ -11,21 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hetero.tasks import OVER_IMAGES, TARGETS, kind, unchanged_task
+
 Count = float | Tensor
 """A number, or a tensor without dimensions on the module's device."""
 
 CROSS_ENTROPY_DEFAULT_IGNORE_INDEX = -100
-
-_TARGETS = {
-    "ClassificationTask": "label",
-    "RegressionTask": "label",
-    "SemanticSegmentationTask": "mask",
-    "SpatioTemporalSegmentationTask": "mask",
-    "ChangeDetectionTask": "mask",
-    "PixelwiseRegressionTask": "mask",
-    "TemporalRegressionTask": "label",
-}
-"""TorchGeo's tasks whose loss is one criterion over one target, by the target's key in the batch."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +73,16 @@ def find(module: nn.Module, given: Callable[[Any, Any], Count] | None, samples: 
     return LossCounter("samples", lambda _, batch: samples(batch), _advice(module))
 
 
-def _torchgeo_task(module: nn.Module) -> str | None:
-    """The name of the TorchGeo task that `module` is, if it trains as TorchGeo wrote it.
-
-    Names are read from the classes, so that torchgeo is not imported for it; both its old and its new modules count.
-    """
-    step = getattr(type(module), "training_step", None)
-    if "training_step" in vars(module) or not str(getattr(step, "__module__", "")).startswith("torchgeo."):
-        return None
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("torchgeo.") and cls.__name__ in _TARGETS:
-            return cls.__name__
-    return None
-
-
 def _torchgeo_rule(module: nn.Module) -> LossCounter | None:
-    task = _torchgeo_task(module)
-    criterion = getattr(module, "criterion", None)
-    if task is None or getattr(criterion, "reduction", None) != "mean":
+    task = unchanged_task(module)
+    if task is None:
         return None
-    key = str(getattr(module, "target_key", _TARGETS[task]))
+    if kind(task) in OVER_IMAGES:
+        return LossCounter(f"images of {task}", lambda _, batch: len(batch["image"]))
+    criterion = getattr(module, "criterion", None)
+    if getattr(criterion, "reduction", None) != "mean":
+        return None
+    key = str(getattr(module, "target_key", TARGETS[kind(task)]))
     if isinstance(criterion, nn.CrossEntropyLoss):
         return LossCounter(
             f"valid targets of {task}", lambda owner, batch: cross_entropy_count(owner.criterion, batch[key])

@@ -197,7 +197,7 @@ class HeteroStrategy(DDPStrategy):
         """The planner for the first training loader's global batch; what was learnt for the same one is kept."""
         first = self._loaders is None or self._loaders.first_in_round
         assert self.lightning_module is not None
-        minimum = 1 if self._ties is not None else smallest_local_batch(self.lightning_module)
+        minimum = smallest_local_batch(self.lightning_module, synchronised=self._ties is not None)
         job = agreement.job(self.lightning_module, self.lightning_module.trainer.precision)
         key = {**job, "global batch": global_batch, "minimum": minimum}
         if self._planner is None or (first and self._planned != key):

@@ -17,6 +17,7 @@ from lightning_hetero.collectives import Exchange, PendingRows, average_gradient
 from lightning_hetero.device_memory import PeakMemory
 from lightning_hetero.failures import BackwardWatch, check_backward
 from lightning_hetero.loss_count import LossCounter
+from lightning_hetero.nothing import NothingCounts
 from lightning_hetero.sampler import Share
 from lightning_hetero.sync_batch_norm import Ties
 from lightning_hetero.timing import Reading, WorkClock
@@ -149,6 +150,7 @@ class TrainingSteps:
         self._clock = clock
         self._watch = watch
         self._on_rows = on_rows
+        self._nothing = NothingCounts(counter.rule, exchange.rank)
         self._share: Share | None = None
         self._random: RandomStates | None = None
         self._state: ModuleState | None = None
@@ -307,8 +309,10 @@ class TrainingSteps:
         if self._device_counts is not None:
             own, total, _ = self._device_counts
             self._device_counts = None
+            self._nothing.look_on_device(total)
             self._weight = torch.where(total > 0, self._exchange.world_size * own / total, 0.0)
         else:
+            self._nothing.look(self._step, float(column(rows, "count").sum()))
             self._weight = weight(column(rows, "count"), self._exchange.rank)
         self._largest = tuple(map(max, self._largest, column(rows, "held").astype(int).tolist()))
         self._on_rows(int(column(rows, "step")[0]), rows)
@@ -420,6 +424,7 @@ class TrainingSteps:
         Raises:
             RuntimeError: another rank has.
         """
+        self._nothing.end_epoch()
         check(self._exchange.start(Message(LEFT_EPOCH, step).row()).wait())
 
 

@@ -14,8 +14,8 @@ PURE = (
     *("tally", "profiles"),
 )
 TORCH = (
-    *("stream", "sampler", "timing", "loss_count", "batch_norm", "sync_batch_norm", "borrowing", "buffers", "limits"),
-    *("device_memory", "cutting"),
+    *("stream", "sampler", "timing", "tasks", "loss_count", "batch_norm", "sync_batch_norm", "borrowing", "buffers"),
+    *("limits", "device_memory", "cutting", "nothing"),
 )
 DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery")
 LIGHTNING = (

@@ -9,16 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchgeo.trainers import (
-    ClassificationTask,
-    PixelwiseRegressionTask,
-    RegressionTask,
-    SemanticSegmentationTask,
-)
 
 from lightning_hetero import cross_entropy_count
 from lightning_hetero.loss_count import find, sample_count
 from tests.ranks import run_ranks
+from tests.trainer import geography
 from tests.trainer.fits import Recipe, hetero_fit, plain_fit, relative_error
 from tests.trainer.modules import Classifier
 
@@ -33,14 +28,14 @@ def prepared(task: Any, model: nn.Module | None = None) -> Any:
     return task.double()
 
 
-def segmentation(**options: Any) -> SemanticSegmentationTask:
+def segmentation(**options: Any) -> Any:
     torch.manual_seed(1)
-    return prepared(SemanticSegmentationTask(**FCN, **({"num_classes": 4} | options)))
+    return prepared(geography.task("SemanticSegmentation")(**FCN, **({"num_classes": 4} | options)))
 
 
-def pixels() -> PixelwiseRegressionTask:
+def pixels() -> Any:
     torch.manual_seed(1)
-    return prepared(PixelwiseRegressionTask(**FCN, loss="mse"))
+    return prepared(geography.task("PixelwiseRegression")(**FCN, loss="mse"))
 
 
 class Linear(nn.Module):
@@ -54,15 +49,15 @@ class Linear(nn.Module):
         return self.net(x)
 
 
-def classification(**options: Any) -> ClassificationTask:
+def classification(**options: Any) -> Any:
     torch.manual_seed(1)
-    task = ClassificationTask(model="resnet18", in_channels=3, lr=0.01, **({"num_classes": 4} | options))
+    task = geography.task("Classification")(model="resnet18", in_channels=3, lr=0.01, **({"num_classes": 4} | options))
     return prepared(task, Linear(4))
 
 
-def regression() -> RegressionTask:
+def regression() -> Any:
     torch.manual_seed(1)
-    task = RegressionTask(model="resnet18", in_channels=3, lr=0.01)
+    task = geography.task("Regression")(model="resnet18", in_channels=3, lr=0.01)
     return prepared(task, Linear(1))
 
 
@@ -96,35 +91,35 @@ def scenes(target: str, batch_size: int) -> DataLoader[Any]:
 
 
 TASKS: dict[str, tuple[Any, str, str]] = {
-    "ce": (segmentation, "classes", "valid targets of SemanticSegmentationTask"),
+    "ce": (segmentation, "classes", "valid targets of SemanticSegmentation"),
     "ce, ignored": (
         partial(segmentation, ignore_index=0),
         "classes",
-        "valid targets of SemanticSegmentationTask",
+        "valid targets of SemanticSegmentation",
     ),
     "ce, weights, ignored": (
         partial(segmentation, ignore_index=0, class_weights=torch.tensor([1.0, 4.0, 0.5, 2.0])),
         "classes",
-        "valid targets of SemanticSegmentationTask",
+        "valid targets of SemanticSegmentation",
     ),
     "bce": (
         partial(segmentation, task="binary", loss="bce", num_classes=1, num_labels=1),
         "binary",
-        "target elements of SemanticSegmentationTask",
+        "target elements of SemanticSegmentation",
     ),
-    "pixelwise regression": (pixels, "numbers", "target elements of PixelwiseRegressionTask"),
-    "classification": (classification, "classes", "valid targets of ClassificationTask"),
+    "pixelwise regression": (pixels, "numbers", "target elements of PixelwiseRegression"),
+    "classification": (classification, "classes", "valid targets of Classification"),
     "classification, weights": (
         partial(classification, class_weights=torch.tensor([1.0, 4.0, 0.5, 2.0])),
         "classes",
-        "valid targets of ClassificationTask",
+        "valid targets of Classification",
     ),
     "several labels": (
         partial(classification, task="multilabel", num_classes=4, num_labels=4, loss="bce"),
         "several",
-        "target elements of ClassificationTask",
+        "target elements of Classification",
     ),
-    "regression": (regression, "numbers", "target elements of RegressionTask"),
+    "regression": (regression, "numbers", "target elements of Regression"),
 }
 
 
@@ -150,7 +145,7 @@ def test_torchgeo_tasks_are_exact() -> None:
 def test_the_rule_of_a_known_task(name: str) -> None:
     """The rule is read from the class and the live criterion."""
     module, _, rule = TASKS[name]
-    assert find(module(), None, sample_count).rule == rule
+    assert find(module(), None, sample_count).rule.removesuffix("Task") == rule
 
 
 def test_order_of_the_rules() -> None:
@@ -165,7 +160,7 @@ def test_order_of_the_rules() -> None:
 def test_an_overridden_training_step_is_not_trusted() -> None:
     """A subclass that trains in its own way may divide by anything: samples, with the code to paste."""
 
-    class Own(SemanticSegmentationTask):
+    class Own(geography.task("SemanticSegmentation")):
         def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
             return super().training_step(batch, batch_idx, dataloader_idx)
 

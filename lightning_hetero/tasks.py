@@ -1,0 +1,49 @@
+"""TorchGeo's tasks, recognised by the names of their classes.
+
+torchgeo is not imported for it. Its old names (`torchgeo.trainers.SemanticSegmentationTask`) and those of 0.10
+(`torchgeo.tasks.SemanticSegmentation`) mean the same.
+"""
+
+from torch import nn
+
+TARGETS = {
+    "Classification": "label",
+    "Regression": "label",
+    "SemanticSegmentation": "mask",
+    "SpatioTemporalSegmentation": "mask",
+    "ChangeDetection": "mask",
+    "PixelwiseRegression": "mask",
+    "SpatioTemporalPixelwiseRegression": "mask",
+    "TemporalRegression": "target",
+}
+"""Tasks whose loss is one criterion over one target, by the target's key in the batch."""
+
+OVER_IMAGES = frozenset({"ObjectDetection", "InstanceSegmentation", "BYOL", "SimCLR", "MoCo", "MAE"})
+"""Tasks whose losses are computed inside of the model: the images of a batch are all that can be counted."""
+
+_STATISTICS = frozenset({"SimCLR", "MoCo", "MAE"})
+"""Tasks that take a standard deviation over the samples of a batch; of one sample it is NaN, and stays so."""
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Names of the TorchGeo classes that a module's class is made of, the nearest first."""
+    return [cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torchgeo.")]
+
+
+def kind(name: str) -> str:
+    """What TorchGeo 0.10 calls a task that older versions call `name`."""
+    return name.removesuffix("Task")
+
+
+def unchanged_task(module: nn.Module) -> str | None:
+    """The name of the TorchGeo class that `module` is of, if it trains as TorchGeo wrote it; else None."""
+    step = getattr(type(module), "training_step", None)
+    if "training_step" in vars(module) or not str(getattr(step, "__module__", "")).startswith("torchgeo."):
+        return None
+    known = TARGETS.keys() | OVER_IMAGES
+    return next((name for name in _names(module) if kind(name) in known), None)
+
+
+def takes_statistics(module: nn.Module) -> bool:
+    """Whether the task takes statistics over the samples of a batch, besides those of BatchNorm."""
+    return any(kind(name) in _STATISTICS for name in _names(module))

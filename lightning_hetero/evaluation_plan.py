@@ -82,7 +82,7 @@ def pieces_of(sizes: Sequence[int], samples: Sequence[int], rank: int) -> list[P
     return [
         Piece(number, max(start - ends[number], 0), min(stop - ends[number], size))
         for number, size in enumerate(sizes)
-        if size and start < ends[number + 1] and stop > ends[number]
+        if max(start, ends[number]) < min(stop, ends[number + 1])
     ]
 
 

@@ -64,7 +64,7 @@ class _Synced:
             metric._update_count = max(metric._update_count, 1)
         return self._compute(*args, **kwargs)
 
-    def sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+    def __call__(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """In place of `Metric._sync_dist`: list states of any length, in the order of the ranks."""
         metric = self.metric
         lists = {name: value for name in metric._reductions if isinstance(value := getattr(metric, name), list)}
@@ -124,7 +124,7 @@ class MetricSync:
                 and metric.process_group is None
             ):
                 synced = _Synced(metric, self._exchange, self._apart)
-                vars(metric).update(_sync_dist=synced.sync_dist, compute=synced.compute)
+                vars(metric).update(_sync_dist=synced, compute=synced.compute)
                 self._synced.append(synced)
         return self
 

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -23,9 +24,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_hetero.agreement import require
 from lightning_hetero.collectives import Exchange
-from lightning_hetero.plan import Plan
+from lightning_hetero.evaluating import Evaluation, scope_of
+from lightning_hetero.evaluation_sampler import EvaluationSampler
 from lightning_hetero.planner import Planner
-from lightning_hetero.sampler import CountSampler, Drawing, EvaluationSampler, HandedOut, Position, Share, ShareSampler
+from lightning_hetero.sampler import CountSampler, Drawing, HandedOut, Position, Share, ShareSampler
 from lightning_hetero.stream import Chunks, Index, Stream, fingerprint
 from lightning_hetero.training_step import SameData
 
@@ -41,7 +43,7 @@ class Context:
         seed: of all streams, shared by all ranks.
         global_batch: the user's, or None for each loader's `batch_size` x W.
         planner: from the global batch of the first training loader to the planner of the run.
-        plan: the plan in force, None before there is one.
+        evaluation: what validation, test and prediction take.
         position: where training stands.
         on_borrow: see `ShareSampler`.
     """
@@ -50,7 +52,7 @@ class Context:
     seed: int
     global_batch: int | None
     planner: Callable[[int], Planner]
-    plan: Callable[[], Plan | None]
+    evaluation: Evaluation
     position: Callable[[], Position]
     on_borrow: Callable[[], None]
 
@@ -321,18 +323,27 @@ class Loaders:
             )
         return given
 
-    def _stream(self, loader: DataLoader[Any], global_batch: int | None, number: int, *, even: bool = False) -> Stream:
+    def _stream(self, loader: DataLoader[Any], global_batch: int | None, number: int) -> Stream:
         if _plain_batches(loader):
             plain = loader.batch_sampler
             assert isinstance(plain, BatchSampler)
             assert global_batch is not None
             source: Any = plain.sampler
-            chunks = Chunks(global_batch, drop_last=plain.drop_last and not even, even=even)
+            chunks = Chunks(global_batch, drop_last=plain.drop_last)
         else:
             source, own = loader.batch_sampler, _batch_size(loader)
             units = global_batch // own if global_batch and own else self._context.exchange.world_size
-            chunks = Chunks(units, batched=True, even=even)
+            chunks = Chunks(units, batched=True)
         return Stream(source, chunks, self._context.seed + number, Agreement(self._context.exchange, _name(source)))
+
+    def _batches(self, loader: DataLoader[Any], *, all_of_them: bool) -> Stream:
+        """The loader's own batches, as one process draws them."""
+        source: Any = loader.batch_sampler
+        chunks = Chunks(1, batched=True, whole=True)
+        if _plain_batches(loader):
+            chunks = Chunks(source.batch_size, drop_last=source.drop_last and not all_of_them, whole=True)
+            source = source.sampler
+        return Stream(source, chunks, self._context.seed, Agreement(self._context.exchange, _name(source)))
 
     def _require_agreement(self, loader: DataLoader[Any], topic: str, global_batch: int | None = None) -> None:
         iterable = isinstance(loader.dataset, IterableDataset)
@@ -351,20 +362,16 @@ class Loaders:
         if loader.batch_sampler is None:
             return self._lightnings(loader, False, mode)
         self._require_agreement(loader, f"the {mode.dataloader_prefix} data")
-        world_size = self._context.exchange.world_size
-        plan = self._context.plan()
-        own = _batch_size(loader)
+        evaluation = self._context.evaluation
         sampler = EvaluationSampler(
-            self._stream(loader, own * world_size if own is not None else None, 0, even=True),
-            plan.local_batches if plan is not None else [1] * world_size,
+            # Lightning predicts a last batch that is not full too, whatever the loader says.
+            self._batches(loader, all_of_them=mode == RunningStage.PREDICTING),
             self._context.exchange.rank,
-            lambda: self._context.position().epoch,
+            scope=partial(scope_of, self._trainer, mode),
+            seconds=partial(evaluation.seconds, mode),
+            epoch=lambda: self._context.position().epoch,
+            on_begin=partial(evaluation.begin, mode),
         )
-        if 0 < sampler.smallest_step() < world_size:
-            rank_zero_warn(
-                f"the {mode.dataloader_prefix} data has a step with fewer samples than there are ranks: ranks without "
-                "one evaluate another rank's again, so metrics are not exact"
-            )
         return replace_batch_sampler(
             loader, _IndexBatchSamplerWrapper(sampler) if mode == RunningStage.PREDICTING else sampler
         )

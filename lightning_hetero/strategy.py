@@ -10,7 +10,6 @@ import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import _augment_message
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -25,6 +24,7 @@ from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.batch_norm import smallest_local_batch
 from lightning_hetero.buffers import BufferMerge, broadcast_in_forward
 from lightning_hetero.collectives import Exchange, allreduce_mean, masked, own_total, total, until_last_bucket
+from lightning_hetero.evaluating import Evaluating
 from lightning_hetero.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.learnt import Learnt, run_folder
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
@@ -44,7 +44,7 @@ from lightning_hetero.training_step import SameData, TrainingSteps
 from lightning_hetero.weighting import COLUMNS, Rows, column
 
 
-class HeteroStrategy(DDPStrategy):
+class HeteroStrategy(Evaluating):
     """Data parallelism on unequal devices: every global batch is split so that all devices finish together.
 
     The averaged gradient is the gradient of the global batch, however unevenly it is split, and which samples make up
@@ -177,7 +177,7 @@ class HeteroStrategy(DDPStrategy):
             seed=seed,
             global_batch=self._global_batch,
             planner=self._planner_for,
-            plan=lambda: self._planner.schedule.newest if self._planner is not None else None,
+            evaluation=self._evaluations(self._exchange, self._shares, lambda: self._planner),
             position=lambda: Position(trainer.current_epoch, self._batches),
             on_borrow=lambda: self._steps.remember_random_states() if self._steps is not None else None,
         )

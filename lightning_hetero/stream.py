@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,25 +30,18 @@ class Chunks:
         size: entries of the stream in a global batch: samples, or whole batches of a user's batch sampler.
         batched: the stream's entries are lists of indices.
         drop_last: leave out a last global batch that is not full.
-        even: spread the entries evenly over the steps instead of leaving a short last one (evaluation).
+        whole: a pass is drawn to its end before it begins, also where the source has no length (evaluation).
     """
 
     size: int
     batched: bool = False
     drop_last: bool = False
-    even: bool = False
+    whole: bool = False
 
     def __call__(self, entries: Iterable[Any]) -> Iterator[list[Index]]:
-        """Global batches, one list of indices each; lazily, unless they are to be even."""
-        if self.even:
-            drawn = list(entries)
-            steps = -(-len(drawn) // self.size)
-            bounds = [step * len(drawn) // steps for step in range(steps + 1)] if steps else [0]
-            groups: Iterator[list[Any]] = (drawn[a:b] for a, b in pairwise(bounds))
-        else:
-            iterator = iter(entries)
-            groups = iter(lambda: list(islice(iterator, self.size)), [])
-        for group in groups:
+        """Global batches, one list of indices each, lazily."""
+        iterator = iter(entries)
+        for group in iter(lambda: list(islice(iterator, self.size)), []):
             if self.drop_last and len(group) < self.size:
                 return
             yield list(chain.from_iterable(group)) if self.batched else group
@@ -134,7 +127,7 @@ class Stream:
         self._drawn: list[list[Index]] = []
         self._rest: Iterator[list[Index]] = iter(())
         self._length = self._claimed_length()
-        self.endless = not chunks.even and self._length is None
+        self.endless = not chunks.whole and self._length is None
         """Whether the source has no length; then it is drawn as it is needed. Evaluation always comes to an end."""
 
     def _claimed_length(self) -> int | None:

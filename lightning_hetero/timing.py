@@ -161,6 +161,11 @@ class WorkClock:
                 self.resume()
 
 
+def marks_of(device: torch.device) -> Marks:
+    """Points in time on a device."""
+    return CudaMarks() if device.type == "cuda" else HostMarks()
+
+
 def clock_of(device: torch.device) -> WorkClock:
     """The clock of a device."""
-    return WorkClock(CudaMarks() if device.type == "cuda" else HostMarks())
+    return WorkClock(marks_of(device))

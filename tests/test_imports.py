@@ -11,16 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "lightning_hetero"
 
 PURE = (
     *("malloc", "plan", "step_time", "allocation", "outlook", "history", "balancer", "memory", "weighting", "planner"),
-    *("tally", "profiles"),
+    *("tally", "profiles", "evaluation_plan"),
 )
 TORCH = (
     *("stream", "sampler", "timing", "tasks", "loss_count", "batch_norm", "sync_batch_norm", "borrowing", "buffers"),
-    *("limits", "device_memory", "cutting", "nothing"),
+    *("limits", "device_memory", "cutting", "nothing", "evaluation_sampler"),
 )
-DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery")
+DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery", "metric_sync")
 LIGHTNING = (
-    *("attachment", "layer_sync", "learnt", "survival", "loaders", "metrics", "checkpoint", "monitor", "observer"),
-    "strategy",
+    *("attachment", "layer_sync", "learnt", "survival", "evaluating", "loaders", "metrics", "checkpoint", "monitor"),
+    *("observer", "strategy"),
 )
 OUTERMOST = ("accelerator", "__init__", "ray", "report", "demo", "cli")
 

@@ -18,7 +18,6 @@ from lightning_hetero.plan import Plan, Schedule
 from lightning_hetero.sampler import (
     CountSampler,
     Drawing,
-    EvaluationSampler,
     HandedOut,
     Position,
     Share,
@@ -470,7 +469,6 @@ def test_drawing_leaves_the_global_generators_alone(kind):
     if not stream.endless:
         len(sampler)
     assert list(sampler)
-    EvaluationSampler(stream, (3, 1), 0, lambda: 0).smallest_step() if not stream.endless else None
     assert states() == before
 
 
@@ -603,39 +601,6 @@ def test_counts_for_iterable_data_follow_the_plan(world_size, minimum, data):
         assert [len(batch) for batch in batches] == [first[rank]] * 2 + [second[rank]] * 2
         assert sampler.handed_out.drawn == 7
         assert sampler.handed_out.take(6).counts == second
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluation
-
-
-@given(st.integers(1, 16), st.integers(2, 8), st.integers(1, 90), st.data())
-def test_evaluation_sees_each_sample_once(world_size, own, size, data):
-    """With at least one sample a rank, and batches of more than one, nothing is repeated; all ranks end together."""
-    shares = data.draw(plans(world_size, data.draw(st.integers(world_size, 64))))
-    chunks = Chunks(own * world_size, even=True)
-    samplers = [
-        EvaluationSampler(
-            Stream(RandomSampler(range(size)), chunks, SEED, lambda drawn, complete: drawn), shares, rank, lambda: 2
-        )
-        for rank in range(world_size)
-    ]
-    assert len({len(sampler) for sampler in samplers}) == 1
-    given = [list(sampler) for sampler in samplers]
-    assert {len(batches) for batches in given} == {len(samplers[0])} == {-(-size // (own * world_size))}
-    assert all(batch for batches in given for batch in batches), "no rank is without a batch"
-    seen = sorted(index for batches in given for batch in batches for index in batch)
-    if size >= world_size:
-        assert samplers[0].smallest_step() >= world_size
-        assert seen == list(range(size))
-    else:
-        assert samplers[0].smallest_step() == size
-        assert set(seen) == set(range(size))
-    assert [list(sampler) for sampler in samplers] == given, "asking again gives the same"
-
-
-def test_evaluation_of_nothing():
-    sampler = EvaluationSampler(Stream([], Chunks(4, even=True), SEED, lambda d, complete: d), (1, 1), 0, lambda: 0)
-    assert (len(sampler), list(sampler), sampler.smallest_step()) == (0, [], 0)
 
 
 # --------------------------------------------------------------------------------------------------------- fingerprints

@@ -1,29 +1,57 @@
-"""Validation, test and prediction: each sample once."""
+"""Validation, test and prediction: each sample once, on one rank, also with fewer samples than ranks."""
 
-import warnings
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader
 
-from tests.ranks import run_ranks
-from tests.trainer.fits import Numbers, make_trainer, merged
-from tests.trainer.loading import SIZE, OwnBatchesWithSize, Validating, loader, once, quiet
+from tests.ranks import fails_on_ranks, run_ranks
+from tests.trainer.fits import Numbers, make_trainer
+from tests.trainer.loading import SIZE, OwnBatchesWithSize, UnsizedSampler, Validating, loader, once, quiet
 
 
 class Writer(BasePredictionWriter):
     def __init__(self) -> None:
-        super().__init__("batch")
+        super().__init__("batch_and_epoch")
         self.written: list[tuple[list[int], list[float]]] = []
+        self.epoch: list[Any] = []
 
     def write_on_batch_end(self, trainer, module, prediction, batch_indices, batch, batch_idx, dataloader_idx) -> None:
         self.written.append((list(batch_indices), prediction.tolist()))
+
+    def write_on_epoch_end(self, trainer, module, predictions, batch_indices) -> None:
+        self.epoch = [(list(i), p.tolist()) for i, p in zip(batch_indices[0], predictions, strict=True)]
+
+
+class Ends(Callback):
+    """Counts the hooks at the end of an evaluation, which no rank may leave out."""
+
+    def __init__(self) -> None:
+        self.ends = 0
+
+    def on_validation_epoch_end(self, *_: Any) -> None:
+        self.ends += 1
+
+    def on_validation_end(self, *_: Any) -> None:
+        self.ends += 1
+
+
+CASES: dict[str, Any] = {
+    "in order": lambda: loader(batch_size=8),
+    "one more": lambda: DataLoader(Numbers(49), batch_size=8),
+    "as many as ranks": lambda: DataLoader(Numbers(3), batch_size=8),
+    "two": lambda: DataLoader(Numbers(2), batch_size=8),
+    "one": lambda: DataLoader(Numbers(1), batch_size=8),
+    "workers": lambda: loader(batch_size=8, num_workers=1),
+    "own batches": lambda: DataLoader(Numbers(SIZE), batch_sampler=OwnBatchesWithSize(SIZE, 4)),
+    "ones": lambda: DataLoader(Numbers(60), batch_size=1),
+    "without a length": lambda: loader(sampler=UnsizedSampler(), batch_size=8),
+}
+SIZES = {"one more": 49, "as many as ranks": 3, "two": 2, "one": 1, "ones": 60}
 
 
 def evaluations() -> dict[str, Any]:
@@ -32,17 +60,11 @@ def evaluations() -> dict[str, Any]:
     quiet()
     world_size = torch.distributed.get_world_size()
     results: dict[str, Any] = {}
-    module, writer = Validating(), Writer()
-    trainer = make_trainer(HeteroStrategy(shares=[1, 5, 2]), world_size, max_epochs=1, callbacks=[writer])
+    module, writer, ends = Validating(), Writer(), Ends()
+    trainer = make_trainer(HeteroStrategy(shares=[1, 5, 2]), world_size, max_epochs=1, callbacks=[writer, ends])
     trainer.fit(module, loader(batch_size=8))
-    for name, data in (
-        ("in order", loader(batch_size=8)),
-        ("one more", DataLoader(Numbers(49), batch_size=8)),
-        ("as many as ranks", DataLoader(Numbers(3), batch_size=8)),
-        ("workers", loader(batch_size=8, num_workers=1)),
-        ("own batches", DataLoader(Numbers(SIZE), batch_sampler=OwnBatchesWithSize(SIZE, 4))),
-        ("ones", DataLoader(Numbers(60), batch_size=1)),
-    ):
+    for name, make in CASES.items():
+        data = make()
         module.evaluated = []
         trainer.validate(module, data, verbose=False)
         results[name] = module.evaluated
@@ -50,21 +72,19 @@ def evaluations() -> dict[str, Any]:
         trainer.test(module, [data, data], verbose=False)
         results[f"test {name}"] = module.evaluated
         writer.written = []
-        trainer.predict(module, data, return_predictions=False)
+        returned = trainer.predict(module, data)
         results[f"predict {name}"] = writer.written
+        results[f"predict {name}, epoch"] = writer.epoch
+        results[f"predict {name}, returned"] = [batch.tolist() for batch in returned]
+    results["ends"] = ends.ends
     combined = CombinedLoader([loader(batch_size=8)], "sequential")
     for name in ("combined", "combined again"):
         module.evaluated = []
         trainer.validate(module, combined, verbose=False)
         results[name] = module.evaluated
-    with (
-        pytest.warns(UserWarning, match="a step with fewer samples than there are ranks")
-        if (torch.distributed.get_rank() == 0)
-        else warnings.catch_warnings()
-    ):
-        module.evaluated = []
-        trainer.validate(module, DataLoader(Numbers(2), batch_size=8), verbose=False)
-        results["too few"] = module.evaluated
+    module.evaluated = []
+    trainer.validate(module, loader(batch_size=8, drop_last=True), verbose=False)
+    results["drop_last"] = module.evaluated
     return results
 
 
@@ -73,35 +93,166 @@ def evaluated() -> list[dict[str, Any]]:
     return run_ranks(3, evaluations)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("in order", 61), ("one more", 49), ("as many as ranks", 3), ("workers", 61), ("own batches", 61), ("ones", 60)],
-)
-def test_each_sample_is_evaluated_once(name, size):
+@pytest.mark.parametrize("name", CASES)
+def test_each_sample_is_evaluated_once(name):
+    size = SIZES.get(name, SIZE)
     parts = [result[name] for result in evaluated()]
-    assert sorted(chain.from_iterable(chain.from_iterable(parts))) == list(range(size))
-    assert len({len(part) for part in parts}) == 1, "all ranks take the same number of steps"
-    if name != "own batches":
-        assert list(chain.from_iterable(merged(parts))) == list(range(size))
+    indices = list(chain.from_iterable(chain.from_iterable(parts)))
+    assert sorted(indices) == list(range(size))
+    if name in ("in order", "one more", "workers", "ones", "two"):
+        assert indices == list(range(size)), "ranks take the stream in turn"
+    assert max(len(batch) for part in parts for batch in part) <= {"own batches": 4, "ones": 1}.get(name, 8)
     twice = [result[f"test {name}"] for result in evaluated()]
     assert sorted(chain.from_iterable(chain.from_iterable(twice))) == sorted(2 * [*range(size)])
 
 
-@pytest.mark.parametrize("name", ["in order", "as many as ranks", "workers", "own batches"])
+def test_ranks_without_a_sample_come_to_the_end_as_well():
+    assert [len(result["one"]) for result in evaluated()] == [0, 1, 0]
+    assert [result["ends"] for result in evaluated()] == 3 * [2 * len(CASES)]
+
+
+def test_batches_stay_whole_where_that_costs_nothing():
+    """60 batches of one sample on shares of 1, 5 and 2; and of 61 samples at most two batches are cut."""
+    assert [len(result["ones"]) for result in evaluated()] == [7, 38, 15]
+    batches = [batch for result in evaluated() for batch in result["in order"]]
+    assert len(batches) <= -(-SIZE // 8) + 2
+
+
+def test_drop_last_is_the_users_word():
+    parts = [result["drop_last"] for result in evaluated()]
+    assert sorted(chain.from_iterable(chain.from_iterable(parts))) == list(range(56))
+
+
+@pytest.mark.parametrize("name", list(CASES))
 def test_predictions_come_with_their_indices(name):
-    size = 3 if name == "as many as ranks" else 61
+    size = SIZES.get(name, SIZE)
     truth = Numbers(size).y.tolist()
     written = list(chain.from_iterable(result[f"predict {name}"] for result in evaluated()))
     assert sorted(chain.from_iterable(indices for indices, _ in written)) == list(range(size))
     for indices, predictions in written:
         assert predictions == [truth[index] for index in indices]
+    for result in evaluated():
+        assert result[f"predict {name}, epoch"] == result[f"predict {name}"]
+        assert result[f"predict {name}, returned"] == [values for _, values in result[f"predict {name}"]]
 
 
 def test_evaluation_of_a_users_combined_loader():
     for name in ("combined", "combined again"):
         parts = [result[name] for result in evaluated()]
-        assert list(chain.from_iterable(merged(parts))) == list(range(SIZE))
+        assert list(chain.from_iterable(chain.from_iterable(parts))) == list(range(SIZE))
 
 
-def test_fewer_samples_than_ranks_are_repeated_with_a_warning():
-    assert [result["too few"] for result in evaluated()] == [[[0]], [[0]], [[1]]]
+# --------------------------------------------------------------------------- limits, sanity check, loaders side by side
+
+
+class Side(Validating):
+    """Remembers what is paired."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        batches = batch.items() if isinstance(batch, dict) and "x" not in batch else [("", batch)]
+        self.evaluated.append([(name, None if one is None else one["index"].tolist()) for name, one in batches])
+
+
+def limited(strategy: str) -> dict[str, Any]:
+    from lightning_hetero import HeteroStrategy
+
+    quiet()
+    hetero = strategy != "auto"
+    world_size = torch.distributed.get_world_size() if hetero else 1
+    results: dict[str, Any] = {}
+
+    def run(name: str, data: Any, *, fit: bool = False, **options: Any) -> None:
+        module = Side()
+        chosen = HeteroStrategy(shares=[3, 1]) if hetero else "auto"
+        trainer = make_trainer(chosen, world_size, max_epochs=1, **options)
+        if fit:
+            trainer.fit(module, loader(batch_size=8), data)
+        else:
+            trainer.validate(module, data, verbose=False)
+        results[name] = module.evaluated
+
+    run("int", loader(batch_size=8), limit_val_batches=5)
+    run("float", loader(batch_size=8), limit_val_batches=0.5)
+    run("sanity", loader(batch_size=8), fit=True, num_sanity_val_steps=3, check_val_every_n_epoch=2)
+    for mode in ("min_size", "max_size", "max_size_cycle"):
+        pair = {"a": loader(batch_size=8), "b": DataLoader(Numbers(17), batch_size=6)}
+        run(mode, CombinedLoader(pair, mode))
+    return results
+
+
+@once
+def limits() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    return run_ranks(2, limited, "hetero"), run_ranks(1, limited, "auto")[0]
+
+
+@pytest.mark.parametrize("name", ["int", "float", "sanity"])
+def test_limits_count_the_batches_of_all_ranks_together(name):
+    """The same samples are evaluated as in one process."""
+    ranks, one = limits()
+    both = [list(chain.from_iterable(i for batch in r[name] for _, i in batch)) for r in (*ranks, one)]
+    assert all(both)
+    assert both[0] + both[1] == both[2]
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_loaders_side_by_side_stay_paired(mode):
+    ranks, one = limits()
+    assert ranks[0][mode] + ranks[1][mode] == one[mode]
+    assert len(ranks[0][mode]) > len(ranks[1][mode]) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------- exchanges
+
+
+class Exchanging(Validating):
+    """Has a buffer that DDP would broadcast in each forward, and logs each step's value over all ranks."""
+
+    def __init__(self, call: str = "") -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1))
+        self.call = call
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluated.append(batch["index"].tolist())
+        self.log("step", batch["y"].mean(), on_step=True, on_epoch=False, sync_dist=True)
+        if self.call == "all_gather":
+            self.all_gather(batch["y"].mean())
+        if self.call == "barrier":
+            self.trainer.strategy.barrier()
+        if self.call == "broadcast":
+            self.trainer.strategy.broadcast(1)
+
+
+def exchanging(call: str, **options: Any) -> list[list[int]]:
+    from lightning_hetero import HeteroStrategy
+
+    quiet()
+    module = Exchanging(call)
+    trainer = make_trainer(
+        HeteroStrategy(shares=[4, 1], **options),
+        torch.distributed.get_world_size(),
+        max_epochs=1,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, loader(batch_size=8), loader(batch_size=8))
+    return module.evaluated
+
+
+def broadcasting() -> list[list[int]]:
+    return exchanging("", broadcast_buffers=True)
+
+
+def test_evaluation_goes_past_ddp():
+    """DDP's forward would broadcast the buffers in each step, and ranks have different numbers of steps."""
+    parts = run_ranks(2, broadcasting)
+    assert list(chain.from_iterable(chain.from_iterable(parts))) == list(range(SIZE))
+    assert len(parts[0]) > len(parts[1])
+
+
+@pytest.mark.parametrize("call", ["all_gather", "barrier", "broadcast"])
+def test_an_exchange_in_an_evaluation_step_is_an_error_and_no_hang(call):
+    errors = fails_on_ranks(2, exchanging, call)
+    for rank in range(2):
+        assert (
+            f"rank {rank} (cpu) calls {call} in validation_step, but ranks evaluate different numbers" in errors[rank]
+        )

@@ -61,6 +61,7 @@ class HeteroStrategy(DDPStrategy):
         memory_limit: the part of a device's memory that a rank may hold, or bytes if it is above 1. A rank whose
             share would need more is capped, and the others get the rest.
         granularity: local batches are multiples of it, but for the last of an epoch.
+        gradient_as_bucket_view: DDP's own option, on by default here: gradients need no copy.
         **ddp_options: all that Lightning's ``DDPStrategy`` takes.
 
     Raises:
@@ -74,11 +75,12 @@ class HeteroStrategy(DDPStrategy):
         loss_count: Callable[[Any, Any], float | Tensor] | None = None,
         memory_limit: float = 0.9,
         granularity: int = 1,
+        gradient_as_bucket_view: bool = True,
         **ddp_options: Any,
     ) -> None:
         check_options(shares, global_batch, memory_limit, granularity)
         self._trainers_accelerator: Accelerator | None = None
-        super().__init__(**ddp_options)
+        super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **ddp_options)
         self._shares = shares
         self._global_batch = global_batch
         self._loss_count = loss_count
@@ -252,7 +254,6 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
-        self._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         wrapped = super()._setup_model(model)
         broadcasts = broadcast_in_forward(self._ddp_kwargs)
         if broadcasts is None:

@@ -106,6 +106,7 @@ class HeteroStrategy(DDPStrategy):
         self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
         self._survival: Survival | None = None
         self._launched = False
+        self._run = 0  # see `failures.new_run`
         self._learnt: Learnt | None = None
         self._planned: dict[str, Any] = {}  # the job that the planner is for
 
@@ -168,7 +169,8 @@ class HeteroStrategy(DDPStrategy):
             rooms = self._exchange.gather(device_memory.room_of(self.root_device))
             self._limits = device_memory.limits(rooms, self._memory_limit)
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
-        self._attach(self.lightning_module.trainer, self._exchange.broadcast(seed) % 2**32)
+        seed, self._run = self._exchange.broadcast((seed, failures.new_run()))
+        self._attach(self.lightning_module.trainer, seed % 2**32)
 
     def _attach(self, trainer: "pl.Trainer", seed: int) -> None:
         assert self._exchange is not None
@@ -330,10 +332,9 @@ class HeteroStrategy(DDPStrategy):
             ),
         )
         if not failures.is_echo(exception):
-            failures.publish(self.global_rank, device_name(self.root_device), exception)
+            failures.publish(self._run, self.global_rank, device_name(self.root_device), exception)
         else:
-            cause = failures.heard() or "another rank ended without saying why; it may have been killed"
-            exception.args = (f"{cause} (rank {self.global_rank} then lost the connection)",)
+            exception.args = (f"{failures.heard(self._run)} (rank {self.global_rank} then lost the connection)",)
 
     # ---- a training step ----
 

@@ -6,6 +6,13 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_TRAINER = {
+    "fit": "train",
+    "validate": "evaluate on the validation data",
+    "test": "evaluate on the test data",
+    "predict": "compute predictions",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says.
@@ -22,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command, what in _TRAINER.items():
+        commands.add_parser(command, add_help=False, help=f"{what}, as a configuration says (LightningCLI)")
 
     demo = commands.add_parser(
         "demo",
@@ -47,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.set_defaults(run=_demo)
 
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in _TRAINER:
+        # Imported here: it brings Lightning and TorchGeo, which takes seconds.
+        from lightning_hetero.command_line import main as run_trainer
+
+        run_trainer(arguments)  # LightningCLI reads what follows the command, `--help` too
+        return 0
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

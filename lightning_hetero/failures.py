@@ -7,7 +7,8 @@ from time import monotonic
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-_KEY = "lightning_hetero/failure"
+_RUNS = "lightning_hetero/runs"
+_FAILURE = "lightning_hetero/failure/{}"
 _LONG_BACKWARD = "lightning_hetero/long_backward/{}"
 
 
@@ -27,23 +28,42 @@ def is_echo(exception: BaseException) -> bool:
     )
 
 
-def publish(rank: int, device: str, exception: BaseException) -> None:
-    """Tell the other ranks why this one fails, unless another rank was first."""
+def new_run() -> int:
+    """A number that no run of this job has had, so that a later run never hears of an earlier one's failure.
+
+    It differs from rank to rank; rank 0's is the one to agree on.
+    """
+    with contextlib.suppress(Exception):  # without the store nothing can be told either
+        store = _store()
+        if store is not None:
+            return store.add(_RUNS, 1)
+    return 0
+
+
+def publish(run: int, rank: int, device: str, exception: BaseException) -> None:
+    """Tell the other ranks why this one fails, unless another rank was first.
+
+    Args:
+        run: on which all ranks have agreed; see `new_run`.
+        rank: this rank.
+        device: that it drives.
+        exception: why.
+    """
     cause = f"rank {rank} ({device}) failed first: {type(exception).__name__}: {exception}"
     with contextlib.suppress(Exception):  # the store goes with rank 0: then there is nobody left to tell
         store = _store()
         if store is not None:
-            store.compare_set(_KEY, "", cause)
+            store.compare_set(_FAILURE.format(run), "", cause)
 
 
-def heard() -> str | None:
-    """Why the first rank failed, if it could say so."""
+def heard(run: int) -> str:
+    """Why the first rank of this run failed, or that it could not say so."""
     with contextlib.suppress(Exception):  # the store goes with rank 0
         store = _store()
-        if store is not None and store.check([_KEY]):
-            cause: bytes = store.get(_KEY)
+        if store is not None and store.check([_FAILURE.format(run)]):
+            cause: bytes = store.get(_FAILURE.format(run))
             return cause.decode()
-    return None
+    return "another rank ended without saying why; it may have been killed"
 
 
 class BackwardWatch:
@@ -81,6 +101,7 @@ class BackwardWatch:
         """The run is over."""
         self._stopped.set()
         self._thread.join()
+        self.leave()  # a pass that was broken off is none of the next run's
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._long / 2):

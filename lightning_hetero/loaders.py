@@ -209,6 +209,7 @@ class Loaders:
         self._lightnings = trainer._data_connector._prepare_dataloader
         self._round: object = None
         self._in_round = 0
+        self._lockstep: dict[int, Exchange] = {}  # of iterable data sets, by the loader's position
         self._warned_inexact = False
 
     @property
@@ -263,7 +264,7 @@ class Loaders:
         global_batch = self._global_batch(loader)
         self._require_agreement(loader, "the training data", global_batch)
         if isinstance(loader.dataset, IterableDataset):
-            return self._iterable(loader, global_batch)
+            return self._iterable(loader, global_batch, number)
         stream = self._stream(loader, global_batch, number)
         _require_tiles(stream.source)
         stream.draw(self._context.position().epoch, 0)
@@ -284,7 +285,7 @@ class Loaders:
         )
         return replace_batch_sampler(loader, sampler)
 
-    def _iterable(self, loader: DataLoader[Any], global_batch: int | None) -> object:
+    def _iterable(self, loader: DataLoader[Any], global_batch: int | None, number: int) -> object:
         exchange = self._context.exchange
         assert global_batch is not None, "torch gives an iterable data set its own batch sampler, with a batch size"
         planner = self._context.planner(global_batch)
@@ -296,7 +297,9 @@ class Loaders:
             position=self._context.position,
         )
         clone = replace_batch_sampler(loader, counts)
-        return LockstepLoader(clone, Exchange(exchange.rank, exchange.world_size, 1, exchange.timeout))
+        if number not in self._lockstep:  # a group takes sockets and threads, and lives as long as the process
+            self._lockstep[number] = Exchange(exchange.rank, exchange.world_size, 1, exchange.timeout)
+        return LockstepLoader(clone, self._lockstep[number])
 
     def _number_in_round(self) -> int:
         """How-manieth loader of this training this is; Lightning prepares all of them in one go."""

@@ -61,6 +61,7 @@ class HeteroStrategy(Evaluating):
         memory_limit: the part of a device's memory that a rank may hold, or bytes if it is above 1. A rank whose
             share would need more is capped, and the others get the rest.
         granularity: local batches are multiples of it, but for the last of an epoch.
+        gradient_as_bucket_view: DDP's own option, on by default here: gradients need no copy.
         **ddp_options: all that Lightning's ``DDPStrategy`` takes.
 
     Raises:
@@ -74,11 +75,12 @@ class HeteroStrategy(Evaluating):
         loss_count: Callable[[Any, Any], float | Tensor] | None = None,
         memory_limit: float = 0.9,
         granularity: int = 1,
+        gradient_as_bucket_view: bool = True,
         **ddp_options: Any,
     ) -> None:
         check_options(shares, global_batch, memory_limit, granularity)
         self._trainers_accelerator: Accelerator | None = None
-        super().__init__(**ddp_options)
+        super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **ddp_options)
         self._shares = shares
         self._global_batch = global_batch
         self._loss_count = loss_count
@@ -104,6 +106,7 @@ class HeteroStrategy(Evaluating):
         self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
         self._survival: Survival | None = None
         self._launched = False
+        self._run = 0  # see `failures.new_run`
         self._learnt: Learnt | None = None
         self._planned: dict[str, Any] = {}  # the job that the planner is for
 
@@ -166,7 +169,8 @@ class HeteroStrategy(Evaluating):
             rooms = self._exchange.gather(device_memory.room_of(self.root_device))
             self._limits = device_memory.limits(rooms, self._memory_limit)
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
-        self._attach(self.lightning_module.trainer, self._exchange.broadcast(seed) % 2**32)
+        seed, self._run = self._exchange.broadcast((seed, failures.new_run()))
+        self._attach(self.lightning_module.trainer, seed % 2**32)
 
     def _attach(self, trainer: "pl.Trainer", seed: int) -> None:
         assert self._exchange is not None
@@ -252,7 +256,6 @@ class HeteroStrategy(Evaluating):
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
-        self._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         wrapped = super()._setup_model(model)
         broadcasts = broadcast_in_forward(self._ddp_kwargs)
         if broadcasts is None:
@@ -329,10 +332,9 @@ class HeteroStrategy(Evaluating):
             ),
         )
         if not failures.is_echo(exception):
-            failures.publish(self.global_rank, device_name(self.root_device), exception)
+            failures.publish(self._run, self.global_rank, device_name(self.root_device), exception)
         else:
-            cause = failures.heard() or "another rank ended without saying why; it may have been killed"
-            exception.args = (f"{cause} (rank {self.global_rank} then lost the connection)",)
+            exception.args = (f"{failures.heard(self._run)} (rank {self.global_rank} then lost the connection)",)
 
     # ---- a training step ----
 

@@ -35,6 +35,7 @@ def test_public_names() -> None:
         ("loss_count", None),
         ("memory_limit", 0.9),
         ("granularity", 1),
+        ("gradient_as_bucket_view", True),
     ]
 
 

@@ -1,0 +1,271 @@
+"""What docs/trainer.md promises of the Trainer's options: each against one plain process, on unequal shares."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
+from torch.utils.data import DataLoader, IterableDataset
+
+from tests.ranks import fails_on_ranks, run_ranks
+from tests.trainer.fits import Numbers, Regression, make_trainer, parameters_of, plain_loader, relative_error
+from tests.trainer.loading import once
+
+
+def accumulation() -> dict[str, Any]:
+    return {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 3})]}
+
+
+def swa() -> dict[str, Any]:
+    return {"callbacks": [StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)], "max_epochs": 3}
+
+
+def ema() -> dict[str, Any]:
+    return {"callbacks": [EMAWeightAveraging(decay=0.9, update_every_n_steps=1)]}
+
+
+def timer() -> dict[str, Any]:
+    return {"callbacks": [Timer("00:01:00:00")]}
+
+
+# From the row of the table to the Trainer's options, made anew in each process.
+SAME: dict[str, Callable[[], dict[str, Any]]] = {
+    "GradientAccumulationScheduler": accumulation,
+    "StochasticWeightAveraging": swa,
+    "WeightAveraging": ema,
+    "Timer": timer,
+    "max_time": lambda: {"max_time": "00:01:00:00"},
+    "gradient_clip_val": lambda: {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2},
+    "gradient_clip_algorithm": lambda: {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    "precision='64-true'": lambda: {"precision": "64-true"},
+    "detect_anomaly": lambda: {"detect_anomaly": True},
+    "inference_mode=False": lambda: {"inference_mode": False},
+    "profiler='simple'": lambda: {"profiler": "simple"},
+    "barebones": lambda: {"barebones": True},
+    "deterministic": lambda: {"deterministic": True},
+    "benchmark": lambda: {"benchmark": True},
+    "num_sanity_val_steps": lambda: {"num_sanity_val_steps": 1},
+}
+CLOSE = {"precision='bf16-mixed'": lambda: {"precision": "bf16-mixed", "max_epochs": 1}}
+
+
+class Row(Regression):
+    """In single precision where the Trainer is to change that; validates as well."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(torch.float32 if name.startswith("precision") else torch.float64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch["x"].to(self.net[0].weight.dtype), batch["y"].to(self.net[0].weight.dtype)
+        return torch.nn.functional.mse_loss(self.net(x).squeeze(-1).to(y.dtype), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def one(name: str, make: Callable[[], dict[str, Any]], strategy: Any, devices: int, batch: int) -> dict[str, Any]:
+    options = make()
+    if options.get("barebones"):  # it refuses what it would switch off, even where that is off already
+        options |= {"logger": None, "enable_checkpointing": None, "enable_progress_bar": None}
+        options |= {"enable_model_summary": None}
+    module = Row(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*barebones.*")
+        warnings.filterwarnings("ignore", message="Swapping scheduler")
+        trainer = make_trainer(strategy, devices, **options)
+        trainer.fit(module, plain_loader(batch), DataLoader(Numbers(8), 4))
+    torch.use_deterministic_algorithms(False)
+    return {"parameters": parameters_of(module), "step": trainer.global_step}
+
+
+def rows_on_ranks() -> dict[str, Any]:
+    from lightning_hetero import HeteroStrategy
+
+    return {name: one(name, make, HeteroStrategy(shares=[3, 1]), 2, 6) for name, make in (SAME | CLOSE).items()}
+
+
+@once
+def rows() -> list[dict[str, Any]]:
+    return run_ranks(2, rows_on_ranks)
+
+
+@pytest.mark.parametrize("name", SAME | CLOSE)
+def test_an_option_means_what_it_means_in_one_process(name: str) -> None:
+    alone = one(name, (SAME | CLOSE)[name], "auto", 1, 12)
+    for result in (ran[name] for ran in rows()):
+        assert result["step"] == alone["step"]
+        assert relative_error(result["parameters"], alone["parameters"]) <= (1e-2 if name in CLOSE else 1e-12)
+
+
+# ---- tuners, checkpoints ----
+
+
+def finds_a_rate(strategy: Any, devices: int, batch: int) -> tuple[float, Any]:
+    module = Row("")
+    finder = LearningRateFinder(num_training_steps=12, update_attr=True, early_stop_threshold=None)
+    trainer = make_trainer(strategy, devices, callbacks=[finder], max_epochs=1)
+    trainer.fit(module, plain_loader(batch))
+    return module.lr, parameters_of(module)
+
+
+def checkpoints(folder: str, strategy: Any, devices: int, batch: int) -> list[str]:
+    saving = ModelCheckpoint(dirpath=folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    trainer = make_trainer(strategy, devices, callbacks=[saving], enable_checkpointing=True, max_epochs=1)
+    trainer.fit(Row(""), plain_loader(batch))
+    return sorted(path.name for path in Path(folder).glob("*.ckpt"))
+
+
+def tuners_on_ranks(folder: str) -> dict[str, Any]:
+    from lightning_hetero import HeteroStrategy
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    results: dict[str, Any] = {"checkpoints": checkpoints(folder, HeteroStrategy(shares=[3, 1]), size, 6)}
+    results["rate"] = finds_a_rate(HeteroStrategy(shares=[3, 1]), size, 6)
+    refused = {
+        "batch size": lambda: {"callbacks": [BatchSizeFinder()]},
+        "fp16": lambda: {"precision": "16-mixed"},
+    }
+    for name, make in refused.items():
+        try:
+            trainer = make_trainer(HeteroStrategy(), size, **make())
+            trainer.fit(Row(""), plain_loader(6))
+        except Exception as error:  # noqa: BLE001 - its sentence is the result
+            results[name] = str(error)
+    results["rank"] = rank
+    return results
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(2, tuners_on_ranks, str(tmp_path_factory.mktemp("checkpoints")))
+
+
+def test_the_learning_rate_finder_finds_what_it_finds_in_one_process(tuned: list[dict[str, Any]]) -> None:
+    rate, parameters = finds_a_rate("auto", 1, 12)
+    assert rate != 0.05
+    for result in tuned:
+        assert result["rate"][0] == pytest.approx(rate, rel=1e-9)
+        assert relative_error(result["rate"][1], parameters) <= 1e-9
+
+
+def test_checkpoints_come_at_the_same_steps(tuned: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert checkpoints(str(tmp_path), "auto", 1, 12) == tuned[0]["checkpoints"] == [f"step={n}.ckpt" for n in (2, 4, 6)]
+
+
+def test_what_is_refused_is_refused_in_one_sentence(tuned: list[dict[str, Any]]) -> None:
+    for result in tuned:
+        assert "Batch size finder is not supported with distributed strategies" in result["batch size"]
+        assert "fp16" in result["fp16"] or "16-mixed" in result["fp16"]
+
+
+# ---- compiled modules ----
+
+
+class Compiled(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = [torch.compile(self.net, backend="aot_eager")]  # in a list: the parameters stay those of `net`
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return torch.nn.functional.mse_loss(self.fast[0](batch["x"]).squeeze(-1), batch["y"])
+
+
+def compiled(shares: Any) -> tuple[Any, int, int]:
+    from torch._dynamo.utils import counters
+
+    from lightning_hetero import HeteroStrategy
+
+    torch._dynamo.reset()
+    counters.clear()
+    module = Compiled()
+    trainer = make_trainer(HeteroStrategy(shares=shares), 2, max_epochs=3)
+    trainer.fit(module, plain_loader(6))
+    sizes = trainer.strategy._planner.schedule.newest.local_batches
+    return parameters_of(module), counters["stats"]["unique_graphs"], sizes[dist.get_rank()]
+
+
+def compiled_on_ranks() -> dict[str, Any]:
+    return {"fixed": compiled([3, 1]), "learnt": compiled("auto")}
+
+
+def test_a_compiled_module_is_compiled_for_its_first_size_and_once_more() -> None:
+    """The second size marks the batch as dynamic, so that later plans and the last batch need no more."""
+    module = Regression()
+    make_trainer("auto", 1, max_epochs=3).fit(module, plain_loader(12))
+    for result in run_ranks(2, compiled_on_ranks):
+        for parameters, graphs, _ in result.values():
+            assert relative_error(parameters, parameters_of(module)) <= 1e-12
+            assert 1 <= graphs <= 3  # one more where a size is 1, which torch always specialises
+
+
+# ---- several runs in one process ----
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(Numbers(24))
+
+
+def groups_of_reloads() -> list[int]:
+    from lightning_hetero import HeteroStrategy
+
+    made: list[int] = []
+    new_group = dist.new_group
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made[-1] += 1
+        return new_group(*args, **kwargs)
+
+    dist.new_group = counted
+    for epochs in (1, 3):
+        made.append(0)
+        module = Regression()
+        module.train_dataloader = lambda: DataLoader(Endless(), 4)  # type: ignore[method-assign]
+        options = {"max_epochs": epochs, "reload_dataloaders_every_n_epochs": 1}
+        make_trainer(HeteroStrategy(shares=[3, 1]), 2, **options).fit(module)
+    return made
+
+
+def test_a_reloaded_iterable_data_set_keeps_its_group() -> None:
+    for once_loaded, thrice_loaded in run_ranks(2, groups_of_reloads):
+        assert once_loaded == thrice_loaded
+
+
+class Failing(Regression):
+    def __init__(self, at_start: bool) -> None:
+        super().__init__()
+        self.at_start = at_start
+
+    def on_train_start(self) -> None:
+        if self.at_start:
+            raise LookupError("the first run's mistake")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 1 and batch_idx == 1:
+            raise ArithmeticError("the second run's mistake")
+        return super().training_step(batch, batch_idx)
+
+
+def fails_twice() -> None:
+    from lightning_hetero import HeteroStrategy
+
+    with pytest.raises(LookupError):
+        make_trainer(HeteroStrategy(), 2).fit(Failing(at_start=True), plain_loader(6))
+    make_trainer(HeteroStrategy(), 2).fit(Failing(at_start=False), plain_loader(6))
+
+
+def test_a_second_failure_is_not_taken_for_the_first() -> None:
+    errors = fails_on_ranks(2, fails_twice)
+    assert "rank 1 (cpu) failed first: ArithmeticError: the second run's mistake" in errors[0].splitlines()[-1]

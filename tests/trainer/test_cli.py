@@ -25,7 +25,7 @@ SENTINEL2 = SHARED / "s2_osm" if (SHARED / "s2_osm").is_dir() else SCENE
 QUIET = (
     *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
     *("--trainer.enable_model_summary", "false", "--trainer.log_every_n_steps", "1"),
-    *("--trainer.limit_val_batches", "1", "--trainer.num_sanity_val_steps", "0", "--trainer.max_epochs", "1"),
+    *("--trainer.limit_val_batches", "2", "--trainer.num_sanity_val_steps", "0", "--trainer.max_epochs", "1"),
 )
 SMALL = {
     "ucmerced": (

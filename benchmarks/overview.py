@@ -15,7 +15,7 @@ from plot_speed import MODELS
 
 Report = Mapping[str, Any]
 
-QUESTIONS = ("speed", "settling", "drift", "tax", "allocation")
+QUESTIONS = ("speed", "settling", "drift", "evaluation", "tax", "allocation")
 """The reports of one start with its name."""
 
 
@@ -128,6 +128,12 @@ def _tax(report: Report) -> str:
     return text
 
 
+def _evaluation(report: Report) -> str:
+    sides = report["sides"]
+    text = f"an evaluation takes {_times(report['hetero_over_ddp'])} of DDP's time; samples of each rank "
+    return text + " beside ".join(show_split(sides[name]["samples_of_ranks"]) for name in ("hetero", "ddp"))
+
+
 def _allocation(report: Report) -> str:
     times = report["milliseconds"]
     return f"{times['median']:.1f} ms, at most {times['greatest']:.1f} ms"
@@ -136,6 +142,7 @@ def _allocation(report: Report) -> str:
 _WORDS: dict[str, Callable[[Report], str]] = {
     "settling": _settling,
     "drift": _drift,
+    "evaluation": _evaluation,
     "tax": _tax,
     "allocation": _allocation,
 }

@@ -15,7 +15,7 @@ from plot_speed import MODELS
 
 Report = Mapping[str, Any]
 
-QUESTIONS = ("speed", "settling", "drift", "tax", "cpu", "allocation")
+QUESTIONS = ("speed", "settling", "drift", "evaluation", "tax", "cpu", "allocation")
 """The reports of one start with its name."""
 
 
@@ -134,6 +134,12 @@ def _cpu(report: Report) -> str:
     return f"step time over that of a rank with one thread ({first}, no loader workers): {ratios}"
 
 
+def _evaluation(report: Report) -> str:
+    sides = report["sides"]
+    text = f"an evaluation takes {_times(report['hetero_over_ddp'])} of DDP's time; samples of each rank "
+    return text + " beside ".join(show_split(sides[name]["samples_of_ranks"]) for name in ("hetero", "ddp"))
+
+
 def _allocation(report: Report) -> str:
     times = report["milliseconds"]
     return f"{times['median']:.1f} ms, at most {times['greatest']:.1f} ms"
@@ -142,6 +148,7 @@ def _allocation(report: Report) -> str:
 _WORDS: dict[str, Callable[[Report], str]] = {
     "settling": _settling,
     "drift": _drift,
+    "evaluation": _evaluation,
     "tax": _tax,
     "cpu": _cpu,
     "allocation": _allocation,

@@ -33,6 +33,7 @@ from lightning.pytorch.callbacks import Callback
 from quotas import Quotas, idle_seconds
 from tasks import Classifier, Images, Task
 from torch.utils.data import DataLoader
+from validating import evaluate
 
 from lightning_hetero import HeteroStrategy, malloc
 from lightning_hetero.plan import Plan
@@ -195,13 +196,13 @@ def set_allocator(allocator: str) -> bool:
     return False
 
 
-def _trainer(strategy: Any, devices: int, connection: Connection) -> pl.Trainer:
+def _trainer(strategy: Any, devices: int, connection: Connection | None) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
         plugins=[Joined()] if dist.is_initialized() else None,
-        callbacks=[Pace(connection)],
+        callbacks=[Pace(connection)] if connection is not None else None,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -237,6 +238,8 @@ def _train(kind: str, world_size: int, task: Task, workers: int, connection: Con
         strategy = Observed(shares="equal", global_batch=task.global_batch)
     else:
         strategy = "auto"
+    if task.evaluation is not None:
+        evaluate(_trainer(strategy, world_size, None), task, world_size, connection)
     # Workers end with their rank, which is killed: nobody asks them to.
     loader = DataLoader(Images(task), batch_size=task.global_batch // world_size, shuffle=True, num_workers=workers)
     _trainer(strategy, world_size, connection).fit(Classifier(task.model), loader)

@@ -37,6 +37,19 @@ _PER_PIXEL = {"unet", "fcn"}
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated after a short training.
+
+    Attributes:
+        steps: of the training.
+        samples: in an evaluation, which takes batches as large as those of the training loader.
+    """
+
+    steps: int
+    samples: int
+
+
+@dataclass(frozen=True)
 class Task:
     """What is trained.
 
@@ -44,11 +57,13 @@ class Task:
         model: a key of `MODELS`.
         size: pixels of an image's side.
         global_batch: samples of a step over all ranks.
+        evaluation: what is evaluated instead of training on; None to train on.
     """
 
     model: str
     size: int
     global_batch: int
+    evaluation: Evaluation | None = None
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):

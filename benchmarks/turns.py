@@ -38,13 +38,24 @@ class Stage:
         self.disturbances: list[float] = []
         """The part of a core that others took, for each turn that counts."""
 
-    def side(self, kind: str, ranks: Sequence[int] | None = None, allocator: str | None = None, **setting: Any) -> Any:
-        """A side of this comparison, on all ranks and with the allocator of the options unless said otherwise."""
+    def side(
+        self,
+        kind: str,
+        ranks: Sequence[int] | None = None,
+        allocator: str | None = None,
+        evaluation: Any = None,
+        **setting: Any,
+    ) -> Any:
+        """A side of this comparison, on all ranks and with the allocator of the options unless said otherwise.
+
+        With an `evaluation` (`tasks.Evaluation`) it evaluates instead of training, and a step is a whole evaluation.
+        What else there is of a `sides.Setting` may be given too.
+        """
         from sides import Setting, Side
         from tasks import Task
 
         options = self._options
-        task = Task(options.model, options.size, options.global_batch)
+        task = Task(options.model, options.size, options.global_batch, evaluation)
         ranks = range(len(self._cores)) if ranks is None else ranks
         given = Setting(allocator or options.allocator, **setting)
         side = Side(kind, ranks, self._cores, task, self.quotas, given)

@@ -109,6 +109,11 @@ def test_the_overview_has_a_line_for_each_report(tmp_path):
         "drift-a": a_drift_report(),
         "tax-a": a_report() | {"ratios": {"hetero_over_ddp": one}, "peak_ratio": 1.01},
         "cpu-a": a_report() | {"sides": {"pinned": {}}, "ratios": {"not pinned": one}},
+        "evaluation-a": a_report()
+        | {
+            "hetero_over_ddp": one,
+            "sides": {"ddp": {"samples_of_ranks": [502, 502]}, "hetero": {"samples_of_ranks": [803, 200]}},
+        },
         "allocation-a": {"configuration": {"ranks": 10_000}, "milliseconds": {"median": 6.5, "greatest": 9.1}},
     }
     del reports["speed-c"]["part_of_solo_rates"], reports["speed-c"]["configuration"]["allocator"]
@@ -124,10 +129,11 @@ def test_the_overview_has_a_line_for_each_report(tmp_path):
         "| ResNet-18, 64 px, 100/50/25, B 64",
     ]
     assert all(line.count("2.00 (1.90 to 2.10)") == 5 for line in speed)
-    questions = ["settling", "drift", "tax", "cpu", "allocation"]
-    assert [line.split(" | ")[0] for line in lines[-5:]] == [f"| `{question}`" for question in questions]
-    assert "from 25% to 60%: not within 5%" in lines[-4]
-    assert "from 60% to 30%: after 2 steps within 5%" in lines[-4]
+    questions = ["settling", "drift", "evaluation", "tax", "cpu", "allocation"]
+    assert [line.split(" | ")[0] for line in lines[-6:]] == [f"| `{question}`" for question in questions]
+    assert "from 25% to 60%: not within 5%" in lines[-5]
+    assert "from 60% to 30%: after 2 steps within 5%" in lines[-5]
+    assert "803/200 beside 502/502" in lines[-4]
     assert "not pinned: 1.00 (0.98 to 1.02)" in lines[-2]
     assert lines[-1].endswith("6.5 ms, at most 9.1 ms |")
     picture = load("plot_overview").draw(found["speed"], tmp_path / "overview.png")

@@ -73,6 +73,7 @@ def test_what_cannot_be_compared_is_refused(arguments, capsys):
         ("tax", ["--global-batch", "63"]),
         ("cpu", ["--quotas", "100,50"]),
         ("cpu", ["--steps", "2", "--warm-up", "2"]),
+        ("evaluation", ["--samples", "0"]),
         ("allocation", ["--samples", "1"]),
     ],
 )
@@ -90,7 +91,9 @@ def test_three_ranks_can_be_compared():
 
 def test_help_comes_without_torch():
     """Processes import torch where they train; nobody waits for it to read a command line."""
-    scripts = "speed, settling, drift, tax, cpu, allocation, overview, plot_speed, plot_drift, plot_overview"
+    scripts = (
+        "speed, settling, drift, evaluation, tax, cpu, allocation, overview, plot_speed, plot_drift, plot_overview"
+    )
     probe = f"import sys, {scripts}; print([name for name in ('torch', 'lightning_hetero') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, cwd=BENCHMARKS)
     assert output.stdout == "[]\n"

@@ -1,5 +1,6 @@
 """Validation, test and prediction: each sample once, on one rank, also with fewer samples than ranks."""
 
+import warnings
 from itertools import chain
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, make_trainer
@@ -51,6 +53,7 @@ CASES: dict[str, Any] = {
     "ones": lambda: DataLoader(Numbers(60), batch_size=1),
     "without a length": lambda: loader(sampler=UnsizedSampler(), batch_size=8),
 }
+TESTED = ("in order", "two", "one", "workers")
 SIZES = {"one more": 49, "as many as ranks": 3, "two": 2, "one": 1, "ones": 60}
 
 
@@ -68,9 +71,10 @@ def evaluations() -> dict[str, Any]:
         module.evaluated = []
         trainer.validate(module, data, verbose=False)
         results[name] = module.evaluated
-        module.evaluated = []
-        trainer.test(module, [data, data], verbose=False)
-        results[f"test {name}"] = module.evaluated
+        if name in TESTED:
+            module.evaluated = []
+            trainer.test(module, [data, data], verbose=False)
+            results[f"test {name}"] = module.evaluated
         writer.written = []
         returned = trainer.predict(module, data)
         results[f"predict {name}"] = writer.written
@@ -102,6 +106,8 @@ def test_each_sample_is_evaluated_once(name):
     if name in ("in order", "one more", "workers", "ones", "two"):
         assert indices == list(range(size)), "ranks take the stream in turn"
     assert max(len(batch) for part in parts for batch in part) <= {"own batches": 4, "ones": 1}.get(name, 8)
+    if name not in TESTED:
+        return
     twice = [result[f"test {name}"] for result in evaluated()]
     assert sorted(chain.from_iterable(chain.from_iterable(twice))) == sorted(2 * [*range(size)])
 
@@ -239,6 +245,7 @@ def exchanging(call: str, **options: Any) -> list[list[int]]:
 
 
 def broadcasting() -> list[list[int]]:
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     return exchanging("", broadcast_buffers=True)
 
 
@@ -256,3 +263,98 @@ def test_an_exchange_in_an_evaluation_step_is_an_error_and_no_hang(call):
         assert (
             f"rank {rank} (cpu) calls {call} in validation_step, but ranks evaluate different numbers" in errors[rank]
         )
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+class Ticks:
+    """A clock on which a batch takes as many seconds as this rank says."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds_of_a_batch, self.now = seconds, 0.0
+
+    def mark(self) -> float:
+        self.now += self.seconds_of_a_batch
+        return self.now
+
+    def known(self, mark: float) -> bool:
+        return True
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+def learning(shares: Any) -> list[int]:
+    from lightning_hetero import HeteroStrategy
+
+    quiet()
+    rank = torch.distributed.get_rank()
+
+    class Timed(HeteroStrategy):
+        def _evaluations(self, *arguments: Any) -> Any:
+            evaluation = super()._evaluations(*arguments)
+            evaluation._marks = Ticks((1.0, 4.0)[rank])
+            return evaluation
+
+    module = Validating()
+    trainer = make_trainer(Timed(shares=shares), 2)
+    seen = []
+
+    def run(call: Any, size: int) -> None:
+        module.evaluated = []
+        call(module, DataLoader(Numbers(size), batch_size=2), verbose=False)
+        seen.append(list(chain.from_iterable(module.evaluated)))
+
+    for call in (trainer.validate, trainer.validate, trainer.test):
+        run(call, 40)
+    run(trainer.validate, 3)
+    run(trainer.validate, 40)
+    return [len(indices) for indices in seen]
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [("auto", ([20, 32, 20, 3, 32], [20, 8, 20, 0, 8])), ("equal", ([20, 20, 20, 2, 20], [20, 20, 20, 1, 20]))],
+    ids=str,
+)
+def test_the_next_evaluation_goes_by_the_times_of_the_last(shares, expected):
+    """For each stage by itself, and a rank may have nothing to do; fixed shares stay."""
+    assert tuple(run_ranks(2, learning, shares)) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------- plain DDP
+
+
+class Counting(Validating):
+    def __init__(self) -> None:
+        super().__init__()
+        self.confusion = MulticlassConfusionMatrix(4)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluated.append(batch["index"].tolist())
+        self.confusion.update(batch["label"], batch["label"])
+
+    def on_validation_epoch_end(self) -> None:
+        self.matrix = self.confusion.compute()
+
+
+def counting(strategy: str) -> tuple[list[int], list[int]]:
+    import lightning_hetero  # noqa: F401 - makes "hetero" known
+
+    quiet()
+    warnings.filterwarnings("ignore", message="Using `DistributedSampler` with the dataloaders")  # it says what follows
+    module = Counting()
+    trainer = make_trainer(strategy, 2)
+    trainer.validate(module, DataLoader(Numbers(61), batch_size=8), verbose=False)
+    return list(chain.from_iterable(module.evaluated)), module.matrix.diagonal().tolist()
+
+
+def test_plain_ddp_pads_and_this_does_not():
+    truth = torch.bincount(Numbers(61).label, minlength=4).tolist()
+    padded = run_ranks(2, counting, "ddp")
+    assert sorted(chain.from_iterable(indices for indices, _ in padded)) == sorted([*range(61), 0])
+    assert all(sum(matrix) == 62 for _, matrix in padded)
+    exact = run_ranks(2, counting, "hetero")
+    assert sorted(chain.from_iterable(indices for indices, _ in exact)) == list(range(61))
+    assert all(matrix == truth for _, matrix in exact)

@@ -176,11 +176,15 @@ def _require_tiles(sampler: object) -> None:
     Raises:
         ValueError: it has none.
     """
-    areas = getattr(sampler, "areas", None)
-    if type(sampler).__module__.startswith("torchgeo.") and isinstance(areas, torch.Tensor) and not areas.numel():
-        height, width = getattr(sampler, "size", (math.nan, math.nan))
+    if not type(sampler).__module__.startswith("torchgeo."):
+        return
+    space = getattr(sampler, "spatial_sampler", sampler)
+    areas = getattr(space, "areas", None)  # of tiles that are large enough
+    inner = getattr(space, "series", None)  # where centres of patches may lie, from 0.10 on
+    if (isinstance(areas, torch.Tensor) and not areas.numel()) or (inner is not None and bool(inner.is_empty.all())):
+        height, width = getattr(space, "size", (math.nan, math.nan))
         raise ValueError(
-            f"no tile is as large as the patches of {_name(sampler)}, {height:g} × {width:g} in units of the data "
+            f"no tile is as large as the patches of {_name(space)}, {height:g} × {width:g} in units of the data "
             "set's CRS: choose a smaller patch_size"
         )
 
@@ -266,7 +270,6 @@ class Loaders:
         if isinstance(loader.dataset, IterableDataset):
             return self._iterable(loader, global_batch, number)
         stream = self._stream(loader, global_batch, number)
-        _require_tiles(stream.source)
         stream.draw(self._context.position().epoch, 0)
         if stream.first_batch == 0:
             raise ValueError(
@@ -337,6 +340,7 @@ class Loaders:
             source, own = loader.batch_sampler, _batch_size(loader)
             units = global_batch // own if global_batch and own else self._context.exchange.world_size
             chunks = Chunks(units, batched=True)
+        _require_tiles(source)
         return Stream(source, chunks, self._context.seed + number, Agreement(self._context.exchange, _name(source)))
 
     def _batches(self, loader: DataLoader[Any], *, all_of_them: bool) -> Stream:
@@ -346,6 +350,7 @@ class Loaders:
         if _plain_batches(loader):
             chunks = Chunks(source.batch_size, drop_last=source.drop_last and not all_of_them, whole=True)
             source = source.sampler
+        _require_tiles(source)
         return Stream(source, chunks, self._context.seed, Agreement(self._context.exchange, _name(source)))
 
     def _require_agreement(self, loader: DataLoader[Any], topic: str, global_batch: int | None = None) -> None:

@@ -111,7 +111,7 @@ NEW: dict[str, Callable[..., Any]] = {
     "RandomTimedeltaSampler": partial(_months, "RandomTimedeltaSampler", days=20, length=9, generator=3),
     "SequentialTimedeltaSampler": partial(_months, "SequentialTimedeltaSampler", days=20),
     "RandomPeriodSampler": partial(_months, "RandomPeriodSampler", freq="M", length=9, generator=3),
-    "SequentialPeriodSampler": partial(_months, "SequentialPeriodSampler", freq="M"),
+    "SequentialPeriodSampler": partial(_months, "SequentialPeriodSampler", freq="D"),
     "random places at random times": partial(_both, _random, partial(_months, "RandomTimestampSampler", generator=4)),
     "random places at all times": partial(
         _both, partial(_random, length=5), partial(_months, "SequentialTimestampSampler")

@@ -19,8 +19,8 @@ TORCH = (
 )
 DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery", "metric_sync")
 LIGHTNING = (
-    *("attachment", "layer_sync", "learnt", "survival", "evaluating", "loaders", "metrics", "checkpoint", "monitor"),
-    *("observer", "strategy"),
+    *("attachment", "layer_sync", "learnt", "survival", "evaluating", "loaders", "results", "truth", "metrics"),
+    *("checkpoint", "monitor", "observer", "strategy"),
 )
 OUTERMOST = ("accelerator", "__init__", "ray", "report", "demo", "command_line", "cli")
 

@@ -1,17 +1,30 @@
-"""Every place where the strategy reaches into a Trainer beyond Lightning's public interface, in one room.
+"""Whatever the strategy sets on a Trainer beyond Lightning's public interface goes through this room.
 
 Each is an attribute that Lightning calls on the instance, set on one Trainer only and taken away afterwards. A test
 fails when Lightning changes any of them.
 """
 # ruff: noqa: SLF001 - that is what this room is for
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
+
+Patch = tuple[Any, str, Any]
+"""An object, the name of an attribute that Lightning calls on it, and what stands in for it during a run."""
+
+
+def following(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
+    """One call that makes both, and returns what the second returns."""
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return then(*args, **kwargs)
+
+    return both
 
 
 class StepCallback(Callback):
@@ -82,9 +95,9 @@ class Attachment:
         trainer: whose.
         prepare_dataloader: in place of Lightning's, which injects samplers.
         before_batch: called before a batch is fetched, in place of a broadcast; see `StopRequest`.
-        update_metrics: in place of the training results' own.
         stop: handles SIGTERM.
         callback: see `StepCallback`.
+        more: further attributes to set.
     """
 
     def __init__(
@@ -93,17 +106,17 @@ class Attachment:
         *,
         prepare_dataloader: Callable[..., object],
         before_batch: Callable[[], None],
-        update_metrics: Callable[..., None],
         stop: StopRequest,
         callback: Callback,
+        more: Sequence[Patch] = (),
     ) -> None:
         self._set: list[tuple[Any, str]] = []
         epoch_loop = trainer.fit_loop.epoch_loop
         for owner, name, value in (
             (trainer._data_connector, "_prepare_dataloader", prepare_dataloader),
             (epoch_loop, "_broadcast_sigterm_tensor", before_batch),
-            (epoch_loop._results, "update_metrics", update_metrics),
             (trainer._signal_connector, "_sigterm_notifier_fn", stop.handle),
+            *more,
         ):
             if not hasattr(owner, name):
                 raise RuntimeError(f"this Lightning has no {type(owner).__name__}.{name}: use lightning 2.6")

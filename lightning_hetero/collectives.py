@@ -89,6 +89,15 @@ class Exchange:
             work = dist.all_reduce(table, group=self._group, async_op=True)
         return PendingRows(table, work)
 
+    def table(self, row: Sequence[float]) -> npt.NDArray[np.float64]:
+        """The rows of all ranks, (W, numbers); all ranks give equally many, and wait for each other."""
+        own = torch.tensor(row, dtype=torch.float64)
+        rows = [own]
+        if self._group is not None:
+            rows = [torch.empty_like(own) for _ in range(self.world_size)]
+            dist.all_gather(rows, own, group=self._group)
+        return torch.stack(rows).numpy()
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order."""
         if self._group is None:

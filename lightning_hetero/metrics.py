@@ -2,15 +2,18 @@
 # ruff: noqa: SLF001 - what stands in for an update of Lightning's metric has to leave it as the update would
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import Tensor
 from torchmetrics import Metric
+
+from lightning_hetero.attachment import Patch
+from lightning_hetero.truth import OneTruth, without_exchange
 
 
 @dataclass
@@ -61,6 +64,9 @@ class PartLogs:
         """Key, value and batch size of the whole batch, in the order in which keys were first logged."""
         for key, entries in self._kept.items():
             meta = self._results[key].meta
+            size = sum(entry.batch_size for entry in entries)
+            if not meta.on_epoch and all(entry.batch_size == 1 for entry in entries):
+                size = 1  # which Lightning says of values that it does not average
             values = torch.stack([entry.value for entry in entries])
             if meta.is_max_reduction or meta.is_min_reduction:
                 value = values.amax(0) if meta.is_max_reduction else values.amin(0)
@@ -71,26 +77,39 @@ class PartLogs:
                 value = torch.stack(parts).sum(0)
             else:
                 value = values.sum(0)
-            yield key, value, sum(entry.batch_size for entry in entries)
+            yield key, value, size
+
+
+@dataclass
+class _Held:
+    """What was logged while a batch was computed, until the weight of its loss is known."""
+
+    key: str
+    value: Tensor
+    batch_size: int
+    same: bool | Tensor = False  # as the loss that the step returned
 
 
 class StepLogging:
     """Stands between `self.log` and Lightning's result collection while training.
 
     A borrowed step registers its keys but adds nothing. A step in which nothing counts adds everything but the loss.
-    A step value with `sync_dist` becomes the mean over ranks weighted by batch size; Lightning's is a plain one.
+    The loss that the step returned weighs what it weighs in the loss of the global batch, everything else as many
+    samples as Lightning says.
 
     Args:
         results: the training loop's collection.
-        reduce: the strategy's, over all ranks.
+        truth: where ranks agree on them; None where there is only one.
     """
 
-    def __init__(self, results: _ResultCollection, reduce: Callable[..., Any]) -> None:
+    def __init__(self, results: _ResultCollection, truth: OneTruth | None) -> None:
         self._results = results
-        self._reduce = reduce
-        self._borrowed = self._empty = False
+        self._truth = truth
+        self._shared = truth.training if truth is not None else None
+        self._borrowed = self._empty = self._open = False
+        self._samples: float | Tensor | None = None
         self._count: Tensor | None = None
-        self._logged: list[tuple[_ResultMetric, Tensor, int]] = []
+        self._held: list[_Held] = []
         self._updated: set[str] = set()  # keys of this step
         self._parts: PartLogs | None = None
 
@@ -109,27 +128,67 @@ class StepLogging:
             if key not in done:
                 self.update(key, value, size)
 
-    def begin(self, *, borrowed: bool, empty: bool, count: Tensor | None = None) -> None:
+    def patches(self) -> list[Patch]:
+        """What to set on the Trainer; see `Attachment`."""
+        more = self._truth.patches() if self._truth is not None else []
+        return [(self._results, "update_metrics", self.update), *more]
+
+    def begin(self, *, borrowed: bool, empty: bool, samples: int | None, count: Tensor | None) -> None:
         """A training step begins.
 
         Args:
             borrowed: it is on other ranks' samples.
             empty: nothing of the rank's own samples counts.
+            samples: of this rank; None where the user shards.
             count: what the samples count for, where only the device knows; then NaN is left out where it is 0.
         """
+        if self._shared is not None:
+            self._shared.next_step()
+        self._open = True
         self._count = count
+        self._samples = samples
         self._updated.clear()
         self._borrowed, self._empty = borrowed, empty and not borrowed
-        self._logged.clear()
 
     def end(self, loss: Tensor | None) -> None:
-        """The training step has returned its loss; take back what was logged of it where nothing counts."""
-        for metric, value, batch_size in self._logged if loss is not None else ():
-            if value.shape == loss.shape and torch.equal(value.to(loss.dtype), loss.detach()):  # type: ignore[union-attr] # narrowed above
-                metric.value = metric.value - value * batch_size
-                metric.cumulated_batch_size = metric.cumulated_batch_size - batch_size
-        self._borrowed = self._empty = False
-        self._logged.clear()
+        """The training step has returned its loss; see what was logged of it."""
+        if loss is None or loss.numel() != 1:
+            return
+        loss = loss.detach().reshape(())
+        for held in self._held:
+            if held.value.device != loss.device:
+                continue
+            equal = held.value.to(loss.dtype) == loss
+            # Where the host may not know what counts, it need not know this either.
+            held.same = equal if self._count is not None else bool(equal)
+
+    def epoch_over(self) -> None:
+        """This rank has no more batches in this epoch, nor have the others."""
+        if self._truth is not None:
+            self._truth.epoch_over()
+
+    def batch_over(self, loss_weight: float | Tensor | None) -> None:
+        """The batch is over: add what it has logged, before hooks look at it.
+
+        Args:
+            loss_weight: of the loss that the step returned, in samples; None: as many as the rank has.
+        """
+        self._open = False
+        held, self._held = self._held, []
+        for one in held:
+            weight: float | Tensor = one.batch_size
+            if loss_weight is not None and one.same is not False and self._is_plain(one):
+                weight = loss_weight
+                if isinstance(one.same, Tensor):
+                    weight = torch.where(one.same, torch.as_tensor(loss_weight, device=one.same.device), one.batch_size)
+            self._add(one.key, one.value, weight)
+        if self._truth is not None:
+            self._truth.batch_over()
+
+    def _is_plain(self, held: _Held) -> bool:
+        """Whether a batch size is what Lightning takes for the number of samples; another one is the user's."""
+        uncounted = held.batch_size == 1 and not self._results[held.key].meta.on_epoch
+        return uncounted or self._samples is None or held.batch_size == self._samples
 
     def update(self, key: str, value: Any, batch_size: int) -> None:
         """What the collection calls for every logged value; see `_ResultCollection.update_metrics`."""
@@ -139,68 +198,37 @@ class StepLogging:
             metric.has_reset = False
             return
         self._updated.add(key)
+        metric.has_reset = False
         if isinstance(value, Metric) or not metric.is_tensor:
             if self._borrowed:
                 metric.value = value  # the key is known; the step's value stays what it was
             else:
                 metric.forward(value, batch_size)
-            metric.has_reset = False
-            return
-        left_out = self._borrowed or (self._empty and not bool(torch.isfinite(value).all()))
-        mean = metric.meta.is_mean_reduction
-        synced = metric.meta.on_step and metric.meta.sync.should and not metric.meta.sync.rank_zero_only
-        if mean and self._count is not None and not left_out:
-            self._masked_on_device(metric, value, batch_size, synced=synced)
-        elif mean and synced:
-            self._synced_step_value(metric, value, 0 if left_out else batch_size)
-        elif left_out:
-            self._keep_matched(metric, value, synced=synced)
+        elif self._open:
+            self._held.append(_Held(key, value.detach(), batch_size))
         else:
-            metric.forward(value, batch_size)
-        if self._empty and mean and metric.meta.on_epoch and not left_out:
-            self._logged.append((metric, value, batch_size))
-        metric.has_reset = False
+            self._add(key, value, batch_size)
 
-    def _masked_on_device(self, metric: _ResultMetric, value: Tensor, batch_size: int, *, synced: bool) -> None:
-        """As below, for a rank that only the device knows to be empty; the host asks it nothing."""
-        assert self._count is not None
-        kept = (self._count > 0) | torch.isfinite(value)
-        weight = kept * batch_size
-        value = torch.where(kept, value.detach(), torch.zeros_like(value))
-        if synced:
-            self._synced_step_value(metric, value, weight)
-            return
-        before = metric._forward_cache
-        metric.forward(value, weight)  # type: ignore[arg-type] # it only multiplies and adds
-        if metric.meta.on_step and before is not None:
-            metric._forward_cache = torch.where(kept, value, before)
-
-    def _synced_step_value(self, metric: _ResultMetric, value: Tensor, weight: int | Tensor) -> None:
-        """Lightning's update, with [sum of n*v, sum of n] in one exchange in place of a plain mean."""
-        value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-        none = not isinstance(weight, Tensor) and weight == 0
-        own = torch.zeros_like(value) if none else value * weight
-        pair = torch.stack([own, torch.zeros_like(own) + weight])
-        total = self._reduce(pair, group=metric.meta.sync.group, reduce_op="sum")
-        metric._forward_cache = total[0] / total[1]
-        metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
-        metric._computed = None
-        if not metric.meta.on_epoch:
-            metric.value = metric._forward_cache
-        elif not none:
-            metric.value = metric.value + own
-            metric.cumulated_batch_size = metric.cumulated_batch_size + weight
-
-    @staticmethod
-    def _keep_matched(metric: _ResultMetric, value: Tensor, *, synced: bool) -> None:
-        """Add nothing, but take part in the exchange that the other ranks are in."""
-        metric._update_count += 1
-        if not synced:
-            return
-        if metric.meta.is_max_reduction or metric.meta.is_min_reduction:
-            neutral = torch.full_like(value, float("-inf") if metric.meta.is_max_reduction else float("inf"))
+    def _add(self, key: str, value: Tensor, weight: float | Tensor) -> None:
+        metric = self._results[key]
+        if not metric.meta.on_epoch and self._samples and not isinstance(weight, Tensor) and weight == 1:
+            weight = self._samples  # Lightning does not count them for a value that it never averages
+        if self._borrowed or (self._empty and not bool(torch.isfinite(value))):
+            value, weight = torch.zeros_like(value), 0.0
+        elif metric.meta.is_mean_reduction and self._count is not None:
+            kept = (self._count > 0) | torch.isfinite(value)
+            value, weight = torch.where(kept, value, torch.zeros_like(value)), kept * weight
+        without_exchange(metric)
+        if not isinstance(weight, Tensor) and weight == 0:
+            metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
+            shown = value
         else:
-            neutral = torch.zeros_like(value)
-        metric._forward_cache = metric.meta.sync(neutral)
-        if not metric.meta.on_epoch:
-            metric.value = metric._forward_cache
+            before = metric._forward_cache
+            metric.forward(value, weight)  # it only multiplies and adds
+            shown = metric._forward_cache
+            if self._shared is None or metric.meta.sync.rank_zero_only:
+                return
+            # What loggers and callbacks see is the value over all ranks, which the next exchange brings.
+            metric._forward_cache = before
+        if self._shared is not None and metric.meta.on_step:
+            self._shared.note(key, shown, weight)

@@ -12,7 +12,6 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities.exceptions import _augment_message
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
@@ -36,11 +35,13 @@ from lightning_hetero.monitor import device_name
 from lightning_hetero.observer import Observer
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner, Shares
+from lightning_hetero.results import Talk
 from lightning_hetero.sampler import Position
-from lightning_hetero.survival import Survival
+from lightning_hetero.survival import Survival, name_unused
 from lightning_hetero.sync_batch_norm import Ties
 from lightning_hetero.timing import HostMarks, WorkClock, clock_of
 from lightning_hetero.training_step import SameData, TrainingSteps
+from lightning_hetero.truth import OneTruth
 from lightning_hetero.weighting import COLUMNS, Rows, column
 
 
@@ -182,15 +183,17 @@ class HeteroStrategy(DDPStrategy):
             on_borrow=lambda: self._steps.remember_random_states() if self._steps is not None else None,
         )
         self._loaders = Loaders(trainer, context)
-        self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, self.reduce)
+        talk = Talk(self._exchange, self._clock.waiting, self.reduce, trainer.lightning_module, self.root_device)
+        truth = OneTruth(trainer, talk, self._loss_count) if self.world_size > 1 else None
+        self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, truth)
         self._stop = StopRequest(trainer)
         self._attachment = Attachment(
             trainer,
             prepare_dataloader=self._loaders.prepare,
             before_batch=self._before_batch,
-            update_metrics=self._logging.update,
             stop=self._stop,
             callback=StepCallback(self._batch_over, self._epoch_over, self._merge_buffers),
+            more=self._logging.patches(),
         )
 
     def _planner_for(self, global_batch: int) -> Planner:
@@ -319,15 +322,7 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        _augment_message(
-            exception,
-            pattern=".*Expected to have finished reduction in the prior iteration.*",
-            new_message=(
-                "Your LightningModule has parameters that were not used in producing the loss returned by"
-                " training_step. If this is intentional, use strategy='hetero_find_unused_parameters_true' or"
-                " HeteroStrategy(find_unused_parameters=True)."
-            ),
-        )
+        name_unused(exception)
         if not failures.is_echo(exception):
             failures.publish(self.global_rank, device_name(self.root_device), exception)
         else:
@@ -425,12 +420,16 @@ class HeteroStrategy(DDPStrategy):
             or not self.lightning_module.automatic_optimization
         )
         self._steps.end(stepped=stepped, global_batch=self._planner.global_batch if self._planner is not None else None)
+        assert self._logging is not None
+        self._logging.batch_over(self._steps.loss_weight)
         if self._observer is not None:
             self._observer.end_batch(self._batches - 1, stepped=stepped)
 
     def _epoch_over(self) -> None:
         assert self._steps is not None
         self._steps.leave_epoch(self._batches)
+        assert self._logging is not None
+        self._logging.epoch_over()
         self._pause_observer()
 
     def _hear(self, step: int, rows: Rows) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.exceptions import _augment_message
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -88,3 +89,16 @@ class Survival:
         scaled = self._precision.pre_backward(loss, self._module)
         recovery.backward(scaled, loss, unweighted, average=average)
         return self._precision.post_backward(scaled, self._module)
+
+
+def name_unused(exception: BaseException) -> None:
+    """Where DDP misses the gradients of unused parameters, say what to do in terms of this strategy."""
+    _augment_message(
+        exception,
+        pattern=".*Expected to have finished reduction in the prior iteration.*",
+        new_message=(
+            "Your LightningModule has parameters that were not used in producing the loss returned by"
+            " training_step. If this is intentional, use strategy='hetero_find_unused_parameters_true' or"
+            " HeteroStrategy(find_unused_parameters=True)."
+        ),
+    )

@@ -100,7 +100,7 @@ class Window:
 class Logging(Protocol):
     """What a step tells the room that handles `self.log`; see `metrics.StepLogging`."""
 
-    def begin(self, *, borrowed: bool, empty: bool, count: Tensor | None) -> None:
+    def begin(self, *, borrowed: bool, empty: bool, samples: int | None, count: Tensor | None) -> None:
         """The module's training step begins; with `count`, only the device knows whether the batch is empty."""
 
     def end(self, loss: Tensor | None) -> None:
@@ -158,6 +158,8 @@ class TrainingSteps:
         self._device_counts: tuple[Tensor, Tensor, dist.Work | None] | None = None
         self._hidden: Tensor | None = None
         self._weight: float | Tensor = 1.0
+        self.loss_weight: float | Tensor | None = None
+        """What the rank's loss weighs in the step's, in samples of the global batch; None: as much as its samples."""
         self.mask: Tensor | None = None
         """False on the device when nothing counts of the batch that is being gone backward from; None for no mask."""
         self._window = Window()
@@ -307,6 +309,10 @@ class TrainingSteps:
             self._weight = torch.where(total > 0, self._exchange.world_size * own / total, 0.0)
         else:
             self._weight = weight(column(rows, "count"), self._exchange.rank)
+        self.loss_weight = self._count
+        if self._share is not None:
+            uniform = self._hidden is None and tuple(column(rows, "count").tolist()) == tuple(self._share.counts)
+            self.loss_weight = None if uniform else self._weight * sum(self._share.counts) / self._exchange.world_size
         self._largest = tuple(map(max, self._largest, column(rows, "held").astype(int).tolist()))
         self._on_rows(int(column(rows, "step")[0]), rows)
         return self._weight
@@ -379,7 +385,7 @@ class TrainingSteps:
             value = output.get("loss") if isinstance(output, dict) else output
             loss = value if isinstance(value, Tensor) else None
 
-        logging.begin(borrowed=self.borrowed, empty=self._empty, count=self._hidden)
+        logging.begin(borrowed=self.borrowed, empty=self._empty, samples=self.local_batch, count=self._hidden)
         try:
             yield returned
         finally:

@@ -19,8 +19,8 @@ TORCH = (
 )
 DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery")
 LIGHTNING = (
-    *("attachment", "layer_sync", "learnt", "survival", "loaders", "metrics", "checkpoint", "monitor", "observer"),
-    "strategy",
+    *("attachment", "layer_sync", "learnt", "survival", "loaders", "results", "truth", "metrics", "checkpoint"),
+    *("monitor", "observer", "strategy"),
 )
 OUTERMOST = ("accelerator", "__init__", "ray", "report", "demo", "cli")
 

@@ -212,11 +212,16 @@ def left_as_it_was() -> Any:
     trainer = make_trainer(HeteroStrategy(), 2, callbacks=[look])
     before = list(trainer.callbacks)
     trainer.fit(Regression(), DataLoader(Numbers(24), batch_size=4))
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
     touched = (
         (trainer._data_connector, "_prepare_dataloader"),
         (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
-        (trainer.fit_loop.epoch_loop._results, "update_metrics"),
         (trainer._signal_connector, "_sigterm_notifier_fn"),
+        *((trainer.fit_loop.epoch_loop._results, name) for name in ("update_metrics", "_get_cache", "metrics")),
+        *((trainer._logger_connector, name) for name in ("on_epoch_end", "on_batch_end", "update_train_step_metrics")),
+        *((val_loop._results, name) for name in ("update_metrics", "_get_cache")),
+        *((val_loop, name) for name in ("_store_dataloader_outputs", "on_run_end")),
+        *((loop, name) for loop in (trainer.validate_loop, trainer.test_loop) for name in vars(type(loop))),
     )
     return all(look.during), [name for owner, name in touched if name in vars(owner)], trainer.callbacks == before
 

@@ -1,6 +1,9 @@
 """What callbacks, schedulers and loggers look at is the same on all ranks, and what one process would have."""
 
 import csv
+import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +11,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from tests.ranks import run_ranks
+from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
+from tests.trainer.modules import Classifier
 
 SHARES = [5, 2, 1]
 BATCH = 8  # of a rank; 24 is the global one

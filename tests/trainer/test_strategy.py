@@ -51,7 +51,7 @@ def test_registered_names(name: str, options: dict[str, Any], start_method: str)
     """What `Trainer(strategy=...)` understands once the package is imported."""
     strategy = StrategyRegistry.get(name)
     assert isinstance(strategy, HeteroStrategy)
-    assert strategy._ddp_kwargs == options
+    assert strategy._ddp_kwargs == options | {"gradient_as_bucket_view": True}
     assert strategy._start_method == start_method
 
 

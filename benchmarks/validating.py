@@ -53,7 +53,7 @@ def evaluate(trainer: pl.Trainer, task: Task, world_size: int, connection: Conne
     batch_size = task.global_batch // world_size
     module = Evaluated(task.model)
     count = Count(module)
-    trainer.fit(module, DataLoader(Subset(data, training), batch_size=batch_size))
+    trained = False
     evaluated = DataLoader(Subset(data, range(task.evaluation.samples)), batch_size=batch_size)
     connection.send(("ready", None))
     while True:
@@ -61,6 +61,9 @@ def evaluate(trainer: pl.Trainer, task: Task, world_size: int, connection: Conne
         if command != "train":
             continue
         seconds, cpu = [], time.process_time()
+        if not trained:  # not before: ranks are held to their quotas once they are ready
+            trainer.fit(module, DataLoader(Subset(data, training), batch_size=batch_size))
+            trained = True
         split = [0] * world_size
         for _ in range(argument[0]):
             dist.barrier()

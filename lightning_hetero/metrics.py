@@ -223,6 +223,9 @@ class StepLogging:
             metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
             shown = value
         else:
+            if metric.meta.is_mean_reduction and not isinstance(weight, int):
+                # A whole number and a fraction would be added up in single precision.
+                metric.cumulated_batch_size = metric.cumulated_batch_size.double()
             before = metric._forward_cache
             metric.forward(value, weight)  # it only multiplies and adds
             shown = metric._forward_cache

@@ -1,6 +1,7 @@
 """Short real trainings, for comparison between ranks and with one plain process."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -143,6 +144,7 @@ def hetero_fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
     """Train on this rank under `HeteroStrategy(**strategy)`."""
     from lightning_hetero import HeteroStrategy
 
+    warnings.filterwarnings("ignore", message="nothing in global batch .* counts")
     world_size = torch.distributed.get_world_size()
     module = recipe.module()
     chosen = HeteroStrategy(**strategy)

@@ -73,7 +73,7 @@ class HeteroStrategy(Evaluating):
         self,
         shares: Shares = "auto",
         global_batch: int | None = None,
-        loss_count: Callable[[Any, Any], float | Tensor] | None = None,
+        loss_count: Callable[[Any, Any], Any] | None = None,  # jsonargparse takes no more exact type
         memory_limit: float = 0.9,
         granularity: int = 1,
         gradient_as_bucket_view: bool = True,

@@ -267,6 +267,12 @@ class NumbersModule(Regression):
         return torch.utils.data.DataLoader(Numbers(61), batch_size=6)
 
 
+def samples(module, batch):
+    """As users write it, without annotations."""
+    module.counted = True
+    return len(batch["y"])
+
+
 def own_script(strategy: str) -> dict[str, Any]:
     from lightning.pytorch.cli import LightningCLI
 
@@ -276,7 +282,9 @@ def own_script(strategy: str) -> dict[str, Any]:
     args = ["fit", "--trainer.strategy", strategy, "--trainer.max_epochs", "2", *quiet, *joined]
     if "." in strategy:
         args += ["--trainer.strategy.shares", "[3, 1]"]
+        args += ["--trainer.strategy.loss_count", "tests.trainer.test_cli.samples"]
     cli = LightningCLI(NumbersModule, args=args, save_config_callback=None)
+    assert getattr(cli.model, "counted", False) == ("." in strategy), "the function named in the configuration counts"
     return {"parameters": parameters_of(cli.model), "plan": cli.trainer.strategy.plan.local_batches}
 
 

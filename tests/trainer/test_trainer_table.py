@@ -179,32 +179,48 @@ class Compiled(Regression):
         return torch.nn.functional.mse_loss(self.fast[0](batch["x"]).squeeze(-1), batch["y"])
 
 
-def compiled(shares: Any) -> tuple[Any, int, int]:
-    from torch._dynamo.utils import counters
+class OtherSizes(Compiled):
+    """Another batch size in each epoch, so another plan."""
 
-    from lightning_hetero import HeteroStrategy
+    def __init__(self, ranks: int) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.sizes: list[int] = []
+
+    def train_dataloader(self) -> Any:
+        epoch = self.current_epoch + 1
+        part = torch.utils.data.Subset(Numbers(60), range(20 * epoch))
+        return DataLoader(part, 10 * epoch // self.ranks)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.sizes.append(len(batch["y"]))
+        return super().training_step(batch, batch_idx)
+
+
+def compiled(strategy: Any, devices: int) -> tuple[Any, list[int], int]:
+    from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    module = Compiled()
-    trainer = make_trainer(HeteroStrategy(shares=shares), 2, max_epochs=3)
-    trainer.fit(module, plain_loader(6))
-    sizes = trainer.strategy._planner.schedule.newest.local_batches
-    return parameters_of(module), counters["stats"]["unique_graphs"], sizes[dist.get_rank()]
+    module = OtherSizes(devices)
+    make_trainer(strategy, devices, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(module)
+    return parameters_of(module), module.sizes, counters["stats"]["unique_graphs"]
 
 
-def compiled_on_ranks() -> dict[str, Any]:
-    return {"fixed": compiled([3, 1]), "learnt": compiled("auto")}
+def compiled_on_ranks() -> tuple[Any, list[int], int]:
+    from lightning_hetero import HeteroStrategy
+
+    return compiled(HeteroStrategy(shares=[3, 1]), 2)
 
 
-def test_a_compiled_module_is_compiled_for_its_first_size_and_once_more() -> None:
-    """The second size marks the batch as dynamic, so that later plans and the last batch need no more."""
-    module = Regression()
-    make_trainer("auto", 1, max_epochs=3).fit(module, plain_loader(12))
-    for result in run_ranks(2, compiled_on_ranks):
-        for parameters, graphs, _ in result.values():
-            assert relative_error(parameters, parameters_of(module)) <= 1e-12
-            assert 1 <= graphs <= 3  # one more where a size is 1, which torch always specialises
+def test_a_compiled_module_is_compiled_for_its_first_size_and_once_for_all_others() -> None:
+    alone, _, _ = compiled("auto", 1)
+    for (parameters, sizes, graphs), seen in zip(
+        run_ranks(2, compiled_on_ranks), ([8, 8, 15, 15, 23, 23], [2, 2, 5, 5, 7, 7]), strict=True
+    ):
+        assert sizes == seen, "three plans"
+        assert graphs == 2
+        assert relative_error(parameters, alone) <= 1e-12
 
 
 # ---- several runs in one process ----

@@ -53,7 +53,7 @@ CASES: dict[str, Any] = {
     "ones": lambda: DataLoader(Numbers(60), batch_size=1),
     "without a length": lambda: loader(sampler=UnsizedSampler(), batch_size=8),
 }
-TESTED = ("in order", "two", "one", "workers")
+TESTED = ("in order", "two", "one")
 SIZES = {"one more": 49, "as many as ranks": 3, "two": 2, "one": 1, "ones": 60}
 
 

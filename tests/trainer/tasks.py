@@ -145,7 +145,7 @@ CASES: list[Case] = [
     _change("`dice`", {**FCN, "task": "binary", "loss": "dice"}, "change", None),
     Case("Regression", "`mse`", {**SMALL, "loss": "mse"}, "number"),
     Case("PixelwiseRegression", "`mae`", {**FCN, "loss": "mae"}, "numbers"),
-    Case("TemporalRegression", "`mse`", {"out_steps": 2}, "series", None),
+    Case("TemporalRegression", "`mse`", {"out_steps": 2, "dropout": 0.0}, "series", None),
     Case("SpatioTemporalSegmentation", "`ce`", {"num_classes": 4}, "series to mask", None),
     Case("SpatioTemporalPixelwiseRegression", "`mse`", {}, "series to numbers", None),
     Case("ObjectDetection", "RetinaNet", {**BOXES, "model": "retinanet"}, "boxes"),

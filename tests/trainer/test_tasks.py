@@ -131,7 +131,7 @@ def run(case: Case, strategy: Any, devices: int, state: Any = None) -> dict[str,
     module, writer = case.make(), Writer()
     trainer = make_trainer(strategy, devices, max_epochs=1, callbacks=[writer], **case.trainer)
     if state is None:
-        trainer.fit(module, case.loader(22, 8 // devices), case.loader(7, 4))
+        trainer.fit(module, case.loader(14, 8 // devices), case.loader(7, 4))
     else:
         module.load_state_dict(state)
     fitted = parameters_of(module)

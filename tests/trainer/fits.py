@@ -1,7 +1,6 @@
 """Short real trainings, for comparison between ranks and with one plain process."""
 
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -144,7 +143,6 @@ def hetero_fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
     """Train on this rank under `HeteroStrategy(**strategy)`."""
     from lightning_hetero import HeteroStrategy
 
-    warnings.filterwarnings("ignore", message="nothing in global batch .* counts")
     world_size = torch.distributed.get_world_size()
     module = recipe.module()
     chosen = HeteroStrategy(**strategy)

@@ -1,6 +1,7 @@
 """The averaged gradient is that of the global batch: parameters end as those of one plain process (G2, G3)."""
 
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -57,8 +58,14 @@ RECIPES = {
 }
 
 
+def quiet_fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
+    """A fit that may come across a global batch of ignored targets only, of which a warning tells."""
+    warnings.filterwarnings("ignore", message="nothing in global batch .* counts")
+    return hetero_fit(recipe, strategy)
+
+
 def fit_all(strategy: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    return [hetero_fit(RECIPES[name], strategy) for name in names]
+    return [quiet_fit(RECIPES[name], strategy) for name in names]
 
 
 @pytest.mark.parametrize(("world_size", "strategy"), SPLITS)
@@ -151,7 +158,7 @@ def test_plain_ddp_is_off_where_ranks_count_unequally() -> None:
     plain = plain_fit(recipe, 12)
     assert relative_error(run_ranks(2, ddp_fit, recipe)[0], plain["parameters"]) > 1e-3
     assert (
-        relative_error(run_ranks(2, hetero_fit, recipe, {"shares": [1, 1]})[0]["parameters"], plain["parameters"])
+        relative_error(run_ranks(2, quiet_fit, recipe, {"shares": [1, 1]})[0]["parameters"], plain["parameters"])
         <= EXACT
     )
 

@@ -177,13 +177,16 @@ def test_a_rank_that_does_not_pay_is_named_once(tmp_path):
     sentences = [text for text in first["said"] if "does not pay" in text]
     assert len(sentences) == 1, first["said"]
     assert sentences[0].startswith("hetero: rank 1 (cpu) does not pay at a global batch of 16: without it a step would")
-    assert "from a global batch of about " in sentences[0]
     (event,) = [event for event in first["events"] if event["event"] == "outlook"]
     assert event["global_batch"] == 16
     assert event["predicted_seconds"] > 1.02 * event["predicted_seconds_without"]
     (left_out,) = event["left_out"]
     assert left_out["rank"] == 1
-    assert 16 < left_out["pays_from"] <= 64 * 16
+    if left_out["pays_from"] is None:  # where something else held the rank up while it was measured
+        assert sentences[0].endswith("it would not at any up to 1024")
+    else:
+        assert 16 < left_out["pays_from"] <= 64 * 16
+        assert "from a global batch of about " in sentences[0]
     assert second["said"] == []
     assert first["left"] is second["left"] is None
 

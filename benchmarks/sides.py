@@ -160,17 +160,18 @@ class Pace(Callback):
         while True:
             command, argument = self._connection.recv()
             if command == "split":
-                self._change(trainer.strategy, argument)
+                change_split(trainer.strategy, argument)
             elif command == "train":
                 self._steps, self._mark = argument
                 self._cpu, self._last = time.process_time(), time.perf_counter()
                 return
 
-    def _change(self, strategy: Any, split: Split) -> None:
-        """Another fixed split from the next step on; one run for all of them saves starting a new one for each."""
-        planner = strategy._planner
-        first = max(strategy._loaders.drawn() + 1, planner.schedule.newest.first_step)
-        planner.schedule.append(Plan(first, split, reason="shares"))
+
+def change_split(strategy: Any, split: Split) -> None:
+    """Another fixed split from the next step on; one run for all of them saves starting a new one for each."""
+    planner = strategy._planner
+    first = max(strategy._loaders.drawn() + 1, planner.schedule.newest.first_step)
+    planner.schedule.append(Plan(first, split, reason="shares"))
 
 
 def _peak_memory() -> int:

@@ -287,7 +287,10 @@ class TrainingSteps:
 
     def _add_up_on_device(self, count: float | Tensor) -> None:
         """On CUDA counts are added up on the device: reading them would make the host wait for it."""
-        own = torch.as_tensor(count, dtype=torch.float64).to(self._device, non_blocking=True)
+        if isinstance(count, Tensor):
+            own = count.to(self._device, torch.float64, non_blocking=True)
+        else:
+            own = torch.full((), count, dtype=torch.float64, device=self._device)
         total = own.clone()
         work = dist.all_reduce(total, async_op=True) if self._exchange.world_size > 1 else None
         self._device_counts = (own, total, work)

@@ -159,7 +159,7 @@ def fit_overflow() -> Any:
 
     module = Overflows()
     trainer = make_trainer(
-        HeteroStrategy(shares=[3, 1]), 1, **on_gpu(2), precision="16-mixed", max_epochs=1, limit_train_batches=5
+        HeteroStrategy(shares=[3, 1]), **on_gpu(2), precision="16-mixed", max_epochs=1, limit_train_batches=5
     )
     trainer.fit(module, NARROW(8))
     return parameters_of(module), module.scales
@@ -199,7 +199,7 @@ def fit_filling() -> Any:
     from lightning_hetero import HeteroStrategy
 
     module, chosen = Filling(), HeteroStrategy(shares=[1, 2])
-    trainer = make_trainer(chosen, 1, **on_gpu(2), max_epochs=1)
+    trainer = make_trainer(chosen, **on_gpu(2), max_epochs=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, FILLING.loader(12))
@@ -239,7 +239,7 @@ def fit_heavy() -> Any:
     from lightning_hetero import HeteroStrategy
 
     chosen = HeteroStrategy()
-    trainer = make_trainer(chosen, 1, **on_gpu(2), max_epochs=1)
+    trainer = make_trainer(chosen, **on_gpu(2), max_epochs=1)
     trainer.fit(Heavy(), sized(64 * 60, 32, torch.float32))
     assert chosen._planner is not None
     values = {key: float(value) for key, value in trainer.callback_metrics.items()}
@@ -271,7 +271,7 @@ def validate() -> Any:
     from lightning_hetero import HeteroStrategy
 
     module = Sees()
-    make_trainer(HeteroStrategy(shares=[3, 1]), 1, **on_gpu(2)).validate(module, sized(61, 8, torch.float32))
+    make_trainer(HeteroStrategy(shares=[3, 1]), **on_gpu(2)).validate(module, sized(61, 8, torch.float32))
     return module.matrix
 
 
@@ -334,7 +334,7 @@ def count_calls(kind: str, folder: str) -> dict[str, int]:
     strategy = HeteroStrategy() if kind == "hetero" else "ddp"
     counted = Counted()
     warnings.simplefilter("ignore")  # the profiler's
-    trainer = make_trainer(strategy, 1, **on_gpu(1), max_epochs=1, callbacks=[counted])
+    trainer = make_trainer(strategy, **on_gpu(1), max_epochs=1, callbacks=[counted])
     trainer.fit(Segments(), sized(64 * 45, 64, torch.float32))
     return dict(counted.calls)
 

@@ -146,7 +146,7 @@ def hetero_fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
     world_size = torch.distributed.get_world_size()
     module = recipe.module()
     chosen = HeteroStrategy(**strategy)
-    trainer = make_trainer(chosen, world_size, **recipe.trainer)
+    trainer = make_trainer(chosen, **{"devices": world_size} | recipe.trainer)
     trainer.fit(module, recipe.loader(recipe.batch_size))
     return {
         "parameters": parameters_of(module),
@@ -160,7 +160,7 @@ def hetero_fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
 def plain_fit(recipe: Recipe, global_batch: int) -> dict[str, Any]:
     """Train in this one process with plain Lightning."""
     module = recipe.module()
-    trainer = make_trainer("auto", 1, **recipe.trainer)
+    trainer = make_trainer("auto", **{"devices": 1} | recipe.trainer)
     trainer.fit(module, recipe.loader(global_batch))
     return {
         "parameters": parameters_of(module),

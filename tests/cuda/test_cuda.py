@@ -55,6 +55,14 @@ def sized(size: int, batch_size: int, dtype: torch.dtype = torch.float64) -> Dat
 
 NARROW = partial(sized, 64, dtype=torch.float32)
 
+
+class Scaled(Single):
+    """Its loss scale is so small that no step is skipped: which ones are depends on the weights of the ranks."""
+
+    def on_fit_start(self) -> None:
+        self.trainer.precision_plugin.scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
+
+
 RECIPES = {
     "mean, short last batch": (Recipe(loader=partial(sized, 49)), EXACT),
     "accumulation, clipping": (Recipe(accumulate_grad_batches=3, gradient_clip_val=0.1), EXACT),
@@ -76,7 +84,7 @@ RECIPES = {
     "LBFGS": (Recipe(module=Newton, max_epochs=1), 1e-9),
     "bfloat16": (Recipe(module=Single, loader=NARROW, batch_size=16, precision="bf16-mixed"), 2e-2),
     "half precision with a loss scale": (
-        Recipe(module=Single, loader=NARROW, batch_size=16, precision="16-mixed", gradient_clip_val=1.0),
+        Recipe(module=Scaled, loader=NARROW, batch_size=16, precision="16-mixed", gradient_clip_val=1.0),
         5e-3,
     ),
 }
@@ -178,13 +186,13 @@ MIB = 2**20
 
 
 class Filling(Regression):
-    """Holds 8 MiB a sample; rank 1 may have 96 MiB more than it has at the start."""
+    """Holds 8 MiB a sample; rank 1 may have 256 MiB more than it has at the start."""
 
     def on_train_start(self) -> None:
         if dist.is_initialized() and dist.get_rank() == 1:
             torch.cuda.empty_cache()
             total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 96 * MIB) / total)
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 256 * MIB) / total)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         out = self.net(batch["x"]).squeeze(-1)
@@ -213,7 +221,7 @@ def test_a_gpu_that_runs_out_of_memory() -> None:
     ranks = run_ranks(2, fit_filling)
     plain = alone_on_gpu(FILLING, 24)
     assert ranks[0][1][0] == (8, 16)
-    assert ranks[0][1][-1][1] < 12
+    assert ranks[0][1][-1][1] < 16
     assert "ran out of memory" in ranks[0][2][0]
     for parameters, plans, _ in ranks:
         assert plans == ranks[0][1]

@@ -15,7 +15,7 @@ from plot_speed import MODELS
 
 Report = Mapping[str, Any]
 
-QUESTIONS = ("speed", "settling", "drift", "evaluation", "tax", "cpu", "allocation")
+QUESTIONS = ("speed", "settling", "drift", "evaluation", "tax", "cpu", "gpu", "allocation")
 """The reports of one start with its name."""
 
 
@@ -54,6 +54,8 @@ def allocator_of(report: Report) -> str:
 def name_of(report: Report) -> str:
     """A configuration in words."""
     configuration = report["configuration"]
+    if "filters" in configuration:
+        return f"FCN, {configuration['size']} px, B {configuration['global_batch']}, {report['hardware']['gpu']}"
     if "model" not in configuration:
         return f"{configuration['ranks']} ranks"
     quotas = "/".join(map(str, configuration["quotas"]))
@@ -140,6 +142,15 @@ def _evaluation(report: Report) -> str:
     return text + " beside ".join(show_split(sides[name]["samples_of_ranks"]) for name in ("hetero", "ddp"))
 
 
+def _gpu(report: Report) -> str:
+    cases = []
+    for case in report["cases"]:
+        who = "one rank" if case["ranks"] == 1 else f"{case['ranks']} ranks on one GPU"
+        who += ", one of them beside other work" if case["limited"] else ""
+        cases.append(f"{who}: speed of hetero {_times(case['gain_over_ddp'])} of DDP's")
+    return "; ".join(cases)
+
+
 def _allocation(report: Report) -> str:
     times = report["milliseconds"]
     return f"{times['median']:.1f} ms, at most {times['greatest']:.1f} ms"
@@ -151,6 +162,7 @@ _WORDS: dict[str, Callable[[Report], str]] = {
     "evaluation": _evaluation,
     "tax": _tax,
     "cpu": _cpu,
+    "gpu": _gpu,
     "allocation": _allocation,
 }
 

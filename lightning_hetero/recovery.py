@@ -299,7 +299,7 @@ class Recovery:
         losses: list[Tensor] = []
         sizes: list[int] = []
         shares: list[float] = []
-        waiting, too_large = [(0, size)], size
+        waiting, too_large, ran_out = [(0, size)], size, not self._steps.too_large
         while waiting:
             start, stop = waiting.pop()
             if stop - start >= too_large:
@@ -320,7 +320,7 @@ class Recovery:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                too_large = stop - start
+                too_large, ran_out = stop - start, True
                 waiting.append((start, stop))
             else:
                 logs.keep(loss, count)
@@ -331,7 +331,7 @@ class Recovery:
                 shares.append(share)
                 continue
             self._set_aside()  # what a broken backward pass has left is dropped
-        self._steps.computed_in_parts(max(sizes))
+        self._steps.computed_in_parts(max(sizes) if ran_out else None)
         if (counted := sum(shares)) > 0 and not math.isclose(counted, 1.0, rel_tol=1e-9):
             # The user's counts of parts don't add up to that of the batch: then only their ratios mean something.
             shares = [share / counted for share in shares]

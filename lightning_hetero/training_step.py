@@ -213,14 +213,15 @@ class TrainingSteps:
         finally:
             self._watch.leave()
 
-    def computed_in_parts(self, fits: int) -> None:
-        """This rank ran out of memory in this step.
+    def computed_in_parts(self, fits: int | None) -> None:
+        """This rank has computed its batch in parts.
 
         Args:
-            fits: samples of the largest part that it could compute.
+            fits: samples of the largest part, where memory ran out; None where it did not, since they were too many by
+                what was known already, which then says as much as before.
         """
         self._cut = True
-        if self.local_batch:  # borrowed samples are no measure
+        if self.local_batch and fits is not None:  # borrowed samples are no measure
             known = self._largest[self._exchange.rank]  # in one piece
             self._fits = min(self._fits or fits, fits) if known >= self.local_batch else max(fits, known)
 

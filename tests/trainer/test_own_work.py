@@ -109,9 +109,9 @@ def takes_long(function: Any) -> Any:
 
 def fit_all() -> dict[str, Any]:
     # In this process, which ends with the test: waiting for messages, and for the gradients of the others, takes long.
-    timing.perf_counter = lambda: Clock.now  # type: ignore[assignment]
-    PendingRows.wait = takes_long(PendingRows.wait)  # type: ignore[method-assign]
-    timing.WorkClock.gradients_ready = takes_long(timing.WorkClock.gradients_ready)  # type: ignore[method-assign]
+    timing.perf_counter = lambda: Clock.now
+    PendingRows.wait = takes_long(PendingRows.wait)
+    timing.WorkClock.gradients_ready = takes_long(timing.WorkClock.gradients_ready)
     heard = {}
     for name, (module, options) in FITS.items():
         strategy = Listening(shares=[3, 1], global_batch=8)

@@ -245,7 +245,7 @@ def groups_of_reloads() -> list[int]:
     for epochs in (1, 3):
         made.append(0)
         module = Regression()
-        module.train_dataloader = lambda: DataLoader(Endless(), 4)  # type: ignore[method-assign]
+        module.train_dataloader = lambda: DataLoader(Endless(), 4)
         options = {"max_epochs": epochs, "reload_dataloaders_every_n_epochs": 1}
         make_trainer(HeteroStrategy(shares=[3, 1]), 2, **options).fit(module)
     return made

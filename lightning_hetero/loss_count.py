@@ -135,15 +135,23 @@ def _advice(module: nn.Module) -> str:
     )
 
 
-def sample_count(batch: Any) -> int:
-    """Number of samples in a batch: the length of its first tensor.
+def sample_count(batch: Any, dealt: int | None = None) -> int:
+    """Number of samples in a batch: the length of its tensors.
+
+    Where these differ, as in batches of boxes, none of them tells; then it is the number of samples that went into it.
+
+    Args:
+        batch: of any kind.
+        dealt: samples that went into it, if known; augmentations may make more of them, of one length.
 
     Raises:
-        TypeError: there is no tensor with a batch dimension in it.
+        TypeError: there is no tensor with a batch dimension in it, and it is not known what went into it.
     """
-    for tensor in _tensors(batch):
-        if tensor.ndim:
-            return len(tensor)
+    lengths = [len(tensor) for tensor in _tensors(batch) if tensor.ndim]
+    if dealt is not None and len(set(lengths)) != 1:
+        return dealt
+    if lengths:
+        return lengths[0]
     raise TypeError(
         f"there is no tensor with a batch dimension in a batch of type {type(batch).__name__}, so its samples can't be "
         "counted: give the module a loss_count(batch), or HeteroStrategy a loss_count"

@@ -114,6 +114,8 @@ class MetricSync:
 
     def attach(self, module: torch.nn.Module) -> Self:
         """Take over the metrics that are not yet; those that the user gathers in his own way are left alone."""
+        there = {id(metric) for metric in module.modules()}
+        self._synced = [synced for synced in self._synced if id(synced.metric) in there]  # hooks may replace metrics
         known = {id(synced.metric) for synced in self._synced}
         for metric in module.modules():
             if (

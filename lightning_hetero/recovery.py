@@ -312,7 +312,7 @@ class Recovery:
             try:
                 part = cutting.part(batch, size, start, stop)
                 logs.begin(part)
-                count = self._steps.count_of(part)
+                count = self._steps.count_of(part, stop - start)
                 share = count / total if total > 0 else 0.0
                 output, loss = self._part(part, rest, weight, share)
             except cutting.CannotCutError as error:

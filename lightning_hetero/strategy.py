@@ -188,7 +188,7 @@ class HeteroStrategy(Evaluating):
         )
         self._loaders = Loaders(trainer, context)
         talk = Talk(self._exchange, self._clock.waiting, self.reduce, trainer.lightning_module, self.root_device)
-        truth = OneTruth(trainer, talk, self._loss_count) if self.world_size > 1 else None
+        truth = OneTruth(trainer, talk, self._loss_count, self._take_over_metrics) if self.world_size > 1 else None
         self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, truth)
         self._stop = StopRequest(trainer)
         self._attachment = Attachment(
@@ -233,7 +233,11 @@ class HeteroStrategy(Evaluating):
         if trainer.state.fn == TrainerFn.FITTING:
             if self._planner is not None:
                 self._planner.forget_memory()
-            counter = loss_count.find(self.lightning_module, self._loss_count, loss_count.sample_count)
+            counter = loss_count.find(
+                self.lightning_module,
+                self._loss_count,
+                lambda batch: loss_count.sample_count(batch, self._steps.samples if self._steps is not None else None),
+            )
             if counter.advice:
                 rank_zero_warn(counter.advice)
             self._watch = failures.BackwardWatch(self.global_rank)
@@ -286,7 +290,7 @@ class HeteroStrategy(Evaluating):
         super().on_train_start()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        folder = run_folder(trainer)
+        folder = run_folder(trainer)  # all ranks ask together
         if self._planner is not None and self.is_global_zero:
             self._observer = Observer(trainer, self._planner, self._devices, self._granularity, folder)
 
@@ -362,6 +366,7 @@ class HeteroStrategy(Evaluating):
         assert self._steps is not None
         assert self._loaders is not None
         assert self._logging is not None
+        assert self._survival is not None
         if isinstance(args[0], Iterator):
             raise TypeError(
                 "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
@@ -373,7 +378,6 @@ class HeteroStrategy(Evaluating):
             content=self._content,
             stop=self._stop is not None and self._stop.made,
         )
-        assert self._survival is not None
         with self._steps.logged(self._logging) as returned, self._survival.explained():
             if (recovery := self._survival.recovery) is not None:
                 output = recovery.training_step(self._logging, *args, **kwargs)

@@ -37,8 +37,11 @@ def kind(name: str) -> str:
 
 def unchanged_task(module: nn.Module) -> str | None:
     """The name of the TorchGeo class that `module` is of, if it trains as TorchGeo wrote it; else None."""
-    step = getattr(type(module), "training_step", None)
-    if "training_step" in vars(module) or not str(getattr(step, "__module__", "")).startswith("torchgeo."):
+    step: object = getattr(type(module), "training_step", None)
+    if "training_step" in vars(module):
+        # Lightning sets the steps of a compiled module on the instance, and keeps what they were.
+        step = (getattr(module, "_compiler_ctx", None) or {}).get("original_training_step")
+    if not str(getattr(step, "__module__", "")).startswith("torchgeo."):
         return None
     known = TARGETS.keys() | OVER_IMAGES
     return next((name for name in _names(module) if kind(name) in known), None)

@@ -173,6 +173,8 @@ class TrainingSteps:
         self._cut = False
         self.vouched: Callable[[Sequence[int]], bool] = lambda _: False
         """Whether it is known, on all ranks alike, that W local batches fit though they are larger than any before."""
+        self.samples: int | None = None
+        """Samples that went into the batch, or into the part of it, that is being counted; None where not known."""
         self.risky = False
         """A rank has more samples in this step than it is known to be able to compute; the same on all ranks."""
         self._count: float | Tensor = 0.0
@@ -199,9 +201,15 @@ class TrainingSteps:
         """What this rank's batch counts for; the host waits for the device."""
         return float(self._count)
 
-    def count_of(self, batch: Any) -> float:
-        """What a part of the batch counts for; the host waits for the device."""
-        return float(self._counter(self._module, batch))
+    def count_of(self, part: Any, samples: int) -> float:
+        """What a part of the batch counts for; the host waits for the device.
+
+        Args:
+            part: as `training_step` gets it.
+            samples: in it.
+        """
+        self.samples = samples
+        return float(self._counter(self._module, part))
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """The mean of the gradients over all ranks, after backward passes that each made by itself."""
@@ -232,6 +240,7 @@ class TrainingSteps:
     def arrive(self, share: Share | None) -> None:
         """The batch of a step has been loaded; nothing of the user's code has seen it yet."""
         self._share = share
+        self.samples = self.local_batch or None
         self._begun = self._cut = False
         larger = share is not None and any(map(int.__gt__, share.counts, self._largest))
         self.risky = share is not None and larger and not self.vouched(share.counts)

@@ -82,14 +82,22 @@ class OneTruth:
         trainer: whose.
         talk: with the other ranks.
         given: the user's loss count, if any.
+        take_over_metrics: called when evaluation is over, for metrics that the module's hooks have made since it began.
     """
 
-    def __init__(self, trainer: "pl.Trainer", talk: Talk, given: Callable[[Any, Any], float | Tensor] | None) -> None:
+    def __init__(
+        self,
+        trainer: "pl.Trainer",
+        talk: Talk,
+        given: Callable[[Any, Any], float | Tensor] | None,
+        take_over_metrics: Callable[[], None],
+    ) -> None:
         def count(batch: Any) -> float | Tensor:  # found each time, since criteria may change
             return find(talk.module, given, sample_count)(talk.module, batch)
 
         self._trainer = trainer
-        self._rank = talk.exchange.rank
+        self._talk = talk
+        self._take_over_metrics = take_over_metrics
         self._results = trainer.fit_loop.epoch_loop._results
         self.training = SharedResults(self._results, talk)
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
@@ -100,14 +108,15 @@ class OneTruth:
 
     def patches(self) -> list[Patch]:
         """What to set on the Trainer; see `Attachment`."""
-        connector = self._trainer._logger_connector
+        connector, epoch_loop = self._trainer._logger_connector, self._trainer.fit_loop.epoch_loop
         patches: list[Patch] = [
             (connector, "on_epoch_end", following(self._after_hooks, connector.on_epoch_end)),
             (connector, "on_batch_end", following(self._after_batch_hooks, connector.on_batch_end)),
             (connector, "update_train_step_metrics", self._log_step(connector.update_train_step_metrics)),
             (self._results, "_get_cache", self.training.cached),
+            (epoch_loop, "_should_check_val_fx", self._same_time(epoch_loop._should_check_val_fx)),
         ]
-        if self._rank == 0:
+        if self._talk.exchange.rank == 0:
             patches.append((self._results, "metrics", self._metrics))
         for loop, shared, logging in self._evaluations:
             patches += [
@@ -144,6 +153,18 @@ class OneTruth:
             self.training.exchange_steps()
         self._looked_before = True
 
+    def _same_time(self, is_due: Callable[..., bool]) -> Callable[..., bool]:
+        """Whether validation is due; where the time decides, that of the first rank: no two clocks are the same."""
+
+        def decided(*args: Any, **kwargs: Any) -> bool:
+            due = is_due(*args, **kwargs)
+            if self._trainer._val_check_time_interval is None:  # type: ignore[attr-defined] # set where mypy can't see it
+                return due
+            with self._talk.waiting():
+                return self._talk.exchange.broadcast(due)
+
+        return decided
+
     def _log_step(self, log: Callable[[], None]) -> Callable[[], None]:
         def logged() -> None:
             # Lightning logs once more when it is to stop, of which other ranks may not know.
@@ -168,8 +189,10 @@ class OneTruth:
         )
         saves = any(
             callback.monitor is not None
-            and callback._every_n_train_steps > 0
-            and trainer.global_step % callback._every_n_train_steps == 0
+            and (
+                callback._train_time_interval is not None  # which step that is only rank 0's clock knows
+                or (callback._every_n_train_steps > 0 and trainer.global_step % callback._every_n_train_steps == 0)
+            )
             for callback in trainer.checkpoint_callbacks
             if isinstance(callback, ModelCheckpoint)
         )
@@ -190,6 +213,7 @@ class OneTruth:
 
     def _before_evaluation_hooks(self, loop: _EvaluationLoop, shared: SharedResults) -> Callable[[], None]:
         def agree() -> None:
+            self._take_over_metrics()
             connector = self._trainer._logger_connector
             connector.epoch_end_reached()
             if not self._trainer.interrupted:

@@ -88,6 +88,13 @@ class Frozen(Regression):
         self.requires_grad_(requires_grad=False)
 
 
+class Fetching(Regression):
+    """Fetches its batches by itself."""
+
+    def training_step(self, dataloader_iter: Any) -> Any:
+        raise AssertionError("it is not called")
+
+
 def by_rank(batch_size: int) -> DataLoader[Any]:
     return sized(20 + torch.distributed.get_rank(), batch_size)
 
@@ -103,6 +110,7 @@ def no_batch_size(batch_size: int) -> DataLoader[Any]:
         (Recipe(loader=no_batch_size), {}, r"batch_size=None and no batch sampler"),
         (Recipe(loader=partial(sized, 5, drop_last=True), batch_size=3), {}, r"no batches: .* global batch of 6"),
         (Recipe(loader=partial(sized, 20), batch_size=3), {"granularity": 4}, r"multiple"),
+        (Recipe(module=Fetching), {}, r"training_step\(dataloader_iter\) fetches its batches by itself"),
         (Recipe(module=Frozen), {}, r"Frozen has no trainable parameters"),
     ],
 )

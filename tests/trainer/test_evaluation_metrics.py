@@ -60,6 +60,13 @@ class Detection(Regression):
         self.map.reset()
 
 
+class Anew(Detection):
+    """Makes its metric when an evaluation begins, as scripts do; the strategy has not seen it before."""
+
+    def on_validation_epoch_start(self) -> None:
+        self.map = MeanAveragePrecision(iou_type=("bbox", "segm"))
+
+
 class Classifying(Regression):
     """States that are counts, lists to be concatenated (of two shapes and types), and a collection of metrics."""
 
@@ -96,6 +103,8 @@ def as_lists(samples: list[Any]) -> list[Any]:
 
 RUNS: dict[str, tuple[type, int, list[int]]] = {  # module, samples, shares
     "5 + 2 images": (Detection, 7, [5, 2]),
+    "5 + 2 images, a metric made in a hook": (Anew, 7, [5, 2]),
+    "3 + 0 images, a metric made in a hook": (Anew, 3, [1, 0]),
     "3 + 0 images": (Detection, 3, [1, 0]),
     "0 + 3 images": (Detection, 3, [0, 1]),
     "50 + 11": (Classifying, 61, [5, 1]),

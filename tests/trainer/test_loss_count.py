@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -14,7 +15,7 @@ from lightning_hetero import cross_entropy_count
 from lightning_hetero.loss_count import find, sample_count
 from tests.ranks import run_ranks
 from tests.trainer import geography
-from tests.trainer.fits import Recipe, hetero_fit, plain_fit, relative_error
+from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, plain_fit, relative_error
 from tests.trainer.modules import Classifier
 
 FCN = {"model": "fcn", "in_channels": 3, "num_filters": 4, "lr": 0.01}
@@ -230,3 +231,46 @@ def warned() -> list[str]:
 def test_the_advice_is_given_once() -> None:
     """Where samples are only a guess, one warning says so, with the code to paste."""
     assert [len(messages) for messages in run_ranks(2, warned)] == [1, 0]
+
+
+# ---- batches whose tensors have different lengths, and compiled modules ----
+
+
+def as_tuples(samples: list[Any]) -> tuple[Any, ...]:
+    """What detection scripts use: a tuple of images, and one of boxes."""
+    pairs = [(sample["x"], sample["y"].expand(1 + int(sample["index"]) % 3, 2)) for sample in samples]
+    return tuple(zip(*pairs, strict=True))
+
+
+class Boxed(Regression):
+    """A mean over the samples of a batch that is no tensor."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        features, boxes = batch
+        target = torch.stack([each.mean() for each in boxes])
+        return nn.functional.mse_loss(self.net(torch.stack(features)).squeeze(-1), target)
+
+
+def boxed(batch_size: int) -> DataLoader[Any]:
+    return DataLoader(Numbers(49), batch_size=batch_size, collate_fn=as_tuples)
+
+
+def test_batches_of_unequal_lengths_count_the_samples_that_went_into_them() -> None:
+    """The first tensor's length is that of a sample's features: counted so, all ranks would weigh the same."""
+    assert sample_count((torch.zeros(5), torch.zeros(2, 2)), 3) == 3
+    assert sample_count({"image": torch.zeros(6, 2), "label": torch.zeros(6)}, 3) == 6, "augmentation made more of them"
+    recipe = Recipe(module=Boxed, loader=boxed)
+    alone = plain_fit(recipe, 12)
+    for out in run_ranks(2, hetero_fit, recipe, {"shares": [3, 1]}):
+        assert relative_error(out["parameters"], alone["parameters"]) <= 1e-12
+
+
+def test_a_compiled_task_counts_as_it_does_uncompiled() -> None:
+    """Lightning sets a compiled module's steps on the instance, where otherwise only the user does."""
+    geography.tolerate_torchgeo()
+    task = from_compiled(torch.compile(segmentation(loss="ce", ignore_index=0)))
+    assert find(task, None, sample_count).rule.startswith("valid targets")
+    own = segmentation(loss="ce", ignore_index=0)
+    own.training_step = lambda batch, batch_idx: None
+    assert find(own, None, sample_count).rule == "samples"
+    assert find(from_compiled(torch.compile(own)), None, sample_count).rule == "samples"

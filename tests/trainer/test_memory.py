@@ -194,10 +194,10 @@ def test_the_share_is_capped_at_once_and_the_others_take_the_surplus() -> None:
 
 
 def test_what_fits_is_not_forgotten_where_a_batch_is_cut_by_what_is_known() -> None:
-    """Step 1 was drawn already: its 5 are cut in 2 and 3, without another try, and that says nothing new of the 4."""
+    """Step 1 was drawn already: its 5 are cut in 3 and 2, without another try, and that says nothing new of the 4."""
     recipe = Recipe(module=hungry, loader=partial(sized, 26), batch_size=8)
     ranks = run_ranks(2, fit, recipe, {"shares": [1, 1]})
-    assert [size for step, size in ranks[1]["tries"] if step <= 1] == [8, 4, 4, 2, 3]
+    assert [size for step, size in ranks[1]["tries"] if step <= 1] == [8, 4, 4, 3, 2]
     assert [plan[1] for plan in ranks[0]["plans"]] == [(8, 8), (12, 4)]
     assert len(ranks[0]["warned"]) == 1
 

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -63,6 +63,13 @@ class NormalIgnored(NormalMasked):
         return F.cross_entropy(self.net(batch["x"]), batch["label"], ignore_index=1)
 
 
+class Averaged(Normal):
+    """Stochastic weight averaging, which goes through the data once more for BatchNorm's statistics."""
+
+    def configure_callbacks(self) -> Any:
+        return [StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)]
+
+
 def sized(size: int, batch_size: int) -> DataLoader[Any]:
     return DataLoader(Numbers(size), batch_size=batch_size)
 
@@ -70,6 +77,7 @@ def sized(size: int, batch_size: int) -> DataLoader[Any]:
 RECIPES = {
     "short last batch": Recipe(module=Normal, loader=partial(sized, 46), batch_size=4),
     "accumulation": Recipe(module=Normal, loader=partial(sized, 46), batch_size=4, accumulate_grad_batches=2),
+    "weights averaged": Recipe(module=Averaged, loader=partial(sized, 46), batch_size=4, max_epochs=3),
     "shares of one sample": Recipe(module=Normal, loader=partial(sized, 24), batch_size=2),
     "ignored targets": Recipe(module=NormalIgnored, loader=partial(sized, 24), batch_size=2),
     "empty ranks whose gradients are NaN": Recipe(module=NormalMasked, loader=partial(sized, 24), batch_size=2),

@@ -195,10 +195,11 @@ def test_the_strategys_own_help_shows_ddps_options(capsys: pytest.CaptureFixture
     assert "Traverse the autograd graph" in words(out)
 
 
-def test_the_printed_configuration_has_the_knobs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_configuration_has_the_knobs_and_their_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
     import yaml
 
-    _, out, _ = says(capsys, "fit", "--print_config")
+    _, out, _ = says(capsys, "fit", "--print_config=comments")
+    assert "# local batches are multiples of it, but for the last of an epoch." in words(out)
     strategy = yaml.safe_load(out)["trainer"]["strategy"]
     assert strategy["class_path"] == "lightning_hetero.HeteroStrategy"
     assert strategy["init_args"].items() >= {"shares": "auto", "gradient_as_bucket_view": True}.items()

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
 
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import make_trainer, merged
@@ -207,3 +208,49 @@ def geo_overfit(folder: str) -> Any:
 def test_overfitting_on_geographic_data_is_refused(scene):
     errors = fails_on_ranks(2, geo_overfit, scene)
     assert all("overfit_batches replaces the geographic sampler by plain numbers" in e for e in errors.values())
+
+
+class Places(BasePredictionWriter):
+    """What a writer hears: the places that patches were asked for at, and what was predicted there."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self.seen: list[tuple[str, Any]] = []
+
+    def write_on_batch_end(self, trainer, module, prediction, batch_indices, batch, batch_idx, dataloader_idx) -> None:
+        self.seen += zip(map(str, batch_indices), prediction, strict=True)
+
+
+class Corner(pl.LightningModule):
+    """Predicts where a patch is."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return Segmentation.places(batch)
+
+
+def places_predicted(folder: str, strategy: Any, devices: int) -> list[tuple[str, Any]]:
+    from torch.utils.data import DataLoader
+    from torchgeo.datasets import stack_samples
+
+    tolerate_torchgeo()
+    data = geo_data(folder, "patches", 4)
+    data.setup("fit")
+    loader = DataLoader(data.dataset, batch_size=4, sampler=data.val_sampler, collate_fn=stack_samples)
+    writer = Places()
+    make_trainer(strategy, devices, callbacks=[writer]).predict(Corner(), loader, return_predictions=False)
+    return writer.seen
+
+
+def places_on_ranks(folder: str) -> list[tuple[str, Any]]:
+    from lightning_hetero import HeteroStrategy
+
+    return places_predicted(folder, HeteroStrategy(shares=[3, 1]), 2)
+
+
+def test_a_writer_hears_each_place_once_with_its_prediction(scene):
+    """All ranks together have what one process has; each some of it."""
+    alone = places_predicted(scene, "auto", 1)
+    first, second = run_ranks(2, places_on_ranks, scene)
+    assert len(first) > len(second) > 0
+    assert sorted(first + second) == sorted(alone)
+    assert len({place for place, _ in alone}) == len(alone)

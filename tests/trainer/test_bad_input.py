@@ -1,6 +1,7 @@
 """Bad input ends the run on every rank, with one sentence that says what was wrong and what to do."""
 
 import re
+import warnings
 from functools import partial
 from typing import Any
 
@@ -89,7 +90,11 @@ class Frozen(Regression):
 
 
 class Fetching(Regression):
-    """Fetches its batches by itself."""
+    """Fetches its batches by itself, which Lightning has advice on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        warnings.filterwarnings("ignore", message=".*`dataloader_iter`")
 
     def training_step(self, dataloader_iter: Any) -> Any:
         raise AssertionError("it is not called")

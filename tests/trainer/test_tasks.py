@@ -138,24 +138,17 @@ def run(case: Case, strategy: Any, devices: int, state: Any = None) -> dict[str,
     return {"parameters": fitted, "state": module.state_dict(), **evaluate(trainer, module, case, writer)}
 
 
-def run_all() -> list[dict[str, Any]]:
-    results = []
-    for case in RUN:
-        options = {"find_unused_parameters": True} if "unused" in str(case.strategy) else {}
-        results.append(run(case, HeteroStrategy(shares=[3, 1], **options), 2))
-    return results
-
-
-@pytest.fixture(scope="module")
-def runs() -> list[list[dict[str, Any]]]:
-    return run_ranks(2, run_all)
+def run_on_rank(number: int) -> dict[str, Any]:
+    case = RUN[number]
+    options = {"find_unused_parameters": True} if "unused" in str(case.strategy) else {}
+    return run(case, HeteroStrategy(shares=[3, 1], **options), 2)
 
 
 @pytest.mark.parametrize("number", range(len(RUN)), ids=[f"{case.task} {case.loss}" for case in RUN])
-def test_a_task_runs_unchanged(runs: Any, number: int) -> None:
+def test_a_task_runs_unchanged(number: int) -> None:
     """All ranks end alike, as one process does where the table says exact; evaluation is that of one process."""
     case = RUN[number]
-    first, second = (results[number] for results in runs)
+    first, second = run_ranks(2, run_on_rank, number)
     assert torch.isfinite(first["parameters"]).all()
     assert relative_error(first["parameters"], second["parameters"]) == 0
     if table()[case.task, case.loss][1] == "yes":

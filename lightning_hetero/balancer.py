@@ -17,11 +17,15 @@ from lightning_hetero.step_time import StepTimeModel
 STATE_VERSION = 2
 """Of `Balancer.state_dict()`: a state of another version can't be loaded."""
 
-# The first step of a process measures lazy initialisation. It is no measurement, but a rank that needs that many times
-# as long as another is slower all the same: shares go with this power of the speeds it suggests until there are better
-# numbers. Each step of an equal split costs what several of the best one do.
+# A probe is not the user's work, and the first step of a process measures lazy initialisation. They are no
+# measurements, but a rank that needs that many times as long as another is slower all the same: shares go with this
+# power of the speeds they suggest until there are better numbers. Each step of an equal split costs what several of the
+# best one do.
 _HINT = 2.0
 _HINT_POWER = 0.75
+
+# Nothing is known of memory before the first step: a guess gives no rank more than so many times its equal share.
+_GUESS_REACH = 2
 
 # The first split is deliberately left for one beyond the proportional one: shares go with speed to this power. Fixed
 # costs always move the best split in that direction, so the two splits tend to have it between them.
@@ -238,6 +242,28 @@ class Balancer:
         if 1 - self._expected(self._best(maximum)) / self._expected(current) <= _DOUBT:
             self._ranks = kept
 
+    @property
+    def curious(self) -> bool:
+        """Whether it is still looking for the right plan, so that each step earlier that it hears of one is a gain."""
+        return self.world_size > 1 and self._quick_plans > 0
+
+    def guess(self, speeds: Sequence[float], current: tuple[int, ...]) -> tuple[int, ...]:
+        """A split to begin with, from a probe of the devices.
+
+        Args:
+            speeds: W positive numbers; only their ratios matter.
+            current: W samples, of the equal split, which stays where the devices are not clearly unequal.
+
+        Raises:
+            ValueError: a speed can't have been measured.
+
+        """
+        for rank, speed in enumerate(speeds):
+            if not (math.isfinite(speed) and speed > 0):
+                raise ValueError(f"the probe of rank {rank} found a speed of {speed}, not a positive number")
+        most = [_GUESS_REACH * -(-b // self.granularity) * self.granularity for b in current]
+        return self._toward(speeds, current, most) or current
+
     def start_from(self, state: Mapping[str, Any]) -> Proposal:
         """Begin with what an earlier run of the same job has measured, and say what the first plan should be.
 
@@ -261,12 +287,19 @@ class Balancer:
         assert self._first is not None
         self._hinted = True
         rates = [b / seconds for b, seconds in zip(current, self._first, strict=True)]
+        split = self._toward(rates, current, maximum)
+        if split is None:
+            return None
+        return Proposal(split, tuple(b / rate for b, rate in zip(split, rates, strict=True)), "explore")
+
+    def _toward(
+        self, rates: Sequence[float], current: tuple[int, ...], maximum: Sequence[int] | None
+    ) -> tuple[int, ...] | None:
+        """A split some way towards rates that are only guessed; None where they say nothing."""
         if max(rates) < _HINT * min(rates):
             return None
         split = self._shared([rate**_HINT_POWER for rate in rates], maximum)
-        if split == tuple(current):
-            return None
-        return Proposal(split, tuple(b / rate for b, rate in zip(split, rates, strict=True)), "explore")
+        return split if split != tuple(current) else None
 
     def _beyond(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> tuple[int, ...]:
         models = self._models()

@@ -1,4 +1,4 @@
-"""What one run of a job has learnt, for the next one: all ranks begin with what the first rank finds."""
+"""What is known of the devices before the first step: what an earlier run of the job has learnt, or else a probe."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_hetero import profiles
+from lightning_hetero import probe, profiles
 from lightning_hetero.agreement import job, machine
 from lightning_hetero.balancer import STATE_VERSION, Balancer
 from lightning_hetero.collectives import Exchange
@@ -14,7 +14,7 @@ from lightning_hetero.planner import Planner, Shares, learns, profile_path
 
 
 class Learnt:
-    """Reads and writes the profile of one job.
+    """Reads and writes the profile of one job; all ranks begin with what the first one finds.
 
     Args:
         shares: the user's.
@@ -59,6 +59,12 @@ class Learnt:
             return state
 
         return self._exchange.from_rank_zero(look)
+
+    def probe(self) -> list[float] | None:
+        """How fast each rank's device is, W numbers; None where nothing is to be learnt. All ranks have to ask."""
+        if not learns(self._shares) or self._exchange.world_size == 1:
+            return None
+        return self._exchange.gather(probe.speed(self._device))
 
     def keep(self, trainer: "pl.Trainer", planner: Planner | None) -> None:
         """Write the profile, on the first rank. All ranks have to call."""

@@ -135,15 +135,17 @@ class Ending:
     Args:
         split: W samples, of the last steps.
         seconds: of the last steps, median.
-        equal_seconds: of the steps at the equal split with which the run began, median; None if there were none, or
-            the run has stayed there.
+        first_seconds: of the steps at the split with which the run began, median; None if there were none, or the run
+            has stayed there.
+        began_equal: that split was the equal one.
         predicted_gain: how many times as fast as at an equal split the models say that it is; None without models.
         limit: samples a second of all devices, each alone with the whole global batch; None without models.
     """
 
     split: tuple[int, ...]
     seconds: float
-    equal_seconds: float | None = None
+    first_seconds: float | None = None
+    began_equal: bool = True
     predicted_gain: float | None = None
     limit: float | None = None
 
@@ -159,8 +161,9 @@ class Ending:
             "step": step,
             "local_batches": list(self.split),
             "step_seconds": self.seconds,
-            "equal_step_seconds": self.equal_seconds,
-            "measured_gain": self.equal_seconds / self.seconds if self.equal_seconds else None,
+            "first_step_seconds": self.first_seconds,
+            "equal_step_seconds": self.first_seconds if self.began_equal else None,
+            "measured_gain": self.first_seconds / self.seconds if self.first_seconds and self.began_equal else None,
             "predicted_gain": self.predicted_gain,
             "samples_per_second": self.samples_per_second,
             "fraction_of_limit": self.samples_per_second / self.limit if self.limit else None,
@@ -171,9 +174,10 @@ class Ending:
         if self.predicted_gain is None or self.limit is None:
             return None
         gain = f"{self.predicted_gain:.2f} times as fast as an equal split by the models"
-        if self.equal_seconds:
-            was = f"{duration(self.equal_seconds)} before"
-            gain = f"{gain}, {self.equal_seconds / self.seconds:.2f} times as measured ({was})"
+        if self.first_seconds:
+            was = f"({duration(self.first_seconds)} before)"
+            measured = "as measured" if self.began_equal else "as fast as at its first split as measured"
+            gain = f"{gain}, {self.first_seconds / self.seconds:.2f} times {measured} {was}"
         return (
             f"hetero: a step took {duration(self.seconds)}, {gain}; {self.samples_per_second:.4g} samples/s are "
             f"{self.samples_per_second / self.limit:.0%} of the {self.limit:.4g} that all devices reach one by one"

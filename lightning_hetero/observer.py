@@ -111,7 +111,8 @@ class Observer:
         ending = Ending(
             split,
             seconds,
-            self._tally.early_seconds() if self._tally.first_split == equal != split else None,
+            self._tally.early_seconds() if self._tally.first_split != split else None,
+            self._tally.first_split == equal,
             job.gain_over_equal(split) if job is not None else None,
             job.limit(sum(split)) if job is not None else None,
         )

@@ -84,6 +84,8 @@ class Planner:
         minimum: the least that a rank can compute with; less where the global batch does not give each as much.
         granularity: local batches are multiples of it.
         known: what an earlier run of the same job has learnt, see `state_dict`; the first plan follows from it.
+        speeds: W numbers that a probe of the devices has found, of which the first plan makes something where nothing
+            else is known and shares are learnt; None for none.
         memory: from the global batch and the least local batch to the caps of all ranks; None for no caps.
 
     Raises:
@@ -92,6 +94,9 @@ class Planner:
 
     PATIENCE = 64
     """Steps after which a measurement that not all ranks have is given up."""
+
+    IN_VAIN = 8
+    """Messages in a row without a whole step after which it asks no more; every batch may be a short one."""
 
     def __init__(
         self,
@@ -102,6 +107,7 @@ class Planner:
         minimum: int = 1,
         granularity: int = 1,
         known: Mapping[str, Any] | None = None,
+        speeds: Sequence[float] | None = None,
         memory: Callable[[int, int], Caps] | None = None,
     ) -> None:
         check_shares(shares, world_size)
@@ -129,6 +135,11 @@ class Planner:
         if self._balancer is not None and known is not None:
             proposal = self._balancer.start_from(known)
             first = Plan(0, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
+        elif self._balancer is not None and speeds is not None:
+            guessed = self._balancer.guess(speeds, local_batches)
+            first = Plan(0, guessed, reason="probe") if guessed != local_batches else first
+        self._ahead: int | None = None  # steps that loaders have drawn beyond the last one heard of
+        self._in_vain = 0  # times in a row that ranks told of no whole step
         self.schedule = Schedule(first)
         self._told: dict[int, dict[int, tuple[float, float, float]]] = {}
 
@@ -143,6 +154,7 @@ class Planner:
             ValueError: the global batch does not fit into the memory of all ranks together.
         """
         drawn = int(column(rows, "drawn").max())
+        self._ahead = drawn - int(column(rows, "step")[0])
         told = zip(*(column(rows, name).tolist() for name in ("held", "memory", "resting", "fits")), strict=True)
         sentences = self.caps.hear([Report(*row) for row in told]) if self.caps is not None else ()
         within = self.fit_into_memory(drawn)
@@ -150,6 +162,15 @@ class Planner:
         averaging, apart = column(rows, "averaging").tolist(), column(rows, "apart").tolist()
         better = self.observe(measured, seconds, drawn, averaging, apart)
         return News(sentences, tuple(plan for plan in (within, better) if plan is not None))
+
+    @property
+    def asks(self) -> bool:
+        """Whether it would use what ranks have measured before the next batch is drawn; the same on all ranks.
+
+        It does while it looks for the right plan, where loaders have not drawn that batch.
+        """
+        waits = self._ahead is not None and self._ahead <= 0 and self._in_vain < self.IN_VAIN
+        return waits and self._balancer is not None and self._balancer.curious
 
     def vouches(self, local_batches: Sequence[int]) -> bool:
         """Whether all ranks are sure to have memory for W local batches; see `memory.Caps.vouch`."""
@@ -211,6 +232,7 @@ class Planner:
             self._balancer.observe(step, self.schedule.at(step).local_batches, own, waits, apart=any(after))
         for step in [step for step in self._told if step < max(steps) - self.PATIENCE]:
             del self._told[step]
+        self._in_vain = 0 if complete else self._in_vain + 1
         return self._decide(drawn) if complete else None
 
     def models(self) -> tuple[StepTimeModel, ...] | None:

@@ -21,7 +21,7 @@ from lightning_hetero.nothing import NothingCounts
 from lightning_hetero.sampler import Share
 from lightning_hetero.sync_batch_norm import Ties
 from lightning_hetero.timing import Reading, WorkClock
-from lightning_hetero.weighting import LEFT_EPOCH, TRAINS, Message, Rows, check, column, weight
+from lightning_hetero.weighting import FETCHES, LEFT_EPOCH, TRAINS, Message, Rows, check, column, weight
 
 
 @contextmanager
@@ -276,24 +276,53 @@ class TrainingSteps:
         self._empty = known == 0
         if self._on_device:
             self._add_up_on_device(count)
+        self._pending = self._send(
+            TRAINS,
+            drawn,
+            count=known,
+            checksum=self._share.checksum if self._share is not None else 0,
+            content=content,
+            stop=stop,
+        )
+
+    def tell(self, step: int, *, drawn: int) -> None:
+        """Tell what is known of the last steps before the batch of `step` is fetched, and hear of the others.
+
+        Nothing is told between the micro-batches of an optimizer step.
+
+        Raises:
+            RuntimeError: see `weighting.check`.
+        """
+        if self._earlier:
+            return
+        self._step = step
+        rows = self._receive(self._send(FETCHES, drawn))
+        check(rows)
+        self._pass_on(rows)
+
+    def _send(self, kind: int, drawn: int, **more: float) -> PendingRows:
         news: dict[str, float] = {}
         if self._finished and self._finished[0].known():
             news = self._finished.popleft().measured()
         message = Message(
-            kind=TRAINS,
-            step=step,
-            count=known,
-            checksum=self._share.checksum if self._share is not None else 0,
+            kind=kind,
+            step=self._step,
             drawn=drawn,
             **news,
+            **more,
             memory=self._peak,
-            content=content,
-            stop=stop,
             held=self._held,
             resting=self._memory.resting,
             fits=self._fits,
         )
-        self._pending = self._exchange.start(message.row())
+        return self._exchange.start(message.row())
+
+    def _receive(self, pending: PendingRows) -> Rows:
+        return pending.wait(partial(check_backward, self._exchange.rank, self._exchange.world_size, self._step))
+
+    def _pass_on(self, rows: Rows) -> None:
+        self._largest = tuple(map(max, self._largest, column(rows, "held").astype(int).tolist()))
+        self._on_rows(int(column(rows, "step")[0]), rows)
 
     def _add_up_on_device(self, count: float | Tensor) -> None:
         """On CUDA counts are added up on the device: reading them would make the host wait for it."""
@@ -315,7 +344,7 @@ class TrainingSteps:
             return self._weight
         pending, self._pending = self._pending, None
         with self._clock.waiting():
-            rows = pending.wait(partial(check_backward, self._exchange.rank, self._exchange.world_size, self._step))
+            rows = self._receive(pending)
             if self._device_counts is not None and (work := self._device_counts[2]) is not None:
                 work.wait()  # orders the streams, so that the device waits here; the host goes on
         if self._fault is not None:
@@ -333,8 +362,7 @@ class TrainingSteps:
         if self._share is not None:
             uniform = self._hidden is None and tuple(column(rows, "count").tolist()) == tuple(self._share.counts)
             self.loss_weight = None if uniform else self._weight * sum(self._share.counts) / self._exchange.world_size
-        self._largest = tuple(map(max, self._largest, column(rows, "held").astype(int).tolist()))
-        self._on_rows(int(column(rows, "step")[0]), rows)
+        self._pass_on(rows)
         return self._weight
 
     @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-TRAINS, LEFT_EPOCH = 0, 1
+TRAINS, LEFT_EPOCH, FETCHES = 0, 1, 2
 """What a rank is about to do when it sends its message."""
 
 Rows = npt.NDArray[np.float64]
@@ -17,7 +17,7 @@ class Message:
     """One rank's row in the exchange of a step; all numbers, so that it travels in one tensor.
 
     Args:
-        kind: `TRAINS` or `LEFT_EPOCH`.
+        kind: `TRAINS`, `LEFT_EPOCH`, or `FETCHES` where ranks tell what they have measured before they fetch a batch.
         step: the global batch that the rank is at.
         count: its loss count; not known to the host on CUDA, where 1 stands for it.
         checksum: of the split in force.
@@ -92,6 +92,8 @@ def check(rows: Rows) -> None:
 def _place(rank: int, kind: float, step: float) -> str:
     if kind == LEFT_EPOCH:
         return f"rank {rank} left the epoch after global batch {int(step) - 1}"
+    if kind == FETCHES:
+        return f"rank {rank} fetches global batch {int(step)}"
     return f"rank {rank} trains on global batch {int(step)}"
 
 

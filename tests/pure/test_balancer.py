@@ -4,9 +4,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_hetero.allocation import allocate, proportional
 from lightning_hetero.balancer import Balancer, Proposal
@@ -196,6 +199,45 @@ def test_the_first_step_says_nothing_where_ranks_are_nearly_equal() -> None:
     balancer = Balancer(2, 64)
     balancer.observe(0, (32, 32), [0.5, 0.95])
     assert balancer.propose((32, 32)) is None
+
+
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=16),
+    st.integers(0, 60),
+    st.sampled_from([1, 4]),
+)
+def test_a_probe_moves_shares_towards_the_fast_and_never_beyond_twice_an_equal_share(speeds, more, granularity) -> None:
+    world_size = len(speeds)
+    global_batch = granularity * (world_size + more)
+    equal = proportional(global_batch, [1] * world_size, granularity=granularity)
+    split = Balancer(world_size, global_batch, granularity=granularity).guess(speeds, equal)
+    assert sum(split) == global_batch
+    assert all(granularity <= b <= 2 * most and b % granularity == 0 for b, most in zip(split, equal, strict=True))
+    if max(speeds) < 2 * min(speeds):
+        assert split == equal, "so small a difference is the machine's noise"
+    for a, b in combinations(range(world_size), 2):
+        if speeds[a] > speeds[b]:
+            assert split[a] >= split[b] - granularity, "but for what does not divide"
+
+
+def test_a_probe_of_very_unequal_devices_is_a_start() -> None:
+    balancer = Balancer(2, 64)
+    assert balancer.guess([4.0, 1.0], (32, 32)) == (47, 17)
+    assert balancer.guess([1.9, 1.0], (32, 32)) == (32, 32)
+    with pytest.raises(ValueError, match="the probe of rank 1 found a speed of 0"):
+        balancer.guess([4.0, 0.0], (32, 32))
+
+
+def test_it_is_curious_until_a_plan_has_stayed() -> None:
+    """On equal devices ten steps are enough; a drift makes it curious again."""
+    balancer = Balancer(2, 64)
+    assert balancer.curious
+    for step in range(11):
+        balancer.observe(step, (32, 32), (1.0, 1.0))
+    assert not balancer.curious
+    for step in range(11, 15):
+        balancer.observe(step, (32, 32), (1.0, 3.0))
+    assert balancer.curious
 
 
 def test_the_tail_is_that_of_the_rank_for_which_all_others_wait() -> None:

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_hetero.planner import Planner, check_shares
+from lightning_hetero.weighting import TRAINS, Message
 
 
 def one_sentence(error) -> str:
@@ -166,3 +168,43 @@ def test_what_one_rank_never_tells_is_forgotten() -> None:
     for step in range(500):
         assert planner.observe([step, -1], [0.1, 0.0], step) is None
     assert len(planner._told) <= Planner.PATIENCE + 1
+
+
+def test_the_first_plan_follows_a_probe_where_nothing_else_is_known() -> None:
+    plan = Planner("auto", 2, 64, speeds=[4.0, 1.0]).schedule.newest
+    assert (plan.first_step, plan.local_batches, plan.reason) == (0, (47, 17), "probe")
+    assert Planner("auto", 2, 64, speeds=[1.1, 1.0]).schedule.newest.reason == "equal"
+    for shares in ("equal", [1, 1]):
+        assert Planner(shares, 2, 64, speeds=[4.0, 1.0]).schedule.newest.local_batches == (32, 32)
+
+
+def told(planner: Planner, step: int, drawn: int, measured: int) -> bool:
+    """Whether it asks, after ranks of which the second is slow have told of a step."""
+    split = planner.schedule.at(max(measured, 0)).local_batches
+    rows = [
+        Message(TRAINS, step, drawn=drawn, measured=measured, seconds=b * pace).row()
+        for b, pace in zip(split, (0.01, 0.04), strict=True)
+    ]
+    planner.hear(np.array(rows))
+    return planner.asks
+
+
+def test_it_asks_before_a_batch_is_drawn_while_that_may_change_the_plan() -> None:
+    planner = Planner("auto", 2, 64)
+    assert not planner.asks, "nothing is measured before the first step"
+    assert told(planner, 0, 0, -1)
+    assert told(planner, 1, 0, 0)
+    assert planner.schedule.newest.first_step == 1, "in force for the very next batch"
+    assert not told(planner, 1, 2, 1), "loaders have drawn the next batch already"
+    for step in range(2, 40):
+        told(planner, step, step, step - 1)
+    assert not planner.asks, "the plan has settled"
+    assert not told(Planner("equal", 2, 64), 0, 0, -1)
+
+
+def test_it_does_not_ask_for_ever_where_no_step_can_be_measured() -> None:
+    """Every batch of an epoch may be a short one."""
+    planner = Planner("auto", 2, 64)
+    asked = [told(planner, step, step, -1) for step in range(20)]
+    assert asked == [True] * (Planner.IN_VAIN - 1) + [False] * (21 - Planner.IN_VAIN)
+    assert told(planner, 20, 20, 19), "something is measured after all"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hetero.weighting import LEFT_EPOCH, TRAINS, Message, check, weight
+from lightning_hetero.weighting import FETCHES, LEFT_EPOCH, TRAINS, Message, check, weight
 
 
 def rows(*messages: Message) -> np.ndarray:
@@ -21,6 +21,7 @@ def test_ranks_at_the_same_place_go_on() -> None:
     [
         (Message(TRAINS, 7, checksum=6), "split global batch 7 differently"),
         (Message(TRAINS, 8, checksum=5), "rank 0 trains on global batch 7; rank 1 trains on global batch 8"),
+        (Message(FETCHES, 8, checksum=5), "rank 0 trains on global batch 7; rank 1 fetches global batch 8"),
         (Message(LEFT_EPOCH, 7, checksum=5), "rank 1 left the epoch after global batch 6"),
     ],
 )

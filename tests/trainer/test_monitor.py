@@ -86,12 +86,15 @@ def test_who_does_not_pay_is_said_in_one_sentence():
 
 def test_the_end_is_said_in_one_sentence():
     assert Ending((4, 4), 0.5).sentence() is None, "nothing was learnt"
-    whole = Ending((48, 16), 0.4, 0.8, 2.2, 200.0)
+    whole = Ending((48, 16), 0.4, 0.8, predicted_gain=2.2, limit=200.0)
     assert whole.sentence() == (
         "hetero: a step took 0.400 s, 2.20 times as fast as an equal split by the models, 2.00 times as measured "
         "(0.800 s before); 160 samples/s are 80% of the 200 that all devices reach one by one"
     )
-    assert "measured" not in Ending((48, 16), 0.4, None, 2.2, 200.0).sentence()
+    assert "measured" not in Ending((48, 16), 0.4, None, predicted_gain=2.2, limit=200.0).sentence()
+    unequal = Ending((48, 16), 0.4, 0.6, began_equal=False, predicted_gain=2.2, limit=200.0)
+    assert "by the models, 1.50 times as fast as at its first split as measured (0.600 s before)" in unequal.sentence()
+    assert (unequal.event(99)["first_step_seconds"], unequal.event(99)["measured_gain"]) == (0.6, None)
     event = whole.event(99)
     assert (event["measured_gain"], event["predicted_gain"], event["fraction_of_limit"]) == (2.0, 2.2, 0.8)
 
@@ -126,6 +129,14 @@ class Slow(Fixed):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         work(10 * len(batch["x"]) if self.global_rank == 1 else 0)
+        return super().training_step(batch, batch_idx)
+
+
+class SlowStart(Slow):
+    """Rank 1 is clearly slower in the first step, whatever else that one takes."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        work(20_000 if self.global_rank == 1 and batch_idx == 0 else 0)
         return super().training_step(batch, batch_idx)
 
 
@@ -210,11 +221,20 @@ def test_the_end_says_what_was_gained(tmp_path):
     assert end["step"] == 39
     assert end["local_batches"] in [list(split) for split in first["schedule"]]
     assert end["predicted_gain"] > 1
-    assert end["measured_gain"] == end["equal_step_seconds"] / end["step_seconds"]
+    equal = end["equal_step_seconds"]
+    assert end["measured_gain"] == (equal / end["step_seconds"] if equal else None), "if its first split was equal"
+    assert end["first_step_seconds"] > end["step_seconds"]
     assert end["samples_per_second"] == pytest.approx(32 / end["step_seconds"])
     assert end["fraction_of_limit"] > 0
     assert "times as fast as an equal split by the models" in first["said"][-1]
-    assert "times as measured" in first["said"][-1]
+    assert "as measured" in first["said"][-1]
+
+
+def test_what_a_step_took_is_known_before_the_next_batch_is_drawn(tmp_path):
+    first, _ = run_ranks(2, observed, str(tmp_path), SlowStart, 32, 4, {})
+    plans = [event for event in first["events"] if event["event"] == "plan"]
+    assert [plan["step"] for plan in plans[:2]] == [0, 1]
+    assert plans[1]["local_batches"][1] < plans[0]["local_batches"][1]
 
 
 def test_tables_are_shown_for_plans_that_matter(tmp_path):

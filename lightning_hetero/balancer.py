@@ -24,7 +24,7 @@ STATE_VERSION = 2
 _HINT = 2.0
 _HINT_POWER = 0.75
 
-# Nothing is known of memory before the first step: a guess gives no rank more than so many times its equal share.
+# Nothing is known of a step before the first one: a guess gives no rank more than so many times its equal share.
 _GUESS_REACH = 2
 
 # The first split is deliberately left for one beyond the proportional one: shares go with speed to this power. Fixed
@@ -41,7 +41,7 @@ def _errors_to_exceed(world_size: int) -> float:
     return max(_STANDARD_ERRORS, math.sqrt(2 * math.log(world_size)))
 
 
-# At the start and after a drift, that many plans follow each other quickly: without regard to noise, for gains from
+# At the start, and after a drift that comes early, that many plans follow each other quickly: without regard to noise, for gains from
 # this part on. A plan that turns out less good costs little then, and what it measures makes the next one better.
 _QUICK_PLANS = 4
 _QUICK_GAIN = 0.03

@@ -10,8 +10,8 @@ from statistics import median
 
 from lightning_hetero.step_time import StepTimeModel
 
-# Measurements that are kept of a rank: this many of a local batch, for this many local batches (last used).
-KEPT = 40
+# Measurements that are kept of a rank: at least this many of a local batch, for this many local batches (last used).
+KEPT = 42
 KEPT_LOCAL_BATCHES = 8
 
 # That many measurements of a local batch make it known: one of them may be disturbed.
@@ -72,12 +72,14 @@ class RankHistory:
     def observe(self, local_batch: int, seconds: float) -> bool:
         """Record a step; tells whether it showed the speed of the rank to have changed."""
         recent = [*self.seconds.pop(local_batch, []), seconds]
-        self.seconds[local_batch] = recent[-KEPT:]
+        due = len(recent) % (_SLOW_STEPS // 2) == 0
+        # Forgotten in blocks, so that their number goes on telling when the next look at slow drifts is due.
+        self.seconds[local_batch] = recent[-KEPT:] if due else recent
         while len(self.seconds) > KEPT_LOCAL_BATCHES:
             del self.seconds[next(iter(self.seconds))]
         self._model = self._spread = None
         changed = self._changed_suddenly(local_batch)
-        if not changed and len(recent) % (_SLOW_STEPS // 2) == 0:
+        if not changed and due:
             self._follow_slowly(local_batch)
         return changed
 

@@ -61,10 +61,10 @@ class Learnt:
         return self._exchange.from_rank_zero(look)
 
     def probe(self) -> list[float] | None:
-        """How fast each rank's device is, W numbers; None where nothing is to be learnt. All ranks have to ask."""
+        """How fast each of W CPU ranks is; None where nothing is to be learnt. All ranks have to ask."""
         if not learns(self._shares) or self._exchange.world_size == 1:
             return None
-        return self._exchange.gather(probe.speed(self._device))
+        return self._exchange.gather(probe.speed())
 
     def keep(self, trainer: "pl.Trainer", planner: Planner | None) -> None:
         """Write the profile, on the first rank. All ranks have to call."""

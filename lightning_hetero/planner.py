@@ -84,7 +84,7 @@ class Planner:
         minimum: the least that a rank can compute with; less where the global batch does not give each as much.
         granularity: local batches are multiples of it.
         known: what an earlier run of the same job has learnt, see `state_dict`; the first plan follows from it.
-        speeds: W numbers that a probe of the devices has found, of which the first plan makes something where nothing
+        speeds: W numbers that a probe of the ranks has found, of which the first plan makes something where nothing
             else is known and shares are learnt; None for none.
         memory: from the global batch and the least local batch to the caps of all ranks; None for no caps.
 

@@ -104,7 +104,7 @@ class HeteroStrategy(Evaluating):
         self._last_ready = -1
         self._observer: Observer | None = None  # on the first rank, while it trains
         self._devices: list[str] = []
-        self._prompt = False  # all ranks know what a step has taken them as soon as it is over, as CPUs do
+        self._on_cpus = False  # all ranks: they know what a step has taken them as soon as it is over
         self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
         self._survival: Survival | None = None
         self._launched = False
@@ -164,7 +164,7 @@ class HeteroStrategy(Evaluating):
             self._clock = clock_of(self.root_device)
             self._exchange = Exchange(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
-            self._prompt = set(self._devices) == {"cpu"}
+            self._on_cpus = set(self._devices) == {"cpu"}
             self._learnt = Learnt(self._shares, self._exchange, self.root_device)
             if type(self._layer_sync) is TorchSyncBatchNorm and self.world_size > 1:
                 self._ties = Ties(self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting)
@@ -220,7 +220,7 @@ class HeteroStrategy(Evaluating):
                 minimum=minimum,
                 granularity=self._granularity,
                 known=known,
-                speeds=self._learnt.probe() if known is None else None,
+                speeds=self._learnt.probe() if known is None and self._on_cpus else None,
                 memory=lambda total, least: Caps(
                     self._limits, self._devices, total, minimum=least, granularity=self._granularity
                 ),
@@ -421,7 +421,7 @@ class HeteroStrategy(Evaluating):
     def _before_batch(self) -> None:
         if self._observer is not None:
             self._observer.begin_batch()
-        if self._prompt and self._steps is not None and self._planner is not None and self._planner.asks:
+        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.asks:
             assert self._loaders is not None
             self._steps.tell(self._batches, drawn=self._loaders.drawn())
         self._clock.start()

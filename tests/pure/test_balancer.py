@@ -229,15 +229,12 @@ def test_a_probe_of_very_unequal_devices_is_a_start() -> None:
 
 
 def test_it_is_curious_until_a_plan_has_stayed() -> None:
-    """On equal devices ten steps are enough; a drift makes it curious again."""
+    """On equal devices ten steps are enough."""
     balancer = Balancer(2, 64)
     assert balancer.curious
     for step in range(11):
         balancer.observe(step, (32, 32), (1.0, 1.0))
     assert not balancer.curious
-    for step in range(11, 15):
-        balancer.observe(step, (32, 32), (1.0, 3.0))
-    assert balancer.curious
 
 
 def test_the_tail_is_that_of_the_rank_for_which_all_others_wait() -> None:

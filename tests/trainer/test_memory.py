@@ -157,7 +157,7 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
 
 
 def fit_all(names: list[str]) -> list[dict[str, Any]]:
-    return [fit(RECIPES[name][0], {"shares": "auto"} | RECIPES[name][1]) for name in names]
+    return [fit(RECIPES[name][0], {"shares": "equal"} | RECIPES[name][1]) for name in names]
 
 
 def test_parameters_end_as_in_one_process_and_every_sample_is_trained_on_once() -> None:

@@ -41,8 +41,9 @@ def _errors_to_exceed(world_size: int) -> float:
     return max(_STANDARD_ERRORS, math.sqrt(2 * math.log(world_size)))
 
 
-# At the start, and after a drift that comes early, that many plans follow each other quickly: without regard to noise, for gains from
-# this part on. A plan that turns out less good costs little then, and what it measures makes the next one better.
+# At the start, and after a drift that comes early, that many plans follow each other quickly: without regard to noise,
+# for gains from this part on. A plan that turns out less good costs little then, and what it measures makes the next
+# one better.
 _QUICK_PLANS = 4
 _QUICK_GAIN = 0.03
 _SETTLED = 10  # steps of one plan after which nothing is quick any more

@@ -325,10 +325,10 @@ class Side:
                 # A daemon may not have loader workers; `close` ends it in any case.
                 process = context.Process(target=_rank, args=rank, daemon=setting.workers == 0)
                 process.start()
-                quotas.join(ranks[number], process.pid)  # at once: a slow device is slow from the start
                 theirs.close()
                 self._processes.append(process)
                 self._connections.append(ours)
+                quotas.join(ranks[number], process.pid)  # at once: a slow device is slow from the start
             self._hear("ready")
         except BaseException:
             self.close()

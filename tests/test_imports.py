@@ -14,19 +14,8 @@ PURE = (
     *("tally", "profiles", "evaluation_plan"),
 )
 TORCH = (
-    *(
-        "stream",
-        "sampler",
-        "timing",
-        "probe",
-        "tasks",
-        "loss_count",
-        "batch_norm",
-        "sync_batch_norm",
-        "borrowing",
-        "buffers",
-    ),
-    *("limits", "device_memory", "cutting", "nothing", "evaluation_sampler"),
+    *("stream", "sampler", "timing", "tasks", "loss_count", "batch_norm", "sync_batch_norm", "borrowing", "buffers"),
+    *("probe", "limits", "device_memory", "cutting", "nothing", "evaluation_sampler"),
 )
 DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery", "metric_sync")
 LIGHTNING = (

@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 BANDS, CLASSES, STORED, STEPS = 13, 10, 256, 4000
+CASES = {"one": (1, False), "two": (2, False), "limited": (2, True)}  # ranks; whether the last one has to compete
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _TIMEOUT = timedelta(minutes=10)
 
@@ -99,9 +100,15 @@ class Segmentation(pl.LightningModule):
 
 
 class Competitor:
-    """Keeps products of matrices queued on a stream of its own, as another job on this rank's GPU would."""
+    """Keeps products of matrices queued on a stream of its own, as another job on this rank's GPU would.
 
-    def __init__(self) -> None:
+    Args:
+        side: of the matrices. Products of small ones leave a part of the GPU free, those of large ones nothing.
+    """
+
+    def __init__(self, side: int) -> None:
+        self._side = side
+        self._queued = max(4, 64 * 1024**3 // side**3)  # a few milliseconds of them
         self._on = threading.Event()
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -112,10 +119,10 @@ class Competitor:
     def _work(self) -> None:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            matrix = torch.randn(4096, 4096, device="cuda")
+            matrix = torch.randn(self._side, self._side, device="cuda")
             while True:
                 self._on.wait()
-                for _ in range(4):
+                for _ in range(self._queued):
                     matrix @ matrix
                 stream.synchronize()  # lets other threads run meanwhile
 
@@ -179,7 +186,7 @@ class Job:
     Attributes:
         kind: "ddp", "hetero" or "fixed" (hetero under a fixed split).
         ranks: that share the GPU.
-        limited: the last rank's GPU is also used by a competitor.
+        competitor: side of the matrices that other work on the last rank's GPU multiplies; None for no such work.
         global_batch: samples of a step.
         size: pixels of a patch's side.
         filters: of the network.
@@ -187,7 +194,7 @@ class Job:
 
     kind: str
     ranks: int
-    limited: bool
+    competitor: int | None
     global_batch: int
     size: int
     filters: int
@@ -205,7 +212,8 @@ def _rank(job: Job, rank: int, folder: str, connection: Connection) -> None:  # 
         strategy: Any = "ddp"
         if job.kind != "ddp":
             strategy = Observed(shares="auto" if job.kind == "hetero" else "equal", global_batch=job.global_batch)
-        competitor = Competitor() if job.limited and rank == job.ranks - 1 else None
+        last = rank == job.ranks - 1
+        competitor = Competitor(job.competitor) if job.competitor is not None and last else None
         trainer = pl.Trainer(
             accelerator="cuda",
             devices=1,
@@ -297,6 +305,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="how often each side has its turn")
     add("--steps", type=int, default=20, help="steps of a turn")
     add("--settle", type=int, default=60, help="steps of hetero before the first round")
+    add("--cases", default=",".join(CASES), help="which comparisons are made")
+    add("--competitor", type=int, default=1024, help="side of the matrices that the other work multiplies")
     add(
         "--splits",
         type=splits_of,
@@ -305,6 +315,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_out(parser)
     options = parser.parse_args(arguments)
+    options.cases = options.cases.split(",")
+    if unknown := set(options.cases) - set(CASES):
+        parser.error(f"there is no case {min(unknown)!r}; there are {', '.join(CASES)}")
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU")
     return options
@@ -328,7 +341,8 @@ def compare(options: argparse.Namespace, ranks: int, *, limited: bool) -> dict[s
     """One comparison, all sides in turns."""
 
     def job(kind: str) -> Job:
-        return Job(kind, ranks, limited, options.global_batch, options.size, options.filters)
+        competitor = options.competitor if limited else None
+        return Job(kind, ranks, competitor, options.global_batch, options.size, options.filters)
 
     with ExitStack() as stack:
         ddp, hetero = (stack.enter_context(Side(job(kind))) for kind in ("ddp", "hetero"))
@@ -366,11 +380,11 @@ def compare(options: argparse.Namespace, ranks: int, *, limited: bool) -> dict[s
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run everything."""
-    keys = ("global_batch", "size", "filters", "rounds", "steps", "settle")
+    keys = ("global_batch", "size", "filters", "rounds", "steps", "settle", "competitor")
     head = reports.head("step time and host waits of hetero on a CUDA GPU, beside plain DDP", options, keys)
     head["hardware"]["gpu"] = torch.cuda.get_device_name()
     cases = []
-    for ranks, limited in ((1, False), (2, False), (2, True)):
+    for ranks, limited in (CASES[name] for name in options.cases):
         cases.append(compare(options, ranks, limited=limited))
         say(table({"cases": cases[-1:]}))
     return head | {"cases": cases}
@@ -397,7 +411,8 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, write, show."""
     options = parse()
-    run(options, f"gpu-fcn-{options.size}px-b{options.global_batch}", measure, table)
+    cases = "" if len(options.cases) == len(CASES) else f"-{'-'.join(options.cases)}"
+    run(options, f"gpu-fcn-{options.size}px-b{options.global_batch}{cases}", measure, table)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loops import _EvaluationLoop, _PredictionLoop
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_hetero.collectives import Exchange
+from lightning_hetero.communicating import Communicating
 from lightning_hetero.evaluation_plan import EvaluationTimes, Measured
 from lightning_hetero.evaluation_sampler import EvaluationSampler, Scope
 from lightning_hetero.metric_sync import MetricSync
@@ -126,7 +126,7 @@ class Evaluation:
         self._times.hear(self._exchange.gather(told))
 
 
-class Evaluating(DDPStrategy):
+class Evaluating(Communicating):
     """DDP whose evaluation steps are each rank's own: past DDP's wrapper, and without exchanges.
 
     Ranks evaluate different numbers of batches, so whoever exchanges in a step waits for a rank that may never come.

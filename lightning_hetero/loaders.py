@@ -6,7 +6,6 @@ Lightning injects its own sampler before a strategy is asked, and loaders may be
 # ruff: noqa: SLF001 - what is touched of a Trainer and of its loaders is guarded by tests
 
 import copy
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,9 +26,9 @@ from lightning_hetero.collectives import Exchange
 from lightning_hetero.evaluating import Evaluation, scope_of
 from lightning_hetero.evaluation_sampler import EvaluationSampler
 from lightning_hetero.planner import Planner
+from lightning_hetero.same_data import SameData
 from lightning_hetero.sampler import CountSampler, Drawing, HandedOut, Position, Share, ShareSampler
 from lightning_hetero.stream import Chunks, Index, Stream, fingerprint
-from lightning_hetero.training_step import SameData
 
 _USERS = "_lightning_hetero_users_loader"  # where a prepared loader keeps the one that it was made from
 
@@ -116,15 +115,6 @@ class Recorder:
 
     def __len__(self) -> int:
         return len(self._batch_sampler)
-
-
-def content_hash(batch: Any) -> str:
-    """A hash of the numbers in a batch on the CPU; equal batches have equal hashes on every rank."""
-    digest = hashlib.blake2b(digest_size=6)
-    for leaf in torch.utils._pytree.tree_leaves(batch):
-        if isinstance(leaf, torch.Tensor):
-            digest.update(leaf.detach().cpu().flatten()[:65536].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class LockstepLoader:

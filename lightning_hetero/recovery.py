@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_hetero import cutting
 from lightning_hetero.borrowing import ModuleState
 from lightning_hetero.loss_count import sample_count
+from lightning_hetero.masks import gradients_left_alone
 from lightning_hetero.sync_batch_norm import SynchronisedBatchNorm
-from lightning_hetero.training_step import TrainingSteps, gradients_left_alone
+from lightning_hetero.training_step import TrainingSteps
 
 Gradients = list[Tensor | None]
 """One a parameter."""

@@ -27,7 +27,7 @@ from lightning_hetero.evaluating import Evaluating
 from lightning_hetero.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.learnt import Learnt, run_folder
 from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
-from lightning_hetero.loaders import Context, Loaders, content_hash
+from lightning_hetero.loaders import Context, Loaders
 from lightning_hetero.malloc import keep_freed_memory
 from lightning_hetero.memory import Caps
 from lightning_hetero.metrics import StepLogging
@@ -36,11 +36,12 @@ from lightning_hetero.observer import Observer
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner, Shares
 from lightning_hetero.results import Talk
+from lightning_hetero.same_data import SameData, content_hash
 from lightning_hetero.sampler import Position
 from lightning_hetero.survival import Survival, name_unused
 from lightning_hetero.sync_batch_norm import Ties
-from lightning_hetero.timing import HostMarks, WorkClock, clock_of
-from lightning_hetero.training_step import SameData, TrainingSteps
+from lightning_hetero.timing import clock_of
+from lightning_hetero.training_step import TrainingSteps
 from lightning_hetero.truth import OneTruth
 from lightning_hetero.weighting import COLUMNS, Rows, column
 
@@ -87,7 +88,6 @@ class HeteroStrategy(Evaluating):
         self._loss_count = loss_count
         self._memory_limit = memory_limit
         self._granularity = granularity
-        self._clock = WorkClock(HostMarks())
         self._batches = 0  # training batches begun since the strategy was made
         self._exchange: Exchange | None = None
         self._planner: Planner | None = None
@@ -460,8 +460,6 @@ class HeteroStrategy(Evaluating):
         if self._observer is not None:
             self._observer.hear(self._planner, rows, news.plans)
 
-    # ---- exchanges, which are no work of this rank ----
-
     @override
     def _register_ddp_hooks(self) -> None:
         assert isinstance(self.model, DistributedDataParallel)
@@ -471,33 +469,6 @@ class HeteroStrategy(Evaluating):
         if self.world_size > 1:
             hook = masked(hook, lambda: self._steps.mask if self._steps is not None else None)
             self.model.register_comm_hook(self._ddp_comm_state, until_last_bucket(hook, self._clock))
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg") and not tensor.is_floating_point():
-            # Lightning averages the sample counts of logged values as whole numbers, rounded down: 55 on 3 ranks is 18.
-            tensor = tensor.double()
-        with self._clock.waiting():
-            return super().reduce(tensor, group, reduce_op)
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        # A rank that fails runs hooks with barriers in them, while the others sit in another exchange.
-        module = self.lightning_module
-        if module is not None and module._trainer is not None and module.trainer.interrupted:
-            return
-        with self._clock.waiting():
-            super().barrier(*args, **kwargs)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        with self._clock.waiting():
-            return super().broadcast(obj, src)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        with self._clock.waiting():
-            return super().all_gather(tensor, group, sync_grads)
 
     @classmethod
     @override

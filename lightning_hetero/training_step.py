@@ -1,10 +1,8 @@
 """One training step of a rank, from its batch to the weight of its loss."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,87 +15,13 @@ from lightning_hetero.collectives import Exchange, PendingRows, average_gradient
 from lightning_hetero.device_memory import PeakMemory
 from lightning_hetero.failures import BackwardWatch, check_backward
 from lightning_hetero.loss_count import LossCounter
+from lightning_hetero.masks import gradients_left_alone, gradients_without_nan
 from lightning_hetero.nothing import NothingCounts
 from lightning_hetero.sampler import Share
 from lightning_hetero.sync_batch_norm import Ties
-from lightning_hetero.timing import Reading, WorkClock
+from lightning_hetero.timing import WorkClock
 from lightning_hetero.weighting import FETCHES, LEFT_EPOCH, TRAINS, Message, Rows, check, column, weight
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A backward pass inside adds what `hook` makes of each gradient."""
-    handles = [parameter.register_hook(hook) for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def gradients_left_alone(module: nn.Module, unless: Tensor | None = None) -> AbstractContextManager[None]:
-    """A backward pass inside adds exact zeros to the gradients, whatever it computes.
-
-    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN.
-
-    Args:
-        module: whose gradients.
-        unless: a truth value on the device; where it is true, gradients are what they are. The host never reads it.
-    """
-    if unless is None:
-        return _hooked(module, torch.zeros_like)
-    return _hooked(module, lambda gradient: torch.where(unless, gradient, torch.zeros_like(gradient)))
-
-
-def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> AbstractContextManager[None]:
-    """A backward pass inside, of a loss times 0, adds no NaN to the gradients where nothing counts.
-
-    Unlike `gradients_left_alone` it keeps what synchronised layers bring from other ranks.
-    """
-
-    def clean(gradient: Tensor) -> Tensor:
-        without = gradient.nan_to_num(0.0, 0.0, 0.0)
-        return torch.where(counts, gradient, without) if isinstance(counts, Tensor) else without
-
-    return _hooked(module, clean)
-
-
-@dataclass
-class Window:
-    """A rank's own work since its last optimizer step.
-
-    Micro-batches that can't be compared with others (a short last batch, a change of plan in between) spoil it.
-    """
-
-    readings: list[Reading] = field(default_factory=list)
-    shares: list[Share] = field(default_factory=list)
-    comparable: bool = True
-    apart: bool = False  # gradients were averaged after the backward pass
-
-    def add(self, reading: Reading | None, share: Share | None, global_batch: int) -> None:
-        """One more micro-batch."""
-        if reading is None or share is None or share.borrowed or sum(share.counts) != global_batch:
-            self.comparable = False
-            return
-        self.readings.append(reading)
-        self.shares.append(share)
-
-    def usable(self) -> bool:
-        """Whether it tells how long a micro-batch takes under one plan."""
-        return self.comparable and bool(self.shares) and len({share.checksum for share in self.shares}) == 1
-
-    def known(self) -> bool:
-        """Whether the device has come to its end."""
-        return self.readings[-1].known()
-
-    def measured(self) -> dict[str, float]:
-        """The window's last step, and a micro-batch's mean seconds of own work and of averaging, for the message."""
-        return {
-            "measured": self.shares[-1].step,
-            "seconds": sum(reading.seconds() for reading in self.readings) / len(self.readings),
-            "averaging": sum(reading.averaging_seconds() for reading in self.readings) / len(self.readings),
-            "apart": float(self.apart),
-        }
+from lightning_hetero.window import Window
 
 
 class Logging(Protocol):
@@ -473,39 +397,3 @@ class TrainingSteps:
         """
         self._nothing.end_epoch()
         check(self._exchange.start(Message(LEFT_EPOCH, step).row()).wait())
-
-
-class SameData:
-    """Finds out whether all ranks train on the same data where the user shards; looks at the first batches only."""
-
-    WATCHED = 3
-
-    def __init__(self) -> None:
-        self._same = 0
-
-    @staticmethod
-    def number(*hashes: str | None) -> float:
-        """A number above 0 that stands for the data, exact as a float."""
-        text = "/".join(part for part in hashes if part)
-        return float(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") + 1)
-
-    def look(self, step: int, rows: Rows, last: float) -> None:
-        """Compare the data of a step.
-
-        Args:
-            step: which.
-            rows: all ranks' messages.
-            last: steps in the epoch.
-
-        Raises:
-            ValueError: the data of all steps so far was the same on all ranks, and they were enough.
-        """
-        contents = column(rows, "content")
-        if len(contents) == 1 or step >= self.WATCHED or contents[0] == 0:
-            return
-        self._same += len(set(contents)) == 1
-        if self._same == min(self.WATCHED, last):
-            raise ValueError(
-                "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the "
-                "strategy then gives each rank its own share"
-            )

@@ -15,12 +15,13 @@ PURE = (
 )
 TORCH = (
     *("stream", "sampler", "timing", "tasks", "loss_count", "batch_norm", "sync_batch_norm", "borrowing", "buffers"),
-    *("probe", "limits", "device_memory", "cutting", "nothing", "evaluation_sampler"),
+    *("probe", "limits", "device_memory", "cutting", "nothing", "evaluation_sampler", "masks", "window"),
+    "same_data",
 )
 DISTRIBUTED = ("collectives", "agreement", "failures", "training_step", "recovery", "metric_sync")
 LIGHTNING = (
-    *("attachment", "layer_sync", "learnt", "survival", "evaluating", "loaders", "results", "truth", "metrics"),
-    *("checkpoint", "monitor", "observer", "strategy"),
+    *("attachment", "layer_sync", "learnt", "survival", "communicating", "evaluating", "loaders"),
+    *("results", "truth", "metrics", "checkpoint", "monitor", "observer", "strategy"),
 )
 OUTERMOST = ("accelerator", "__init__", "ray", "report", "demo", "command_line", "cli")
 

@@ -147,7 +147,8 @@ def _gpu(report: Report) -> str:
     for case in report["cases"]:
         who = "one rank" if case["ranks"] == 1 else f"{case['ranks']} ranks on one GPU"
         who += ", one of them beside other work" if case["limited"] else ""
-        cases.append(f"{who}: speed of hetero {_times(case['gain_over_ddp'])} of DDP's")
+        best = f", {_times(case['gain_over_best'])} of the best fixed split's" if case["limited"] else ""
+        cases.append(f"{who}: speed of hetero {_times(case['gain_over_ddp'])} of DDP's{best}")
     return "; ".join(cases)
 
 

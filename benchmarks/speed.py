@@ -4,7 +4,8 @@ Each rank is a process with one thread, pinned to a core and held to a part of i
 turns within one run, so that whatever else the machine does hits all of them. Everything is a real `Trainer.fit`.
 
 The best fixed split is searched for: a grid from equal to far beyond proportional, then the neighbours of the best of
-these. The fastest take turns in the first rounds, and the winner of those is measured in the others.
+these. The fastest take turns in the first rounds, and the winner of those is measured in the others. Since it comes close
+to `hetero`, the two then take some more turns in pairs.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from reports import say
 from searching import LEAST
 from turns import DISTURBED, Stage, stage
 
-_COUNTS = ("rounds", "choosing", "steps", "slow_steps", "settle", "search_steps", "finalists")
+_COUNTS = ("rounds", "choosing", "steps", "slow_steps", "settle", "search_steps", "finalists", "pairs")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,6 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the first rounds, that choose the best fixed split and don't count for it",
     )
     add("--finalists", type=int, default=3, help="fixed splits that take part in these")
+    add("--pairs", type=int, default=4, help="turns of hetero and of the best fixed split after the last round")
     add("--steps", type=int, default=10, help="steps that are measured of each turn")
     add("--slow-steps", type=int, default=4, help="the same for plain DDP, and the equal and the proportional split")
     add("--settle", type=int, default=30, help="steps that hetero has to learn in, before the first round")
@@ -69,6 +71,7 @@ class Comparison:
         self._alone = stage.side("alone", [0])
         self._search = stage.search(self._fixed, options.search_steps)
         self._rounds: dict[str | Split, list[list[float]]] = {}
+        self._pairs: dict[str, list[list[float]]] = {"hetero": [], "best": []}
         self._best: Split = ()
         self._solo: list[float] = []
         self._equal: Split = (options.global_batch // self._world_size,) * self._world_size
@@ -133,9 +136,19 @@ class Comparison:
             say(f"round {number + 1} of {options.rounds}, ms: {medians}")
             say(f"others took up to {others['greatest']:.0%} of a core, {others['median']:.0%} mostly")
 
+    def compare_with_best(self) -> None:
+        """Pairs of turns of hetero and the best fixed split, each of them first in every other pair."""
+        turns = {"hetero": (self._hetero, None), "best": (self._fixed, self._best)}
+        for number in range(self._options.pairs):
+            for name in sorted(turns, reverse=number % 2 == 0):
+                side, split = turns[name]
+                self._pairs[name].append(self._stage.take(side, self._options.steps, split))
+            say(", ".join(f"{name} {median(times[-1]) * 1000:.0f} ms" for name, times in self._pairs.items()))
+
     def report(self) -> dict[str, Any]:
         """All that was found out."""
-        hetero, best = self._rounds["hetero"], self._rounds[self._best][self._options.choosing :]
+        hetero = self._rounds["hetero"]
+        best = self._rounds[self._best][self._options.choosing :] + self._pairs["best"]
         sides: dict[str, tuple[Split | None, list[list[float]]]] = {
             "ddp": (self._equal, self._rounds["ddp"]),
             "alone": (None, self._rounds["alone"]),
@@ -154,10 +167,14 @@ class Comparison:
                 name: {"split": split, "seconds": figures.middle(rounds), "rounds": [median(r) for r in rounds]}
                 for name, (split, rounds) in sides.items()
             },
-            "gains": {f"hetero/{name}": figures.gain(sides[name][1], hetero) for name in sides if name != "hetero"},
+            "gains": {
+                f"hetero/{name}": figures.gain(rounds, hetero + self._pairs["hetero"] if name == "best" else hetero)
+                for name, (_, rounds) in sides.items()
+                if name != "hetero"
+            },
             "part_of_solo_rates": {
                 name: figures.scaled(figures.gain(self._rounds["alone"], rounds), 1 / devices)
-                for name, rounds in (("hetero", hetero), ("best", best))
+                for name, rounds in (("hetero", hetero), ("best", best[: len(hetero) - self._options.choosing]))
             },
             "solo_seconds": self._solo,
             "disturbance": self._stage.disturbance(),
@@ -236,6 +253,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         comparison.find_best()
         comparison.let_settle()
         comparison.take_turns()
+        comparison.compare_with_best()
         head |= {"quotas_enforced_by": ready.quotas.means, "load_after": machine.load()}
         return head | comparison.report()
 

@@ -4,8 +4,8 @@ Each rank is a process with one thread, pinned to a core and held to a part of i
 turns within one run, so that whatever else the machine does hits all of them. Everything is a real `Trainer.fit`.
 
 The best fixed split is searched for: a grid from equal to far beyond proportional, then the neighbours of the best of
-these. The fastest take turns in the first rounds, and the winner of those is measured in the others. Since it comes close
-to `hetero`, the two then take some more turns in pairs.
+these. The fastest take turns in the first rounds, and the winner of those is measured in the others. Since it comes
+close to `hetero`, the two then take some more turns in pairs.
 """
 
 import argparse

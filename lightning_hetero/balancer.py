@@ -41,12 +41,11 @@ def _errors_to_exceed(world_size: int) -> float:
     return max(_STANDARD_ERRORS, math.sqrt(2 * math.log(world_size)))
 
 
-# At the start, and after a drift that comes early, that many plans follow each other quickly: without regard to noise,
-# for gains from this part on. A plan that turns out less good costs little then, and what it measures makes the next
-# one better.
+# At the start, and after a drift, that many plans follow each other quickly: without regard to noise, for gains from
+# this part on. A plan that turns out less good costs little then, and what it measures makes the next one better.
 _QUICK_PLANS = 4
 _QUICK_GAIN = 0.03
-_SETTLED = 10  # steps of one plan after which nothing is quick any more
+_SETTLED = 10  # steps without a new plan and without a drift, after which nothing is quick any more
 
 # Afterwards, and where there is no hint that anything is wrong, a plan is judged on that many steps at least.
 _STEPS = 5
@@ -124,6 +123,7 @@ class Balancer:
         self._hinted = False
         self._observed: tuple[int, ...] = ()  # the split of the last step
         self._times_observed = 0  # in a row
+        self._calm = 0  # steps since the plan or the speed of a rank has changed
         self._quick_plans = _QUICK_PLANS
         self._drifted = False
 
@@ -166,11 +166,12 @@ class Balancer:
         if averaging and min(averaging) > 0 and self.world_size > 1:
             self._hear_of_averaging(split, own, averaging, apart=apart)
         drifts = [rank.observe(b, t) for rank, b, t in zip(self._ranks, split, own, strict=True)]
-        if any(drifts):
-            self._drifted, self._quick_plans = True, _QUICK_PLANS
         self._times_observed = self._times_observed + 1 if split == self._observed else 1
+        self._calm = self._calm + 1 if split == self._observed else 1
         self._observed = split
-        if self._times_observed >= _SETTLED:
+        if any(drifts):
+            self._drifted, self._quick_plans, self._calm = True, _QUICK_PLANS, 0
+        if self._calm >= _SETTLED:
             self._quick_plans = 0
 
     def _hear_of_averaging(
@@ -279,7 +280,8 @@ class Balancer:
             raise ValueError("an earlier run that has measured nothing is nothing to start from")
         for rank in self._ranks:
             rank.seconds = {b: seconds[-_REMEMBERED:] for b, seconds in rank.seconds.items()}
-        self._times_observed, self._quick_plans, self._drifted, self._hinted = 0, _QUICK_PLANS, False, True
+        self._times_observed, self._calm, self._quick_plans = 0, 0, _QUICK_PLANS
+        self._drifted, self._hinted = False, True
         split = self._best(None)
         return Proposal(split, tuple(m.seconds(b) for m, b in zip(self._models(), split, strict=True)), "profile")
 
@@ -428,4 +430,5 @@ class Balancer:
                 StepTimeModel.fit([b] * len(seconds), seconds)  # raises for what cannot have been measured
         self._ranks, self._observed = ranks, observed
         self._times_observed, self._quick_plans, self._drifted = counters
+        self._calm = self._times_observed
         self._first = None

@@ -17,6 +17,9 @@ KEPT_LOCAL_BATCHES = 8
 # That many measurements of a local batch make it known: one of them may be disturbed.
 _KNOWN = 3
 
+# That many make it a reference for drifts: the first two may have been compiled, or have grown the memory.
+_REFERENCE = 5
+
 # That many steps in a row, all off by this factor (or by so many times the noise, if that is more), are a drift: soon
 # where much is lost, later where it may be an episode that passes.
 _DRIFTS = ((4, 1.6), (8, 1.15))
@@ -93,7 +96,7 @@ class RankHistory:
     def _changed(self, local_batch: int, steps: int, factor: float) -> bool:
         last = self.seconds[local_batch][-steps:]
         older = self._without_last(local_batch, steps)
-        known = {b: median(s) for b, s in older.items() if len(s) >= _KNOWN}
+        known = {b: median(s) for b, s in older.items() if len(s) >= _REFERENCE}
         if len(last) < steps or not known:
             return False
         # Samples never make a step shorter. So, whatever the curve, these bound the last steps at unchanged speed.

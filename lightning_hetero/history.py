@@ -160,17 +160,23 @@ class RankHistory:
     def uncertainty(self, local_batch: int) -> float:
         """Relative standard error of the curve at a local batch.
 
-        Where it was measured, that of the median. Elsewhere, that of the nearest measured neighbours, and more the
-        further these are away: the curve between and beyond them is a guess.
+        Where it was measured, that of the median. Elsewhere, that of the neighbour which tells most: of its own median,
+        and more the further it is away, since the curve between and beyond what was measured is a guess. A neighbour
+        that was measured once takes nothing from what another one tells.
         """
         below = max((b for b in self.seconds if b <= local_batch), default=None)
         above = min((b for b in self.seconds if b >= local_batch), default=None)
         near = {b for b in (below, above) if b is not None}
-        errors = [self.spread() * _MEDIAN_ERROR / math.sqrt(len(self.seconds[b])) for b in near]
-        if local_batch in near:
-            return errors[0]
-        distance = min(abs(math.log(local_batch / b)) for b in near)
-        return math.hypot(max(errors), (_BETWEEN if len(near) > 1 else _BEYOND) * distance)
+        rate = _BETWEEN if len(near) > 1 else _BEYOND
+
+        def told_by(b: int) -> float:
+            return math.hypot(self._error(b), rate * abs(math.log(local_batch / b)))
+
+        return min(map(told_by, near))
+
+    def _error(self, local_batch: int) -> float:
+        """Relative standard error of the median of what was measured at a local batch."""
+        return self.spread() * _MEDIAN_ERROR / math.sqrt(len(self.seconds[local_batch]))
 
 
 def fit(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:

@@ -86,6 +86,14 @@ def test_uncertainty_falls_with_measurements_and_rises_with_distance() -> None:
     assert math.isfinite(many.uncertainty(100_000))
 
 
+def test_a_neighbour_that_was_measured_once_takes_nothing_from_what_the_other_one_tells() -> None:
+    """Else a split that was only passed through keeps the plan away from all that lies before it."""
+    noisy = [1.0, 1.2, 0.8, 1.1, 0.9] * 8
+    between = RankHistory({58: noisy, 61: [1.3]})
+    assert between.uncertainty(60) < 2 * between.uncertainty(58)
+    assert between.uncertainty(61) > 3 * between.uncertainty(58)
+
+
 def test_what_is_kept_is_bounded() -> None:
     rank = RankHistory()
     for step in range(1000):

@@ -102,9 +102,10 @@ def fit_here(recipe: Recipe, strategy: Any, devices: int, batch_size: int) -> di
 
 
 def fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
+    """Shares are equal unless said otherwise: with "auto", a probe on a busy machine may find the ranks unequal."""
     from lightning_hetero import HeteroStrategy
 
-    chosen = HeteroStrategy(**strategy)
+    chosen = HeteroStrategy(**({"shares": "equal"} | strategy))
     out = fit_here(recipe, chosen, torch.distributed.get_world_size(), recipe.batch_size)
     assert chosen._planner is not None
     plans = [(plan.first_step, plan.local_batches, plan.reason) for plan in chosen._planner.schedule.plans]

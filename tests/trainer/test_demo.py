@@ -77,9 +77,9 @@ def test_a_short_demo_leaves_all_that_it_promises(start, tmp_path):
     events = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
     summary = json.loads((out / "summary.json").read_text())
 
-    # every plan is a split of the same global batch, and the first one is what DDP would do
+    # every plan is a split of the same global batch, and the first one is what DDP would do, unless a probe says more
     assert {sum(event["local_batches"]) for event in events if event["event"] == "plan"} == {48}
-    assert events[0]["local_batches"] == [24, 24]
+    assert events[0]["reason"] == "probe" or events[0]["local_batches"] == [24, 24]
     assert sum(summary["local_batches"]) == 48
     rates = [summary[f"{side}_images_per_second"] for side in ("ddp", "hetero", "alone")]
     assert all(rate > 0 for rate in rates)

@@ -317,7 +317,7 @@ def test_a_rank_whose_system_gives_it_no_more_memory() -> None:
 
 def test_a_global_batch_that_fits_nowhere() -> None:
     """Both ranks can hold 3: the sum is known after two steps, and both say the same."""
-    errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, fits=3, ranks=(0, 1))), {"shares": "auto"})
+    errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, fits=3, ranks=(0, 1))), {})
     for rank in (0, 1):
         assert "ValueError: a global batch of 12 does not fit into memory: 6 samples too many" in errors[rank]
         assert "use a global batch of at most 6" in errors[rank]

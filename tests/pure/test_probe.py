@@ -1,21 +1,35 @@
 """A probe tells fast ranks from slow ones, and leaves no trace."""
 
+import pytest
 import torch
 
 from lightning_hetero import probe
 
 
-def test_a_rank_that_needs_longer_is_slower(monkeypatch):
-    """Eight times the work for an image, and a wide margin for what else the machine does."""
-    convolve = probe._convolve
+class Clock:
+    """A machine's time: it goes on only where an image is convolved."""
 
-    def slowly(image, kernel):
-        for _ in range(8):
-            convolve(image, kernel)
+    def __init__(self, seconds: float) -> None:
+        self.now = 0.0
+        self.seconds = seconds
 
-    fast = probe.speed()
-    monkeypatch.setattr(probe, "_convolve", slowly)
-    assert 0 < probe.speed() < fast / 2
+    def convolve(self, image: torch.Tensor, kernel: torch.Tensor) -> None:
+        self.now += self.seconds
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.008, 0.3])
+def test_speed_is_images_a_second(monkeypatch, seconds):
+    """Also where one image takes longer than the whole measurement should."""
+    clock = Clock(seconds)
+    monkeypatch.setattr(probe, "_convolve", clock.convolve)
+    monkeypatch.setattr(probe, "perf_counter", lambda: clock.now)
+    assert probe.speed() == pytest.approx(1 / seconds)
+    # the first image is not timed, and the last one begins before the time is up
+    assert clock.now <= probe._SECONDS + 2 * seconds
+
+
+def test_a_real_one_comes_to_an_end():
+    assert probe.speed() > 0
 
 
 def test_nothing_random_is_drawn_and_no_mode_is_left_behind():

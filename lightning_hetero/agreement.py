@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from zlib import crc32
 
@@ -12,10 +12,18 @@ from torch import nn
 from lightning_hetero.collectives import Exchange
 
 
+def release() -> str:
+    """The version of this package; "(not installed)" where it runs from a source tree, which is no reason to stop."""
+    try:
+        return version("lightning-hetero")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
 def facts(module: nn.Module, precision: str) -> dict[str, Any]:
     """What has to be the same on all ranks before the first step."""
     return {
-        "version of lightning-hetero": version("lightning-hetero"),
+        "version of lightning-hetero": release(),
         "version of torch": version("torch"),
         "precision": precision,
         "module": type(module).__name__,

@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from lightning_hetero.agreement import release
 
 _TRAINER = {
     "fit": "train",
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="lightning-hetero",
         description="Train on devices of unequal speed with Lightning.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command, what in _TRAINER.items():
         commands.add_parser(command, add_help=False, help=f"{what}, as a configuration says (LightningCLI)")
@@ -66,13 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status
-
-
-def _version() -> str:
-    try:
-        return version("lightning-hetero")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _demo(options: argparse.Namespace) -> int:

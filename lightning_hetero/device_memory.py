@@ -84,12 +84,13 @@ def limits(rooms: Sequence[Room], memory_limit: float) -> tuple[float, ...]:
 
 
 class PeakMemory:
-    """The most bytes that this process holds in a step, on its device.
+    """The most bytes that this process holds in a step, on its device; told of the first few steps of each size.
 
-    On CUDA, what torch has allocated; it is counted on the host, so nothing waits for the device. On the CPU, resident
-    pages without those of files, which the system can take back. An allocator may keep what it was given, so there a
-    peak is told only of steps at least as large as all before: a later, smaller one would seem to need as much. And
-    only of the first few of each size, since asking the system takes a tenth of a millisecond.
+    On CUDA, what torch has allocated; it is counted on the host, so nothing waits for the device. Peaks that somebody
+    else wants to read are forgotten in those few steps only. On the CPU, resident pages without those of files, which
+    the system can take back; asking for them takes a tenth of a millisecond. An allocator may keep what it was given,
+    so there a peak is told only of steps at least as large as all before: a later, smaller one would seem to need as
+    much.
 
     Args:
         device: of this rank.
@@ -97,36 +98,35 @@ class PeakMemory:
     """
 
     LOOKED_AT = 8
-    """Steps on the CPU with the same local batch."""
+    """Steps with the same local batch."""
 
     def __init__(self, device: torch.device, proc: Path = Path("/proc")) -> None:
         self._device = device
         self._proc = proc / "self"
-        self._largest = 0
-        self._looked = 0  # at steps with that local batch
+        self._looked: Counter[int] = Counter()  # at steps, by local batch
         self.resting = self._cuda("current") if device.type == "cuda" else self._resident("VmRSS")
 
     def start(self, local_batch: int) -> None:
         """A step begins: forget earlier peaks."""
+        if not self._looks_at(local_batch):
+            return
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif self._looks_at(local_batch):
+        else:
             # Without the right to, the peak is that of the process's life, which is more than this step's: still safe.
             with contextlib.suppress(OSError):
                 (self._proc / "clear_refs").write_text("5")
 
     def of_step(self, local_batch: int) -> float:
         """The peak since `start`; 0 where it is not known."""
-        if self._device.type == "cuda":
-            return self._cuda("peak")
         if not self._looks_at(local_batch):
             return 0.0
-        self._looked = self._looked + 1 if local_batch == self._largest else 1
-        self._largest = local_batch
-        return self._resident("VmHWM")
+        self._looked[local_batch] += 1
+        return self._cuda("peak") if self._device.type == "cuda" else self._resident("VmHWM")
 
     def _looks_at(self, local_batch: int) -> bool:
-        return local_batch > self._largest or (local_batch == self._largest and self._looked < self.LOOKED_AT)
+        comparable = self._device.type == "cuda" or local_batch >= max(self._looked, default=0)
+        return comparable and self._looked[local_batch] < self.LOOKED_AT
 
     def _cuda(self, which: str) -> float:
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)  # the flat one takes far longer to make

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_hetero.allocation import proportional
+
 UNLIMITED = 2**40
 """A local batch that no one has; stands for no cap."""
 
@@ -81,13 +83,15 @@ class Report:
         held: the local batch of its last step; 0 where it says nothing of memory.
         peak: most bytes held in that step; 0 where they are not known.
         resting: bytes held before its first step.
-        fits: the largest local batch that fits, learnt from running out of memory; 0 if that never happened.
+        fits: the largest local batch that is known to fit, learnt from running out of memory; 0 if that never happened.
+        fails: the smallest one that is known not to; 0 for none, and then nothing above `fits` is tried.
     """
 
     held: float
     peak: float
     resting: float
     fits: float
+    fails: float = 0.0
 
 
 class _Rank:
@@ -95,27 +99,46 @@ class _Rank:
         self.peaks: dict[int, float] = {}
         self.resting = 0.0
         self.fits = UNLIMITED
+        self.fails = UNLIMITED + 1
         self.ran = 0  # the largest local batch so far
 
     def hear(self, report: Report) -> bool:
         """Whether there was news, which is rare: peaks repeat."""
-        before = self.resting, self.fits, self.ran, self.peaks.get(int(report.held))
+        before = self._known(report)
         self.resting = report.resting
         self.fits = int(report.fits) or self.fits
+        self.fails = int(report.fails) or self.fits + 1
         if report.held > 0:
             held = int(report.held)
             self.ran = max(self.ran, held)
             if report.peak > 0:
                 self.peaks[held] = max(report.peak, self.peaks.get(held, 0.0))
-        return before != (self.resting, self.fits, self.ran, self.peaks.get(int(report.held)))
+        return before != self._known(report)
+
+    def _known(self, report: Report) -> tuple[float | None, ...]:
+        return self.resting, self.fits, self.fails, self.ran, self.peaks.get(int(report.held))
 
     def largest(self, limit: float) -> int:
-        """What its memory allows."""
+        """What its memory is known to allow."""
+        return min(self._modelled(limit), self.fits)
+
+    def possible(self, limit: float) -> int:
+        """What its memory may allow, for all that is known.
+
+        A batch that was cut in halves until they fitted tells that a half fits, and that the whole does not. And one
+        point within the limit bounds no slope: what all samples take together may be in it.
+        """
+        most = self._modelled(limit)
+        if len(self.peaks) == 1 and max(self.peaks.values()) <= limit:
+            most = max(most, 2 * max(self.peaks))
+        return min(most, self.fails - 1)
+
+    def _modelled(self, limit: float) -> int:
         if not self.peaks:
-            return self.fits
+            return UNLIMITED
         # The line lies above most observations, so it may deny what has been seen to fit.
         seen = max((local_batch for local_batch, peak in self.peaks.items() if peak <= limit), default=0)
-        return min(max(MemoryModel.fit(self.peaks, self.resting).largest(limit), seen), self.fits)
+        return max(MemoryModel.fit(self.peaks, self.resting).largest(limit), seen)
 
     def reach(self) -> int:
         """How far a next step may go by what is known: twice as far as before, while the slope is not."""
@@ -142,7 +165,7 @@ class Caps:
         self._minimum = minimum
         self._granularity = granularity
         self._ranks = [_Rank() for _ in limits]
-        self._hard = self._what_memory_allows()
+        self._look_again()
 
     def hear(self, reports: Sequence[Report]) -> tuple[str, ...]:
         """Take in what all ranks tell.
@@ -160,7 +183,7 @@ class Caps:
             if rank.fits < known:
                 said.append(self._ran_out(number))
         if news:
-            self._hard = self._what_memory_allows()
+            self._look_again()
             self._check()
         return tuple(said)
 
@@ -176,7 +199,7 @@ class Caps:
         """
         return all(
             local_batch <= rank.ran or (len(rank.peaks) > 1 and local_batch <= min(most, _NEARLY * rank.ran))
-            for local_batch, rank, most in zip(local_batches, self._ranks, self._hard, strict=True)
+            for local_batch, rank, most in zip(local_batches, self._ranks, self._sure, strict=True)
         )
 
     def maximum(self, current: Sequence[int]) -> tuple[int, ...]:
@@ -185,7 +208,7 @@ class Caps:
         Args:
             current: W samples, of the newest plan.
         """
-        hard = self._hard
+        hard = self.allowed
         factor = 1
         while True:  # a reach that is too short for the global batch gives way, to what memory allows
             caps = [
@@ -199,11 +222,28 @@ class Caps:
     def _rounded(self, local_batch: int) -> int:
         return local_batch // self._granularity * self._granularity
 
-    def _what_memory_allows(self) -> list[int]:
-        return [
-            min(self._rounded(rank.largest(limit)), self._rounded(UNLIMITED))
-            for rank, limit in zip(self._ranks, self._limits, strict=True)
+    def _look_again(self) -> None:
+        ranks = list(zip(self._ranks, self._limits, strict=True))
+        self._sure = [self._rounded(min(rank.largest(limit), UNLIMITED)) for rank, limit in ranks]
+        self._possible = [self._rounded(min(rank.possible(limit), UNLIMITED)) for rank, limit in ranks]
+        self.allowed = self._what_memory_allows()
+        """W local batches that memory allows, not looking at how far a next step may go."""
+
+    def _what_memory_allows(self) -> tuple[int, ...]:
+        """What is sure to fit; where that is too little for the global batch, so much of what may fit as it takes.
+
+        Whoever runs out of memory then has learnt more, and has lost nothing.
+        """
+        allowed = [max(sure, min(self._minimum, most)) for sure, most in zip(self._sure, self._possible, strict=True)]
+        rooms = [
+            min(most, self._global_batch) - min(cap, self._global_batch)
+            for cap, most in zip(allowed, self._possible, strict=True)
         ]
+        missing = self._global_batch - sum(min(cap, self._global_batch) for cap in allowed)
+        if not 0 < missing <= sum(rooms):
+            return tuple(allowed)
+        more = proportional(missing, rooms, minimum=0, maximum=rooms, granularity=self._granularity)
+        return tuple(map(int.__add__, allowed, more))
 
     def _ran_out(self, number: int) -> str:
         rank, limit = self._ranks[number], self._limits[number]
@@ -220,11 +260,12 @@ class Caps:
         Raises:
             ValueError: there isn't.
         """
-        caps = self._hard
-        unable = [number for number, cap in enumerate(caps) if cap < self._minimum]
-        fits = sum(min(cap, self._global_batch) for cap in caps)
-        if not unable and fits >= self._global_batch:
+        unable = [number for number, cap in enumerate(self.allowed) if cap < self._minimum]
+        if not unable and sum(min(cap, self._global_batch) for cap in self.allowed) >= self._global_batch:
             return
+        caps = self._sure
+        fits, may = (sum(min(cap, self._global_batch) for cap in caps) for caps in (self._sure, self._possible))
+        perhaps = f" (or perhaps up to {may})" if may > fits else ""
         each = ", ".join(
             f"{caps[number]} on rank {number} ({device}"
             + (f", {_size(self._limits[number])})" if math.isfinite(self._limits[number]) else ")")
@@ -240,8 +281,8 @@ class Caps:
             )
         raise ValueError(
             f"a global batch of {self._global_batch} does not fit into memory: {self._global_batch - fits} samples too "
-            f"many (samples that fit: {each}); use a global batch of at most {fits}, accumulate_grad_batches, more "
-            "devices, or a higher memory_limit"
+            f"many (samples that fit: {each}); use a global batch of at most {fits}{perhaps}, accumulate_grad_batches, "
+            "more devices, or a higher memory_limit"
         )
 
 

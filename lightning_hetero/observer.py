@@ -124,7 +124,15 @@ class Observer:
         models = self._planner.models()
         if models is None:
             return None
-        return Job(models, self._planner.tails(), self._planner.minimum, self._granularity, alone=ALONE)
+        caps = self._planner.caps
+        return Job(
+            models,
+            self._planner.tails(),
+            self._planner.minimum,
+            self._granularity,
+            maximum=caps.allowed if caps is not None else None,
+            alone=ALONE if "cpu" in self._devices else 1.0,  # a GPU copies and communicates beside its own work
+        )
 
     def _log_scalars(self, step: int) -> None:
         plan, pace, job = self._planner.schedule.at(step), self._tally.pace(), self._job()

@@ -15,7 +15,7 @@ MARGIN = 0.02
 """A gain up to this part of a step is not worth a word: models are not better than that."""
 
 ALONE = 0.92
-"""The part of its own work under DDP that a rank needs when it is alone: nothing is copied into buckets, no hook is
+"""The part of its own work under DDP that a CPU rank needs when it is alone: nothing is copied into buckets, no hook is
 called, and nobody communicates on its core. In the reports of `benchmarks/speed.py` it is about 0.90 where a step takes
 less than a second, and 0.96 where it takes two: `alone`, in proportion to the samples, over the first rank's
 `own_seconds`."""

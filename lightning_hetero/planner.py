@@ -155,7 +155,8 @@ class Planner:
         """
         drawn = int(column(rows, "drawn").max())
         self._ahead = drawn - int(column(rows, "step")[0])
-        told = zip(*(column(rows, name).tolist() for name in ("held", "memory", "resting", "fits")), strict=True)
+        of_memory = ("held", "memory", "resting", "fits", "fails")
+        told = zip(*(column(rows, name).tolist() for name in of_memory), strict=True)
         sentences = self.caps.hear([Report(*row) for row in told]) if self.caps is not None else ()
         within = self.fit_into_memory(drawn)
         measured, seconds = column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist()

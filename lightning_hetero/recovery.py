@@ -332,7 +332,7 @@ class Recovery:
                 shares.append(share)
                 continue
             self._set_aside()  # what a broken backward pass has left is dropped
-        self._steps.computed_in_parts(max(sizes) if ran_out else None)
+        self._steps.computed_in_parts(max(sizes), too_large if ran_out else None)
         if (counted := sum(shares)) > 0 and not math.isclose(counted, 1.0, rel_tol=1e-9):
             # The user's counts of parts don't add up to that of the batch: then only their ratios mean something.
             shares = [share / counted for share in shares]

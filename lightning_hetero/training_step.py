@@ -93,7 +93,8 @@ class TrainingSteps:
         self._window = Window()
         self._memory = PeakMemory(device)
         self._largest = (0,) * exchange.world_size  # local batches that ranks have told to have computed in one piece
-        self._held, self._peak, self._fits = 0, 0.0, 0
+        self._held, self._peak = 0, 0.0
+        self._fits, self._fails = 0, 0  # where memory has run out: local batches, or parts of them
         self._cut = False
         self.vouched: Callable[[Sequence[int]], bool] = lambda _: False
         """Whether it is known, on all ranks alike, that W local batches fit though they are larger than any before."""
@@ -117,8 +118,8 @@ class TrainingSteps:
 
     @property
     def too_large(self) -> bool:
-        """Whether memory ran out with as many samples as this rank has in this step."""
-        return 0 < self._fits < (self.local_batch or 0)
+        """Whether memory ran out with as many samples as this rank has in this step, or with fewer."""
+        return 0 < self._fails <= (self.local_batch or 0)
 
     @property
     def count(self) -> float:
@@ -145,17 +146,20 @@ class TrainingSteps:
         finally:
             self._watch.leave()
 
-    def computed_in_parts(self, fits: int | None) -> None:
+    def computed_in_parts(self, fits: int, fails: int | None) -> None:
         """This rank has computed its batch in parts.
 
         Args:
-            fits: samples of the largest part, where memory ran out; None where it did not, since they were too many by
-                what was known already, which then says as much as before.
+            fits: samples of the largest part.
+            fails: the fewest samples with which memory ran out; None where it did not, since they were too many by what
+                was known already, which then says as much as before.
         """
         self._cut = True
-        if self.local_batch and fits is not None:  # borrowed samples are no measure
-            known = self._largest[self._exchange.rank]  # in one piece
-            self._fits = min(self._fits or fits, fits) if known >= self.local_batch else max(fits, known)
+        if not self.local_batch or fails is None:  # borrowed samples are no measure
+            return
+        known = self._largest[self._exchange.rank]  # in one piece
+        self._fits = min(self._fits or fits, fits) if known >= self.local_batch else max(self._fits, fits, known)
+        self._fails = min(self._fails or fails, fails)
 
     def remember_random_states(self) -> None:
         """A borrowed batch is about to be loaded in this process."""
@@ -238,6 +242,7 @@ class TrainingSteps:
             held=self._held,
             resting=self._memory.resting,
             fits=self._fits,
+            fails=self._fails,
         )
         return self._exchange.start(message.row())
 
@@ -373,6 +378,7 @@ class TrainingSteps:
         self.weigh()  # a module in manual optimization may have had nothing to go backward from
         reading = self._clock.stop()
         self._held = 0 if self._cut else self.local_batch or 0
+        self._fits = max(self._fits, self._held) if self._fits else 0
         self._peak = self._memory.of_step(self._held) if self._held else 0.0
         if self._cut:
             self._window.comparable = False

@@ -31,7 +31,8 @@ class Message:
         stop: 1 when the rank has been asked to stop.
         held: its local batch in its last step, computed in one piece; 0 where it was not.
         resting: bytes that it held before its first step.
-        fits: the largest local batch that fits, learnt from running out of memory; 0 if it never did.
+        fits: the largest local batch that is known to fit, learnt from running out of memory; 0 if it never did.
+        fails: the smallest one that is known not to; 0 if it never ran out of memory.
     """
 
     kind: float
@@ -49,6 +50,7 @@ class Message:
     held: float = 0.0
     resting: float = 0.0
     fits: float = 0.0
+    fails: float = 0.0
 
     def row(self) -> tuple[float, ...]:
         """The numbers, in the order of the fields."""

@@ -194,13 +194,38 @@ def test_the_share_is_capped_at_once_and_the_others_take_the_surplus() -> None:
     assert "at most 3 samples" in ranks[0]["warned"][0]
 
 
-def test_what_fits_is_not_forgotten_where_a_batch_is_cut_by_what_is_known() -> None:
-    """Step 1 was drawn already: its 5 are cut in 3 and 2, without another try, and that says nothing new of the 4."""
+def test_what_fits_is_not_forgotten_where_a_smaller_batch_is_cut() -> None:
+    """Step 1 was drawn already: its 5 may fit, and are cut in 3 and 2, which says nothing new of the 4."""
     recipe = Recipe(module=hungry, loader=partial(sized, 26), batch_size=8)
     ranks = run_ranks(2, fit, recipe, {"shares": [1, 1]})
-    assert [size for step, size in ranks[1]["tries"] if step <= 1] == [8, 4, 4, 3, 2]
+    assert [size for step, size in ranks[1]["tries"] if step <= 1] == [8, 4, 4, 5, 3, 2]
     assert [plan[1] for plan in ranks[0]["plans"]] == [(8, 8), (12, 4)]
     assert len(ranks[0]["warned"]) == 1
+
+
+class Lopsided(Mouth):
+    """Rank 0 holds 5 samples, and rank 1 holds 7."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.distributed.is_initialized():
+            self.fits = (5, 7)[torch.distributed.get_rank()]
+        return super().forward(x)
+
+
+def lopsided() -> Any:
+    module = hungry(ranks=(0, 1))
+    module.mouth.__class__ = Lopsided
+    return module
+
+
+def test_what_just_fits_is_found() -> None:
+    """Halves of 6 and of 9 fit, and are too little for a global batch of 12: what lies between is tried."""
+    recipe = Recipe(module=lopsided, loader=partial(sized, 144), batch_size=6, max_epochs=1)
+    ranks = run_ranks(2, fit, recipe, {"shares": [1, 1]})
+    plain = fit_here(recipe, "auto", 1, 12)
+    assert ranks[0]["plans"][-1][1] == (5, 7)
+    for out in ranks:
+        assert relative_error(out["parameters"], plain["parameters"]) <= EXACT
 
 
 def test_learning_never_goes_beyond_what_memory_allows() -> None:

@@ -5,7 +5,7 @@ turns within one run, so that whatever else the machine does hits all of them. E
 
 The best fixed split is searched for: a grid from equal to far beyond proportional, then the neighbours of the best of
 these. The fastest take turns in the first rounds, and the winner of those is measured in the others. Since it comes
-close to `hetero`, the two then take some more turns in pairs.
+close to `hetero`, the two then take some more turns by themselves, together with the split of `hetero` as a fixed one.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the first rounds, that choose the best fixed split and don't count for it",
     )
     add("--finalists", type=int, default=3, help="fixed splits that take part in these")
-    add("--pairs", type=int, default=4, help="turns of hetero and of the best fixed split after the last round")
+    add("--pairs", type=int, default=4, help="turns of hetero, the best split and hetero's after the last round")
     add("--steps", type=int, default=10, help="steps that are measured of each turn")
     add("--slow-steps", type=int, default=4, help="the same for plain DDP, and the equal and the proportional split")
     add("--settle", type=int, default=30, help="steps that hetero has to learn in, before the first round")
@@ -71,7 +71,8 @@ class Comparison:
         self._alone = stage.side("alone", [0])
         self._search = stage.search(self._fixed, options.search_steps)
         self._rounds: dict[str | Split, list[list[float]]] = {}
-        self._pairs: dict[str, list[list[float]]] = {"hetero": [], "best": []}
+        self._pairs: dict[str, list[list[float]]] = {"hetero": [], "best": [], "plan": []}
+        self._plan: Split = ()
         self._best: Split = ()
         self._solo: list[float] = []
         self._equal: Split = (options.global_batch // self._world_size,) * self._world_size
@@ -137,10 +138,17 @@ class Comparison:
             say(f"others took up to {others['greatest']:.0%} of a core, {others['median']:.0%} mostly")
 
     def compare_with_best(self) -> None:
-        """Pairs of turns of hetero and the best fixed split, each of them first in every other pair."""
-        turns = {"hetero": (self._hetero, None), "best": (self._fixed, self._best)}
+        """Turns of hetero, the best fixed split and the one that hetero has come to, each of them first in its turn.
+
+        Processes that do the same may differ by several percent for as long as they live. The last two run in the same
+        ones, so they tell what the choice of the split makes.
+        """
+        self._plan = tuple(self._hetero.steps[-1]["split"])
+        turns = {"hetero": (self._hetero, None), "best": (self._fixed, self._best), "plan": (self._fixed, self._plan)}
+        names = list(turns)
         for number in range(self._options.pairs):
-            for name in sorted(turns, reverse=number % 2 == 0):
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
                 side, split = turns[name]
                 self._pairs[name].append(self._stage.take(side, self._options.steps, split))
             say(", ".join(f"{name} {median(times[-1]) * 1000:.0f} ms" for name, times in self._pairs.items()))
@@ -171,6 +179,10 @@ class Comparison:
                 f"hetero/{name}": figures.gain(rounds, hetero + self._pairs["hetero"] if name == "best" else hetero)
                 for name, (_, rounds) in sides.items()
                 if name != "hetero"
+            },
+            "plan": {
+                "split": self._plan,
+                "best/plan": figures.gain(self._pairs["best"], self._pairs["plan"]),
             },
             "part_of_solo_rates": {
                 name: figures.scaled(figures.gain(self._rounds["alone"], rounds), 1 / devices)
@@ -213,11 +225,14 @@ def table(report: dict[str, Any]) -> str:
         words = f"{gain['median']:.2f}x ({gain['least']:.2f} to {gain['greatest']:.2f})" if gain else ""
         rate = report["configuration"]["global_batch"] / side["seconds"]
         lines.append(f"{name:<14}{split:>12}{side['seconds'] * 1000:>11.0f}{rate:>11.1f}{words:>28}")
+    choice, plan = report["plan"]["best/plan"], show_split(report["plan"]["split"])
+    spread = f"{choice['median']:.2f}x ({choice['least']:.2f} to {choice['greatest']:.2f})"
     settled, others = report["hetero"]["settled_after_steps"], report["disturbance"]
     plans = ", ".join(f"{show_split(split)} from {step}" for step, split in report["hetero"]["plans"])
     part = {name: f"{values['median']:.0%}" for name, values in report["part_of_solo_rates"].items()}
     lines += [
         "",
+        f"in the same processes, hetero's split {plan} is faster than the best one by {spread}",
         f"of the sum of what all devices do alone: hetero {part['hetero']}, best fixed split {part['best']}",
         f"quotas: {report['quotas_enforced_by']}; allocator: {report['configuration']['allocator']}",
         f"others took {others['median']:.0%} of a core in the median turn, {others['greatest']:.0%} in the worst",

@@ -182,6 +182,18 @@ def until_last_bucket(hook: Hook, clock: WorkClock) -> Hook:
     return timed
 
 
+def until_last_bucket_of_a_user(hook: Hook, clock: WorkClock) -> Hook:
+    """The same for a hook that may wait for the other ranks before it returns: nothing of it is own work."""
+
+    def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if bucket.is_last():
+            clock.gradients_ready()
+        with clock.waiting():
+            return hook(state, bucket)
+
+    return timed
+
+
 def masked(hook: Hook, mask: Callable[[], torch.Tensor | None]) -> Hook:
     """Wrap a DDP communication hook so that this rank's gradients are exact zeros where its mask is false.
 

@@ -29,6 +29,7 @@ def a_report(**configuration):
         "configuration": defaults | configuration,
         "sides": sides,
         "gains": {f"hetero/{name}": gain for name in ("ddp", "alone", "equal", "proportional", "best")},
+        "plan": {"split": [59, 5], "best/plan": {"median": 0.98, "least": 0.9, "greatest": 1.05}},
         "part_of_solo_rates": {name: {"median": 0.75, "least": 0.7, "greatest": 0.8} for name in ("hetero", "best")},
         "disturbance": {"median": 0.01, "greatest": 0.2},
         "quotas_enforced_by": "nothing",
@@ -48,6 +49,7 @@ def test_a_report_is_written_shown_and_drawn(tmp_path):
     assert report["hetero"]["steps"] == [{"step": 0, "seconds": 1.234568}]
     assert "2.00x (1.90 to 2.10)" in speed.table(report)
     assert "32/32 from 0, 60/4 from 4" in speed.table(report)
+    assert "split 59/5 is faster than the best one by 0.98x (0.90 to 1.05)" in speed.table(report)
     assert plot.draw(path).stat().st_size > 5000
 
 

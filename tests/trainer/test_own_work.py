@@ -87,12 +87,23 @@ class Listening(HeteroStrategy):
             self.heard.append((column(rows, "measured").tolist(), column(rows, "seconds").tolist()))
 
 
+def waiting_mean(state: Any, bucket: Any) -> Any:
+    """A user's communication hook that returns when all ranks are there."""
+    Clock.now += OTHER
+    future = torch.futures.Future()
+    buffer = bucket.buffer()
+    torch.distributed.all_reduce(buffer)
+    future.set_result(buffer / torch.distributed.get_world_size())
+    return future
+
+
 FITS: dict[str, tuple[type[Worked], dict[str, Any]]] = {
     "plain": (Worked, {}),
     "accumulation": (Worked, {"accumulate_grad_batches": 2}),
     "validation in between": (Worked, {"val_check_interval": 2}),
     "checkpoints in between": (Worked, {"callbacks": [Saves()], "max_epochs": 2}),
     "manual optimization": (ByHand, {}),
+    "a hook that waits": (Worked, {"ddp_comm_hook": waiting_mean}),
 }
 
 
@@ -114,8 +125,10 @@ def fit_all() -> dict[str, Any]:
     timing.WorkClock.gradients_ready = takes_long(timing.WorkClock.gradients_ready)
     heard = {}
     for name, (module, options) in FITS.items():
-        strategy = Listening(shares=[3, 1], global_batch=8)
-        trainer = make_trainer(strategy, 2, **{"max_epochs": 1, "num_sanity_val_steps": 0} | options)
+        hook = {key: value for key, value in options.items() if key == "ddp_comm_hook"}
+        strategy = Listening(shares=[3, 1], global_batch=8, bucket_cap_mb=1e-4, **hook)
+        more = {key: value for key, value in options.items() if key not in hook}
+        trainer = make_trainer(strategy, 2, **{"max_epochs": 1, "num_sanity_val_steps": 0} | more)
         loaders = {"train_dataloaders": DataLoader(Loading(8 * 6), batch_size=4)}
         if "val_check_interval" in options:
             loaders["val_dataloaders"] = DataLoader(Numbers(4), batch_size=2)
@@ -137,6 +150,7 @@ def heard() -> list[dict[str, Any]]:
         ("validation in between", 1.0),
         ("checkpoints in between", 1.0),
         ("manual optimization", 1.0),
+        ("a hook that waits", 1.0),
     ],
 )
 def test_own_work_is_loading_training_and_the_optimizer(heard: list[dict[str, Any]], name: str, steps: float) -> None:

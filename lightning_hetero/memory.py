@@ -107,7 +107,7 @@ class _Rank:
         before = self._known(report)
         self.resting = report.resting
         self.fits = int(report.fits) or self.fits
-        self.fails = int(report.fails) or self.fits + 1
+        self.fails = max(int(report.fails), self.fits + 1)  # what fits counts for more: memory may be in pieces
         if report.held > 0:
             held = int(report.held)
             self.ran = max(self.ran, held)

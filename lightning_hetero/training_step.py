@@ -159,7 +159,7 @@ class TrainingSteps:
             return
         known = self._largest[self._exchange.rank]  # in one piece
         self._fits = min(self._fits or fits, fits) if known >= self.local_batch else max(self._fits, fits, known)
-        self._fails = min(self._fails or fails, fails)
+        self._fails = max(min(self._fails or fails, fails), self._fits + 1)
 
     def remember_random_states(self) -> None:
         """A borrowed batch is about to be loaded in this process."""
@@ -378,7 +378,9 @@ class TrainingSteps:
         self.weigh()  # a module in manual optimization may have had nothing to go backward from
         reading = self._clock.stop()
         self._held = 0 if self._cut else self.local_batch or 0
-        self._fits = max(self._fits, self._held) if self._fits else 0
+        if self._fits:
+            self._fits = max(self._fits, self._held)
+            self._fails = max(self._fails, self._fits + 1)
         self._peak = self._memory.of_step(self._held) if self._held else 0.0
         if self._cut:
             self._window.comparable = False

@@ -214,7 +214,7 @@ def test_caps_have_room_for_the_global_batch_and_keep_to_memory(data, world_size
     total = world_size * least + more * granularity
     known = caps([10.0] * world_size, total, minimum=least, granularity=granularity)
     few = st.integers(0, 40)
-    report = st.builds(Report, few, st.floats(0, 12), st.floats(0, 5), few, st.just(0) | st.integers(41, 80))
+    report = st.builds(Report, few, st.floats(0, 12), st.floats(0, 5), few, st.integers(0, 80))
     for _ in range(3):
         reports = [data.draw(report) for _ in range(world_size)]
         try:
@@ -224,7 +224,7 @@ def test_caps_have_room_for_the_global_batch_and_keep_to_memory(data, world_size
         maximum = known.maximum([least] * world_size)
         assert sum(maximum) >= total
         assert all(cap % granularity == 0 and cap >= least for cap in maximum)
-        assert all(not r.fits or cap < (r.fails or r.fits + 1) for cap, r in zip(maximum, reports, strict=True))
+        assert all(not r.fits or cap < max(r.fails, r.fits + 1) for cap, r in zip(maximum, reports, strict=True))
 
 
 @pytest.mark.parametrize("shares", ["auto", "equal", [1, 1]])

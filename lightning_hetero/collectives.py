@@ -5,6 +5,7 @@ rows say where each of them stands, instead of in a gradient bucket that waits f
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -167,29 +168,25 @@ def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch
     return future.then(lambda done: done.value()[0])
 
 
-def until_last_bucket(hook: Hook, clock: WorkClock) -> Hook:
+def until_last_bucket(hook: Hook, clock: WorkClock, *, may_wait: bool) -> Hook:
     """Wrap a DDP communication hook so that the clock hears when the last local gradient is ready.
 
     DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass.
+
+    Args:
+        hook: what averages a bucket.
+        clock: of this rank.
+        may_wait: the hook may wait for the other ranks before it returns, so nothing of it is own work.
     """
 
     def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        future = hook(state, bucket)
-        if bucket.is_last():
+        if may_wait and bucket.is_last():
+            clock.gradients_ready()
+        with clock.waiting() if may_wait else nullcontext():
+            future = hook(state, bucket)
+        if not may_wait and bucket.is_last():
             clock.gradients_ready()
         return future
-
-    return timed
-
-
-def until_last_bucket_of_a_user(hook: Hook, clock: WorkClock) -> Hook:
-    """The same for a hook that may wait for the other ranks before it returns: nothing of it is own work."""
-
-    def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        if bucket.is_last():
-            clock.gradients_ready()
-        with clock.waiting():
-            return hook(state, bucket)
 
     return timed
 

@@ -28,7 +28,7 @@ class Communicating(DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         # A rank that fails runs hooks with barriers in them, while the others sit in another exchange.
         module = self.lightning_module
-        if module is not None and module._trainer is not None and module.trainer.interrupted:  # noqa: SLF001
+        if module is not None and module._trainer is not None and module.trainer.interrupted:  # noqa: SLF001 - `trainer` raises
             return
         with self._clock.waiting():
             super().barrier(*args, **kwargs)

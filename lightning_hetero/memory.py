@@ -264,7 +264,7 @@ class Caps:
         if not unable and sum(min(cap, self._global_batch) for cap in self.allowed) >= self._global_batch:
             return
         caps = self._sure
-        fits, may = (sum(min(cap, self._global_batch) for cap in caps) for caps in (self._sure, self._possible))
+        fits, may = (sum(min(b, self._global_batch) for b in bound) for bound in (caps, self._possible))
         perhaps = f" (or perhaps up to {may})" if may > fits else ""
         each = ", ".join(
             f"{caps[number]} on rank {number} ({device}"

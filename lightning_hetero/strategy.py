@@ -22,15 +22,7 @@ from lightning_hetero import agreement, device_memory, failures, loss_count
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.batch_norm import smallest_local_batch
 from lightning_hetero.buffers import BufferMerge, broadcast_in_forward
-from lightning_hetero.collectives import (
-    Exchange,
-    allreduce_mean,
-    masked,
-    own_total,
-    total,
-    until_last_bucket,
-    until_last_bucket_of_a_user,
-)
+from lightning_hetero.collectives import Exchange, allreduce_mean, masked, own_total, total, until_last_bucket
 from lightning_hetero.evaluating import Evaluating
 from lightning_hetero.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.learnt import Learnt, run_folder
@@ -476,9 +468,8 @@ class HeteroStrategy(Evaluating):
             hook = self._ddp_comm_wrapper(hook)
         if self.world_size > 1:
             users = self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None
-            timed = until_last_bucket_of_a_user if users else until_last_bucket
             hook = masked(hook, lambda: self._steps.mask if self._steps is not None else None)
-            self.model.register_comm_hook(self._ddp_comm_state, timed(hook, self._clock))
+            self.model.register_comm_hook(self._ddp_comm_state, until_last_bucket(hook, self._clock, may_wait=users))
 
     @classmethod
     @override

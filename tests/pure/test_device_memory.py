@@ -144,3 +144,19 @@ def test_without_the_right_to_forget_peaks_that_of_the_process_counts(tmp_path: 
     memory.start(4)
     assert memory.resting == 1500 * 1024
     assert memory.of_step(4) == 2500 * 1024
+
+
+def test_on_a_gpu_peaks_are_forgotten_in_a_few_steps_of_each_size_only(monkeypatch) -> None:
+    """What the user reads of torch's peaks afterwards is his own; a smaller step tells its peak too."""
+    resets = []
+    stats = {"allocated_bytes": {"all": {"current": 5.0, "peak": 7.0}}}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: stats)
+    memory = PeakMemory(torch.device("cuda"))
+    told = []
+    for local_batch in [8] * 20 + [4] * 20:
+        memory.start(local_batch)
+        told.append(memory.of_step(local_batch))
+    assert memory.resting == 5.0
+    assert told == ([7.0] * PeakMemory.LOOKED_AT + [0.0] * (20 - PeakMemory.LOOKED_AT)) * 2
+    assert len(resets) == 2 * PeakMemory.LOOKED_AT

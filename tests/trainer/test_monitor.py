@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader
 
 import lightning_hetero.observer
 from lightning_hetero import HeteroStrategy
+from lightning_hetero.memory import Caps, Report
 from lightning_hetero.monitor import Ending, Outlook, PlanLog, about, differs, duration, table
 from lightning_hetero.observer import Observer
 from lightning_hetero.plan import Plan
+from lightning_hetero.planner import Planner
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 
@@ -97,6 +99,24 @@ def test_the_end_is_said_in_one_sentence():
     assert (unequal.event(99)["first_step_seconds"], unequal.event(99)["measured_gain"]) == (0.6, None)
     event = whole.event(99)
     assert (event["measured_gain"], event["predicted_gain"], event["fraction_of_limit"]) == (2.0, 2.2, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("device", "limit", "pays"),
+    [("cpu", math.inf, False), ("cpu", 63.0, True), ("NVIDIA X", math.inf, True)],
+)
+def test_who_does_not_pay_depends_on_memory_and_on_the_kind_of_device(tmp_path, device, limit, pays):
+    """Rank 0 alone would take 0.92 of 1 s on a CPU, beside 0.97 s of both together; with room for 63 it can't do it."""
+    devices = [device] * 2
+    planner = Planner("auto", 2, 64, memory=lambda b, m: Caps([limit, math.inf], devices, b, minimum=m, granularity=1))
+    for step in range(4):
+        split = planner.schedule.at(step).local_batches
+        planner.caps.hear([Report(b, float(b), 0.0, 0) for b in split])
+        planner.observe([step, step], [split[0] / 64, 0.2 + split[1] / 2.6], step)
+    Observer(None, planner, devices, 1, str(tmp_path))._look_out(10)
+    *_, event = map(json.loads, (tmp_path / "hetero" / "plan.jsonl").read_text().splitlines())
+    assert event["event"] == "outlook"
+    assert [each["rank"] for each in event["left_out"]] == ([] if pays else [1])
 
 
 # ---- real fits ----

@@ -6,13 +6,14 @@ is searched for in the same run, while `hetero` sleeps.
 
 import argparse
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import figures
 import machine
 import reports
 from command_line import CONFIGURATION, add_common, check_common, name_of, parser_of, run
-from figures import Split, show_split
+from figures import LATE, Split, show_split
 from reports import say
 from searching import Search
 from turns import judge, stage
@@ -34,6 +35,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--plot", action="store_true", help="draw the report as well")
     options = parser.parse_args(arguments)
     check_common(parser, options, _COUNTS)
+    if options.steps <= LATE:
+        parser.error(f"--steps has to be more than {LATE}: what comes later tells whether the change has been followed")
     if options.quotas[-1] == 100:
         parser.error("the last rank's quota has to be below 100, so that it can change")
     return options
@@ -104,6 +107,7 @@ def _state(
         "plans": plans,
         "steps_until_settled": None if settled is None else settled - began,
         "ratio_to_best": len(seconds) * times[best] / sum(seconds),
+        "late_ratio_to_best": times[best] / median(seconds[LATE:]),
         "fixed_splits": [{"split": split, "seconds": time} for split, time in sorted(times.items())],
     }
 
@@ -116,7 +120,8 @@ def describe(state: dict[str, Any]) -> str:
     best = f"{show_split(state['best'])} ({state['best_seconds'] * 1000:.0f} ms)"
     return (
         f"quota {state['quota']}% from step {state['first_step']}: within 5% of {best} {when}; "
-        f"all its steps at {state['ratio_to_best']:.0%} of that split's speed; plans {plans}"
+        f"all its steps at {state['ratio_to_best']:.0%} of that split's speed, those from the {LATE}th on at "
+        f"{state['late_ratio_to_best']:.0%}; plans {plans}"
     )
 
 

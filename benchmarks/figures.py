@@ -11,6 +11,9 @@ Split = tuple[int, ...]
 TOLERANCE = 0.05
 """A split is as good as the best when its step takes at most this part longer."""
 
+LATE = 20
+"""Steps after a change until a plan should have followed it."""
+
 _LAST = 10  # steps that tell of a rank's own work: its quota may have been another before
 
 

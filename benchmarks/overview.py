@@ -15,7 +15,7 @@ from plot_speed import MODELS
 
 Report = Mapping[str, Any]
 
-QUESTIONS = ("speed", "settling", "drift", "evaluation", "tax", "cpu", "gpu", "allocation")
+QUESTIONS = ("speed", "limit", "settling", "drift", "evaluation", "tax", "cpu", "gpu", "allocation")
 """The reports of one start with its name."""
 
 
@@ -98,6 +98,13 @@ def speed_table(reports: Sequence[Report]) -> str:
     return _markdown(titles, rows)
 
 
+def _limit(report: Report) -> str:
+    parts = {way: _times(part) for way, part in report["fractions"].items()}
+    text = f"of the sum of solo rates, which is {report['gain_at_the_limit']['median']:.2f} times the fast device, the "
+    text += f"split {show_split(report['configuration']['split'])} reaches {parts['apart']} with every rank by itself, "
+    return text + f"{parts['together']} with all at the same time, {parts['averaged']} with averaged gradients"
+
+
 def _settling(report: Report) -> str:
     ratio = report["ratio_to_fixed"]
     steps = report["configuration"]["steps"]
@@ -117,6 +124,7 @@ def _drift(report: Report) -> str:
         settled = state["steps_until_settled"]
         when = "not within" if settled is None else f"after {settled} steps within"
         texts.append(f"slow rank from {before['quota']}% to {state['quota']}%: {when} 5% of the best fixed split")
+        texts[-1] += f", {state['late_ratio_to_best']:.2f} of its speed from the 20th step on"
     return "; ".join(texts)
 
 
@@ -158,6 +166,7 @@ def _allocation(report: Report) -> str:
 
 
 _WORDS: dict[str, Callable[[Report], str]] = {
+    "limit": _limit,
     "settling": _settling,
     "drift": _drift,
     "evaluation": _evaluation,

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from figures import show_split
+from figures import LATE, show_split
 from plot_speed import FAINT, MODELS, OURS, TEXT
 
 
@@ -26,8 +26,7 @@ def draw(path: Path) -> Path:
             first, best = state["first_step"], state["best_seconds"]
             axes.hlines(best, first - 0.5, end - 0.5, color=TEXT, linewidth=1, linestyle="--")
             axes.axvline(first - 0.5, color=FAINT, linewidth=0.8)
-            settled = state["steps_until_settled"]
-            words = "not within 5% of it" if settled is None else f"within 5% after {settled} steps"
+            words = f"{state['late_ratio_to_best']:.0%} of its speed after {LATE} steps"
             axes.annotate(
                 f"slow rank at {state['quota']}%\nbest split {show_split(state['best'])}\n{words}",
                 (first, top),

@@ -44,9 +44,10 @@ class Stage:
         ranks: Sequence[int] | None = None,
         allocator: str | None = None,
         evaluation: Any = None,
+        global_batch: int | None = None,
         **setting: Any,
     ) -> Any:
-        """A side of this comparison, on all ranks and with the allocator of the options unless said otherwise.
+        """A side of this comparison, on all ranks, with the allocator and global batch of the options unless told else.
 
         With an `evaluation` (`tasks.Evaluation`) it evaluates instead of training, and a step is a whole evaluation.
         What else there is of a `sides.Setting` may be given too.
@@ -55,7 +56,7 @@ class Stage:
         from tasks import Task
 
         options = self._options
-        task = Task(options.model, options.size, options.global_batch, evaluation)
+        task = Task(options.model, options.size, global_batch or options.global_batch, evaluation)
         ranks = range(len(self._cores)) if ranks is None else ranks
         given = Setting(allocator or options.allocator, **setting)
         side = Side(kind, ranks, self._cores, task, self.quotas, given)

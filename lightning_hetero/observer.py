@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_hetero.allocation import proportional
 from lightning_hetero.monitor import Ending, Outlook, PlanLog, differs, table
-from lightning_hetero.outlook import ALONE, FARTHEST, Job
+from lightning_hetero.outlook import FARTHEST, SPARED, Job
 from lightning_hetero.plan import Plan
 from lightning_hetero.planner import Planner
 from lightning_hetero.tally import Tally
@@ -131,7 +131,11 @@ class Observer:
             self._planner.minimum,
             self._granularity,
             maximum=caps.allowed if caps is not None else None,
-            alone=ALONE if "cpu" in self._devices else 1.0,  # a GPU copies and communicates beside its own work
+            # A GPU copies and communicates beside its own work.
+            spared=[
+                SPARED * model.seconds(self._planner.global_batch) if device == "cpu" else 0.0
+                for model, device in zip(models, self._devices, strict=True)
+            ],
         )
 
     def _log_scalars(self, step: int) -> None:

@@ -65,7 +65,7 @@ def test_a_report_has_a_line_for_each_step(tmp_path):
 
 
 def a_drift_report():
-    state = {"best_seconds": 0.4, "ratio_to_best": 0.9, "plans": [[0, [32, 32]]], "best": [60, 4]}
+    state = {"best_seconds": 0.4, "ratio_to_best": 0.9, "late_ratio_to_best": 0.98, "plans": [[0, [32, 32]]], "best": [60, 4]}
     return a_report(steps=3) | {
         "states": [
             state | {"quota": 25, "first_step": 0, "steps_until_settled": 3},
@@ -82,6 +82,7 @@ def test_a_drift_is_told_and_drawn(tmp_path):
     load("reports").write(a_drift_report(), path)
     text = drift.table(json.loads(path.read_text()))
     assert "quota 60% from step 3: within 5% of 60/4 (400 ms) not to the end" in text
+    assert "all its steps at 90% of that split's speed, those from the 20th on at 98%" in text
     assert load("plot_drift").draw(path).stat().st_size > 5000
 
 
@@ -94,6 +95,20 @@ def test_the_tax_and_the_gain_of_the_setting_are_told_apart():
     assert load("tax").ratios({"ddp": [[1.0]], "hetero": [[1.0]]}).keys() == {"hetero_over_ddp"}
 
 
+def test_what_a_split_loses_is_taken_apart():
+    """60 samples a second alone and 20: 80 together. The last rank ends a step."""
+    round_ = {"solo": [1.0, 3.0], "apart": [0.8, 0.75], "together": [0.8, 1.0], "averaged": [1.2]}
+    script = load("limit")
+    parts = script.fractions(60, [round_, round_ | {"averaged": [1.0]}, round_])
+    assert {way: part["median"] for way, part in parts.items()} == pytest.approx(
+        {"apart": 60 / 0.8 / 80, "together": 60 / 80, "averaged": 50 / 80}
+    )
+    assert parts["averaged"]["greatest"] == pytest.approx(0.75)
+    one = {"median": 1.2, "least": 1.1, "greatest": 1.3}
+    report = a_report(split=[45, 15]) | {"fractions": parts, "gain_over_alone": one, "gain_at_the_limit": one}
+    assert " 62% (62% to 75%)  as it is trained" in script.table(report)
+
+
 def test_the_overview_has_a_line_for_each_report(tmp_path):
     overview, write = load("overview"), load("reports").write
     one = {"median": 1.0, "least": 0.98, "greatest": 1.02}
@@ -102,6 +117,8 @@ def test_the_overview_has_a_line_for_each_report(tmp_path):
         "speed-a": a_report(global_batch=256),
         "speed-c": a_report(),
         "speed-d": a_report(quotas=[100, 50]),
+        "limit-a": a_report(split=[60, 4])
+        | {"fractions": {way: one for way in ("apart", "together", "averaged")}, "gain_at_the_limit": one},
         "settling-a": a_report(steps=200, steady=300)
         | {
             "ratio_to_fixed": dict.fromkeys(("first_step_counted", "first_step_left_out", "fresh_fixed_run"), one),
@@ -131,10 +148,11 @@ def test_the_overview_has_a_line_for_each_report(tmp_path):
         "| ResNet-18, 64 px, 100/50/25, B 64",
     ]
     assert all(line.count("2.00 (1.90 to 2.10)") == 5 for line in speed)
-    questions = ["settling", "drift", "evaluation", "tax", "cpu", "allocation"]
-    assert [line.split(" | ")[0] for line in lines[-6:]] == [f"| `{question}`" for question in questions]
+    questions = ["limit", "settling", "drift", "evaluation", "tax", "cpu", "allocation"]
+    assert [line.split(" | ")[0] for line in lines[-7:]] == [f"| `{question}`" for question in questions]
+    assert "split 60/4 reaches 1.00 (0.98 to 1.02) with every rank by itself" in lines[-7]
     assert "from 25% to 60%: not within 5%" in lines[-5]
-    assert "from 60% to 30%: after 2 steps within 5%" in lines[-5]
+    assert "from 60% to 30%: after 2 steps within 5% of the best fixed split, 0.98 of its speed" in lines[-5]
     assert "803/200 beside 502/502" in lines[-4]
     assert "not pinned: 1.00 (0.98 to 1.02)" in lines[-2]
     assert lines[-1].endswith("6.5 ms, at most 9.1 ms |")

@@ -65,11 +65,14 @@ def test_what_cannot_be_compared_is_refused(arguments, capsys):
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
+        ("limit", ["--split", "60/5"]),
+        ("limit", ["--rounds", "0"]),
         ("settling", ["--split", "60/5"]),
         ("settling", ["--steps", "30", "--turn", "25"]),
         ("settling", ["--turn", "2", "--warm-up", "2"]),
         ("drift", ["--quotas", "100,100"]),
         ("drift", ["--changes", "60,5"]),
+        ("drift", ["--steps", "20"]),
         ("tax", ["--global-batch", "63"]),
         ("cpu", ["--quotas", "100,50"]),
         ("cpu", ["--steps", "2", "--warm-up", "2"]),
@@ -92,7 +95,8 @@ def test_three_ranks_can_be_compared():
 def test_help_comes_without_torch():
     """Processes import torch where they train; nobody waits for it to read a command line."""
     scripts = (
-        "speed, settling, drift, evaluation, tax, cpu, allocation, overview, plot_speed, plot_drift, plot_overview"
+        "speed, limit, settling, drift, evaluation, tax, cpu, allocation, overview, "
+        "plot_speed, plot_drift, plot_overview"
     )
     probe = f"import sys, {scripts}; print([name for name in ('torch', 'lightning_hetero') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, cwd=BENCHMARKS)

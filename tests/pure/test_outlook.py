@@ -187,14 +187,23 @@ def test_alone_there_is_no_communication():
         single.without(0, 5)
 
 
-def test_a_rank_by_itself_does_without_what_averaging_costs_it():
-    """Its own work holds copies into buckets, hooks and gloo's threads; without them 0.354 s become 0.336."""
-    job = Job([line(0.05, 0.0095), line(0.2, 0.05)], [0.02, 0.05], minimum=2, alone=0.95)
-    assert job.without(1, 32) == close(0.95 * (0.05 + 0.0095 * 32))
+def test_a_rank_by_itself_is_spared_what_averaging_costs_it():
+    """Its own work holds copies into buckets, hooks and gloo's threads: 0.354 s become 0.334, which outweighs rank 1."""
+    job = Job([line(0.05, 0.0095), line(0.2, 0.05)], [0.02, 0.05], minimum=2, spared=[0.02, 0.03])
+    assert job.without(1, 32) == close(0.05 + 0.0095 * 32 - 0.02)
     assert job.paying(32).ranks == (0,)
     assert Job(job.models, job.tails, minimum=2).paying(32).ranks == (0, 1)
-    assert job.limit(64) == close(64 / (0.95 * 0.658) + 64 / (0.95 * 3.4))
-    assert Job([line(0.1, 0.01)], alone=0.95).limit(10) == close(10 / 0.2)
+    assert job.limit(64) == close(64 / (0.658 - 0.02) + 64 / (3.4 - 0.03))
+    assert Job([line(0.1, 0.01)], spared=[0.02]).limit(10) == close(10 / 0.2)
+
+
+def test_what_is_spared_grows_no_further_with_the_global_batch():
+    """A slow rank that brings 7% pays at last, though it does not at 64 samples; never more than half is spared."""
+    models = [line(0.05, 0.01), line(0.3, 0.14)]
+    job = Job(models, minimum=2, spared=[0.08 * model.seconds(64) for model in models])
+    assert job.paying(64).ranks == (0,)
+    assert 128 < job.pays_from(1, 64) < 192
+    assert Job(models, spared=[9.0, 9.0]).without(1, 10) == close(0.15 / 2)
 
 
 def test_twins_that_hold_everybody_up_are_left_out_together():
@@ -248,7 +257,15 @@ def test_many_ranks_are_quick():
 
 
 @pytest.mark.parametrize(
-    "options", [{"tails": [1.0]}, {"tails": [-1.0, 0]}, {"minimum": 0}, {"maximum": [1]}, {"granularity": 0}]
+    "options",
+    [
+        {"tails": [1.0]},
+        {"tails": [-1.0, 0]},
+        {"minimum": 0},
+        {"maximum": [1]},
+        {"granularity": 0},
+        {"spared": [1.0]},
+    ],
 )
 def test_what_is_no_job(options):
     with pytest.raises(ValueError, match="tails"):

@@ -52,7 +52,7 @@ class Ways:
         self._whole = stage.side("fixed")
 
     def measure(self) -> dict[str, list[float]]:
-        """Seconds of a step: of each rank with the global batch, of each part, of each part in company, of the split."""
+        """Seconds of a step: each rank with the global batch, each part by itself, each part in company, the split."""
         steps = self._options.steps
         return {
             "solo": [median(self._stage.take(side, steps)) for side in self._solo],
@@ -82,7 +82,9 @@ def fractions(global_batch: int, rounds: Sequence[dict[str, list[float]]]) -> di
     """
     limits = [sum(global_batch / seconds for seconds in times["solo"]) for times in rounds]
     return {
-        way: figures.spread([global_batch / max(times[way]) / limit for times, limit in zip(rounds, limits, strict=True)])
+        way: figures.spread(
+            [global_batch / max(times[way]) / limit for times, limit in zip(rounds, limits, strict=True)]
+        )
         for way in ("apart", "together", "averaged")
     }
 

@@ -216,6 +216,8 @@ class Balancer:
         too_much = maximum is not None and any(b > most for b, most in zip(current, maximum, strict=True))
         if not self._observed:
             return None if self._first is None or self._hinted else self._hint(current, maximum)
+        if self._observed != tuple(current):
+            self._calm = 0  # a plan waits behind what loaders have drawn already
         pause = self._times_observed % _STEPS == 0  # to look at every step would cost more than it could bring
         if not too_much and not (self._observed == tuple(current) and (self._quick_plans > 0 or pause)):
             return None
@@ -270,6 +272,7 @@ class Balancer:
         """Begin with what an earlier run of the same job has measured, and say what the first plan should be.
 
         Of each local batch the last few measurements are kept: enough for the curve, and soon outweighed by new ones.
+        No rank gets more than it has had: nothing is known of its memory beyond that.
 
         Raises:
             ValueError: see `load_state_dict`, or the earlier run has measured nothing.
@@ -282,7 +285,9 @@ class Balancer:
             rank.seconds = {b: seconds[-_REMEMBERED:] for b, seconds in rank.seconds.items()}
         self._times_observed, self._calm, self._quick_plans = 0, 0, _QUICK_PLANS
         self._drifted, self._hinted = False, True
-        split = self._best(None)
+        step = self.granularity
+        had = [max(max(rank.seconds) // step * step, self.minimum) for rank in self._ranks]
+        split = self._best(had if sum(had) >= self.global_batch else None)
         return Proposal(split, tuple(m.seconds(b) for m, b in zip(self._models(), split, strict=True)), "profile")
 
     def _hint(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> Proposal | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
 from lightning_hetero.batch_norm import own_modules, pooled
@@ -28,6 +29,22 @@ def broadcast_in_forward(options: Mapping[str, Any]) -> bool | None:
         if options.get(name) is not None:
             return bool(options[name])
     return None
+
+
+def broadcast_apart(model: DistributedDataParallel, waiting: Callable[[], AbstractContextManager[None]]) -> None:
+    """Let DDP's copying of rank 0's buffers be no part of a rank's own work: ranks wait for rank 0 there.
+
+    Args:
+        model: copies them within its forward pass.
+        waiting: see `timing.WorkClock.waiting`.
+    """
+    copies = model._sync_buffers  # noqa: SLF001 - there is no public name for it
+
+    def copies_apart() -> None:
+        with waiting():
+            copies()  # type: ignore[no-untyped-call]
+
+    model._sync_buffers = copies_apart  # type: ignore[method-assign] # noqa: SLF001
 
 
 def running_statistics(module: nn.Module) -> list[_BatchNorm]:

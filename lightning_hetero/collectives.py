@@ -45,8 +45,9 @@ class PendingRows:
             try:
                 work.wait(self.PATIENCE)
             except RuntimeError:
-                if work.is_completed():
-                    raise
+                if work.is_completed():  # it has failed, or has come to its end just after patience did
+                    work.wait()
+                    break
                 still_makes_sense()
             else:
                 break

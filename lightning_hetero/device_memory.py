@@ -65,21 +65,25 @@ def limits(rooms: Sequence[Room], memory_limit: float) -> tuple[float, ...]:
     """The bytes that each rank may hold.
 
     A machine's memory is divided by the ranks that compute in it, and that of a control group by those that are in it.
+    Whoever gives bytes may know better: ranks may share pages, each of which counts for all of them.
 
     Args:
         rooms: of W ranks.
-        memory_limit: up to 1 the part of what there is, above it bytes, but no more than there are.
+        memory_limit: up to 1 the part of a rank's share of what there is; above it bytes, but no more than there are.
     """
     on_machine = Counter(room.machine for room in rooms if room.on_host)
     in_group = Counter((room.machine, group) for room in rooms if room.on_host for group in room.groups)
     result = []
     for room in rooms:
+        if memory_limit > 1:
+            result.append(min(memory_limit, room.total, *room.groups.values()))
+            continue
         available = room.total
         if room.on_host:
             available /= on_machine[room.machine]
             shared = (size / in_group[room.machine, group] for group, size in room.groups.items())
             available = min([available, *shared])
-        result.append(memory_limit * available if memory_limit <= 1 else min(memory_limit, available))
+        result.append(memory_limit * available)
     return tuple(result)
 
 

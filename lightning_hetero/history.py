@@ -21,8 +21,10 @@ _KNOWN = 3
 _REFERENCE = 5
 
 # That many steps in a row, all off by this factor (or by so many times the noise, if that is more), are a drift: soon
-# where much is lost, later where it may be an episode that passes.
-_DRIFTS = ((4, 1.6), (8, 1.15))
+# where much is lost, later where it may be an episode that passes. What other local batches took tells of the former
+# only: a GPU may well be faster with 32 samples than with 29.
+_SUDDEN = (4, 1.6)
+_LASTING = (8, 1.15)
 _DRIFT_SPREADS = 3.0
 
 # The median of that many steps, off by this factor from what the local batch took before (or by so many standard
@@ -91,19 +93,24 @@ class RankHistory:
         self.tails = [*self.tails, seconds][-_KEPT_TAILS:]
 
     def _changed_suddenly(self, local_batch: int) -> bool:
-        return any(self._changed(local_batch, steps, factor) for steps, factor in _DRIFTS)
+        return self._changed(local_batch, *_SUDDEN, others=True) or self._changed(local_batch, *_LASTING, others=False)
 
-    def _changed(self, local_batch: int, steps: int, factor: float) -> bool:
+    def _changed(self, local_batch: int, steps: int, factor: float, *, others: bool) -> bool:
         last = self.seconds[local_batch][-steps:]
-        older = self._without_last(local_batch, steps)
-        known = {b: median(s) for b, s in older.items() if len(s) >= _REFERENCE}
-        if len(last) < steps or not known:
+        if len(last) < steps:
             return False
-        # Samples never make a step shorter. So, whatever the curve, these bound the last steps at unchanged speed.
+        older = self._without_last(local_batch, steps)
+        known = {b: median(s) for b, s in older.items() if len(s) >= _REFERENCE and (others or b == local_batch)}
+        # More samples seldom make a step much shorter. So, whatever the curve, these bound the last steps at unchanged
+        # speed.
         most = min((time for b, time in known.items() if b >= local_batch), default=math.inf)
         least = max((time for b, time in known.items() if b <= local_batch), default=0.0)
-        factor = max(factor, 1 + _DRIFT_SPREADS * self.spread())
-        if not (min(last) > factor * most or max(last) * factor < least):
+
+        def outside(factor: float) -> bool:
+            return min(last) > factor * most or max(last) * factor < least
+
+        # In this order, since it is asked in every step and the noise takes longest to tell.
+        if not outside(factor) or not outside(max(factor, 1 + _DRIFT_SPREADS * self.spread())):
             return False
         self._rescale(local_batch, older, last)
         return True

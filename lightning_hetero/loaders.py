@@ -85,8 +85,12 @@ class Agreement:
 
 
 def replace_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
-    """A loader like `loader` in everything but its batch sampler; the user's own stays untouched."""
+    """A loader like `loader` in everything but its batch sampler; the user's own stays untouched.
+
+    Its batches come in the order in which they were drawn, also with ``in_order=False``: they go by number.
+    """
     clone = copy.copy(loader)
+    clone.in_order = True
     # DataLoader forbids to set it after construction, and rebuilding one needs arguments that can only be guessed.
     object.__setattr__(clone, "batch_sampler", batch_sampler)
     clone._iterator = None

@@ -80,7 +80,9 @@ class Job:
         tails = tuple(self.tails) or (0.0,) * size
         least, most = _each(self.minimum, size), None if self.maximum is None else _each(self.maximum, size)
         if not size or {len(tails), len(self.spared or tails), len(least), len(most or least)} != {size}:
-            raise ValueError(f"tails, what is spared and limits have to be one a rank for {size} models, and there has to be a model")
+            raise ValueError(
+                f"tails, what is spared and limits have to be one a rank for {size} models, and there has to be a model"
+            )
         if not all(math.isfinite(tail) and tail >= 0 for tail in tails) or min(least) < 1 or step < 1:
             raise ValueError(f"got tails {tails}, minimum {self.minimum} and granularity {step}: too small, or no time")
         object.__setattr__(self, "_last", tuple(map(_with_tail, self.models, tails)))

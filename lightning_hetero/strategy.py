@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_hetero import agreement, device_memory, failures, loss_count
 from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
 from lightning_hetero.batch_norm import smallest_local_batch
-from lightning_hetero.buffers import BufferMerge, broadcast_in_forward
+from lightning_hetero.buffers import BufferMerge, broadcast_apart, broadcast_in_forward
 from lightning_hetero.collectives import Exchange, allreduce_mean, masked, own_total, total, until_last_bucket
 from lightning_hetero.evaluating import Evaluating
 from lightning_hetero.layer_sync import ExactSyncBatchNorm
@@ -236,6 +236,7 @@ class HeteroStrategy(Evaluating):
             agreement.require(self._exchange, agreement.facts(self.lightning_module, trainer.precision), "the job")
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
+            self._last_ready = -1
             if self._planner is not None:
                 self._planner.forget_memory()
             counter = loss_count.find(
@@ -273,7 +274,9 @@ class HeteroStrategy(Evaluating):
         if broadcasts is None:
             # Set afterwards: older versions of torch take the option for the copy at the start as well.
             wrapped.broadcast_buffers = False
-        if not broadcasts:
+        if broadcasts:
+            broadcast_apart(wrapped, self._clock.waiting)
+        else:
             self._merge = BufferMerge(
                 model, self.root_device, self.global_rank, self.world_size, total, self._clock.waiting
             )

@@ -10,7 +10,8 @@ from lightning_hetero.timing import Reading
 class Window:
     """A rank's own work since its last optimizer step.
 
-    Micro-batches that can't be compared with others (a short last batch, a change of plan in between) spoil it.
+    Short last batches are left out. What else can't be compared with others (borrowed samples, a change of plan in
+    between) spoils it.
     """
 
     readings: list[Reading] = field(default_factory=list)
@@ -20,8 +21,10 @@ class Window:
 
     def add(self, reading: Reading | None, share: Share | None, global_batch: int) -> None:
         """One more micro-batch."""
-        if reading is None or share is None or share.borrowed or sum(share.counts) != global_batch:
+        if reading is None or share is None or share.borrowed:
             self.comparable = False
+            return
+        if sum(share.counts) != global_batch:
             return
         self.readings.append(reading)
         self.shares.append(share)

@@ -65,7 +65,13 @@ def test_a_report_has_a_line_for_each_step(tmp_path):
 
 
 def a_drift_report():
-    state = {"best_seconds": 0.4, "ratio_to_best": 0.9, "late_ratio_to_best": 0.98, "plans": [[0, [32, 32]]], "best": [60, 4]}
+    state = {
+        "best_seconds": 0.4,
+        "ratio_to_best": 0.9,
+        "late_ratio_to_best": 0.98,
+        "plans": [[0, [32, 32]]],
+        "best": [60, 4],
+    }
     return a_report(steps=3) | {
         "states": [
             state | {"quota": 25, "first_step": 0, "steps_until_settled": 3},
@@ -118,7 +124,7 @@ def test_the_overview_has_a_line_for_each_report(tmp_path):
         "speed-c": a_report(),
         "speed-d": a_report(quotas=[100, 50]),
         "limit-a": a_report(split=[60, 4])
-        | {"fractions": {way: one for way in ("apart", "together", "averaged")}, "gain_at_the_limit": one},
+        | {"fractions": dict.fromkeys(("apart", "together", "averaged"), one), "gain_at_the_limit": one},
         "settling-a": a_report(steps=200, steady=300)
         | {
             "ratio_to_fixed": dict.fromkeys(("first_step_counted", "first_step_left_out", "fresh_fixed_run"), one),

@@ -53,13 +53,14 @@ def best_makespan(curves: Sequence[Curve], global_batch: int) -> float:
 
 @dataclass
 class Run:
-    """Simulated training: a step's measurements are known during the next one, and a new plan starts after that."""
+    """Simulated training: a step's measurements are known during the next one, a plan starts after what was drawn."""
 
     curves: list[Curve]
     global_batch: int
     noise: float
     seed: int
     outliers: dict[int, float] = field(default_factory=dict)  # by step: the factor on a rank of its own
+    ahead: int = 0  # batches that loaders have drawn beyond the next one
     changes: list[tuple[int, Proposal]] = field(default_factory=list)
     makespans: list[float] = field(default_factory=list)  # by step, without noise
 
@@ -86,7 +87,7 @@ class Run:
             if len(self.late) > 1:
                 self.balancer.observe(*self.late.pop(0))
                 if (proposal := self.balancer.propose(self.plans[-1][1])) is not None:
-                    self.plans.append((step + 1, proposal.local_batches))
+                    self.plans.append((step + 1 + self.ahead, proposal.local_batches))
                     self.changes.append((step, proposal))
         return self
 

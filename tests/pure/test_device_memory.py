@@ -113,7 +113,8 @@ def gpu(total: float = 80.0) -> Room:
         ([cpu(job=6), cpu("b", job=6)], 1.0, [6, 6]),
         ([cpu(job=6, user=7), cpu(user=7)], 1.0, [3.5, 3.5]),
         ([cpu(job=6), cpu()], 1.0, [6, 8]),
-        ([gpu(80), cpu(), cpu()], 10, [10, 8, 8]),
+        ([gpu(80), cpu(), cpu()], 10, [10, 10, 10]),
+        ([gpu(8), cpu(job=9), cpu()], 20, [8, 9, 16]),
     ],
 )
 def test_limits_are_shared_by_those_who_are_in_them(rooms, memory_limit, expected) -> None:

@@ -45,6 +45,13 @@ def test_a_slow_change_is_followed_without_a_word(seed: int, stayed: int) -> Non
     assert rank.model().seconds(32) == pytest.approx(1.08 * seconds(32), rel=0.045), "but for half of it, at most"
 
 
+def test_a_curve_that_is_no_shorter_for_fewer_samples_is_no_change() -> None:
+    """A GPU may take longer for 29 samples than for 32, also for ever; what is known of 32 stays as it was."""
+    rank = measured({32: 10})
+    assert not any(rank.observe(29, 1.25 * seconds(32)) for _ in range(20))
+    assert rank.seconds[32] == [seconds(32)] * 10
+
+
 @given(st.integers(0, 50), st.floats(1.5, 20))
 def test_one_disturbed_step_is_no_change(seed: int, factor: float) -> None:
     rank = measured({32: 12, 16: 12}, 0.03, seed)

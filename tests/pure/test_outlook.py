@@ -188,7 +188,7 @@ def test_alone_there_is_no_communication():
 
 
 def test_a_rank_by_itself_is_spared_what_averaging_costs_it():
-    """Its own work holds copies into buckets, hooks and gloo's threads: 0.354 s become 0.334, which outweighs rank 1."""
+    """Its own work holds copies into buckets, hooks and gloo's threads: 0.354 s become 0.334."""
     job = Job([line(0.05, 0.0095), line(0.2, 0.05)], [0.02, 0.05], minimum=2, spared=[0.02, 0.03])
     assert job.without(1, 32) == close(0.05 + 0.0095 * 32 - 0.02)
     assert job.paying(32).ranks == (0,)
@@ -202,7 +202,7 @@ def test_what_is_spared_grows_no_further_with_the_global_batch():
     models = [line(0.05, 0.01), line(0.3, 0.14)]
     job = Job(models, minimum=2, spared=[0.08 * model.seconds(64) for model in models])
     assert job.paying(64).ranks == (0,)
-    assert 128 < job.pays_from(1, 64) < 192
+    assert 64 < job.pays_from(1, 64) < 128, "in proportion to the time it would be 400"
     assert Job(models, spared=[9.0, 9.0]).without(1, 10) == close(0.15 / 2)
 
 

@@ -55,8 +55,8 @@ def test_a_planner_begins_where_the_earlier_run_ended() -> None:
     planner = Planner("auto", 2, 64, known=json.loads(json.dumps(learnt())))
     first = planner.schedule.newest
     assert (first.first_step, first.reason) == (0, "profile")
-    assert first.local_batches == (52, 12), "51/13 would be 0.61 and 0.62 s; the rest is room for noise"
-    assert first.predicted_seconds == pytest.approx((0.62, 0.58))
+    assert first.local_batches == (50, 14), "52/12 would be faster, but nothing is known of rank 0's memory there"
+    assert first.predicted_seconds == pytest.approx((0.6, 0.66))
     for step in range(12):
         split = planner.schedule.at(step).local_batches
         planner.observe([step, step], [0.1 + 0.01 * split[0], 3 * (0.1 + 0.04 * split[1])], step)

@@ -16,6 +16,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_hetero.loaders import replace_batch_sampler
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, make_trainer, merged, parameters_of, relative_error
 from tests.trainer.loading import (
@@ -158,6 +159,13 @@ def test_batches_that_are_drawn_as_one_stay_one():
 def test_workers_of_other_contexts(context):
     batches = merged(result[context] for result in unusual())
     assert list(chain.from_iterable(batches)) == list(range(SIZE))
+
+
+def test_batches_keep_their_order_where_the_users_loader_need_not():
+    """A batch is known by its number: out of order, ranks would take parts of different global batches."""
+    loader = DataLoader(Numbers(8), batch_size=2, num_workers=2, in_order=False)
+    clone = replace_batch_sampler(loader, loader.batch_sampler)
+    assert (loader.in_order, clone.in_order) == (False, True)
 
 
 def test_a_users_distributed_sampler_is_left_alone():

@@ -106,7 +106,7 @@ def test_the_end_is_said_in_one_sentence():
     [("cpu", math.inf, False), ("cpu", 63.0, True), ("NVIDIA X", math.inf, True)],
 )
 def test_who_does_not_pay_depends_on_memory_and_on_the_kind_of_device(tmp_path, device, limit, pays):
-    """Rank 0 alone would take 1 s less 0.08 on a CPU, beside 0.97 s of both together; with room for 63 it can't do it."""
+    """Rank 0 alone would take 1 s less 0.08 on a CPU, both together take 0.97 s; with room for 63 it can't do it."""
     devices = [device] * 2
     planner = Planner("auto", 2, 64, memory=lambda b, m: Caps([limit, math.inf], devices, b, minimum=m, granularity=1))
     for step in range(4):

@@ -4,11 +4,13 @@ Each rank's clock is replaced by a counter: loading a sample, training on it, an
 waiting for the other rank advance it by known amounts. So what is measured can be compared exactly.
 """
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from lightning_hetero import HeteroStrategy, timing
@@ -66,6 +68,14 @@ class ByHand(Worked):
         optimizer.step()
 
 
+class Buffered(Worked):
+    """Has a buffer, which DDP may copy from rank 0 in every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen_before", torch.zeros(1))
+
+
 class Saves(Callback):
     """Takes its time after every batch, as saving a checkpoint does."""
 
@@ -104,6 +114,7 @@ FITS: dict[str, tuple[type[Worked], dict[str, Any]]] = {
     "checkpoints in between": (Worked, {"callbacks": [Saves()], "max_epochs": 2}),
     "manual optimization": (ByHand, {}),
     "a hook that waits": (Worked, {"ddp_comm_hook": waiting_mean}),
+    "rank 0's buffers in every step": (Buffered, {"broadcast_buffers": True}),
 }
 
 
@@ -119,15 +130,17 @@ def takes_long(function: Any) -> Any:
 
 
 def fit_all() -> dict[str, Any]:
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # In this process, which ends with the test: waiting for messages, and for the gradients of the others, takes long.
     timing.perf_counter = lambda: Clock.now
     PendingRows.wait = takes_long(PendingRows.wait)
     timing.WorkClock.gradients_ready = takes_long(timing.WorkClock.gradients_ready)
+    DistributedDataParallel._sync_buffers = takes_long(DistributedDataParallel._sync_buffers)
     heard = {}
     for name, (module, options) in FITS.items():
-        hook = {key: value for key, value in options.items() if key == "ddp_comm_hook"}
-        strategy = Listening(shares=[3, 1], global_batch=8, bucket_cap_mb=1e-4, **hook)
-        more = {key: value for key, value in options.items() if key not in hook}
+        of_ddp = {key: value for key, value in options.items() if key in ("ddp_comm_hook", "broadcast_buffers")}
+        strategy = Listening(shares=[3, 1], global_batch=8, bucket_cap_mb=1e-4, **of_ddp)
+        more = {key: value for key, value in options.items() if key not in of_ddp}
         trainer = make_trainer(strategy, 2, **{"max_epochs": 1, "num_sanity_val_steps": 0} | more)
         loaders = {"train_dataloaders": DataLoader(Loading(8 * 6), batch_size=4)}
         if "val_check_interval" in options:
@@ -151,6 +164,7 @@ def heard() -> list[dict[str, Any]]:
         ("checkpoints in between", 1.0),
         ("manual optimization", 1.0),
         ("a hook that waits", 1.0),
+        ("rank 0's buffers in every step", 1.0),
     ],
 )
 def test_own_work_is_loading_training_and_the_optimizer(heard: list[dict[str, Any]], name: str, steps: float) -> None:

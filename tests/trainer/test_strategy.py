@@ -196,6 +196,24 @@ def test_a_run_goes_on_from_the_end_of_an_epoch(tmp_path: Path) -> None:
         assert step == 15
 
 
+def again_in_this_process(folder: str) -> int:
+    path = f"{folder}/epoch0.ckpt"
+    options = {"limit_train_batches": 1, "max_epochs": 2}
+    trainer = make_trainer(HeteroStrategy(shares=[3, 1]), 2, **options | {"max_epochs": 1})
+    trainer.fit(Regression(), shuffled())
+    trainer.save_checkpoint(path)
+    strategy = HeteroStrategy(shares=[3, 1])
+    trainer = make_trainer(strategy, 2, **options)
+    trainer.fit(Regression(), shuffled())
+    trainer.fit(Regression(), shuffled(), ckpt_path=path)
+    return strategy._batches
+
+
+def test_a_fit_that_begins_where_the_last_one_ended_counts_its_first_batch(tmp_path: Path) -> None:
+    """Two batches, and then the second one again: Lightning counts to two both times."""
+    assert run_ranks(2, again_in_this_process, str(tmp_path)) == [3, 3]
+
+
 class Looks(Callback):
     """Sees the Trainer's inside while it trains."""
 

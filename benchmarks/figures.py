@@ -155,6 +155,29 @@ def settled(
     return first
 
 
+def as_fast_from(
+    turns: Sequence[Sequence[float]], fixed: Sequence[Sequence[float]], window: int, tolerance: float = TOLERANCE
+) -> int | None:
+    """The first step from which on a run is as fast as a fixed split that takes turns with it; None if it never is.
+
+    It is where the median of so many steps in a row is at most a part longer than that of the fixed split in the turn
+    beside. Unlike `settled` it needs no times of other splits, and sees both at the same time.
+
+    Args:
+        turns: step times of all turns of the run, nothing left out.
+        fixed: step times of the fixed split in the turn beside each, without warm-up.
+        window: steps in a row, all of the same turn.
+        tolerance: a part of the fixed split's time.
+    """
+    began = 0
+    for times, beside in zip(turns, fixed, strict=True):
+        for first in range(len(times) - window + 1):
+            if median(times[first : first + window]) <= (1 + tolerance) * median(beside):
+                return began + first
+        began += len(times)
+    return None
+
+
 def whole_run(turns: Sequence[Sequence[float]], fixed: Sequence[Sequence[float]], *, first_step: bool) -> float:
     """The part of the best fixed split's speed that a run reached from its first step on, exploration included.
 

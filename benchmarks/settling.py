@@ -17,6 +17,9 @@ from figures import Split, parse_split, show_split
 from reports import say
 from turns import Stage, judge, stage
 
+_WINDOW = 10
+"""Steps in a row whose median tells how fast a run is."""
+
 _COUNTS = ("runs", "steps", "turn", "judge_rounds", "judge_steps", "search_steps")
 
 
@@ -41,8 +44,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     check_common(parser, options, _COUNTS)
     check_splits(parser, options, [options.split] if options.split else [])
-    if options.steps % options.turn or options.turn <= options.warm_up + 1:
-        parser.error("the steps have to be a whole number of turns, and a turn longer than its warm-up")
+    if options.steps % options.turn or options.turn < options.warm_up + _WINDOW:
+        parser.error(f"--steps has to be a whole number of turns, and --turn at least {_WINDOW} more than --warm-up")
     return options
 
 
@@ -74,6 +77,8 @@ def one_run(stage: Stage, options: argparse.Namespace, best: Split, steady: int)
             "fresh_fixed_run": sum(map(sum, beside)) / sum(map(sum, learning)),
         },
         "seconds": {"hetero": sum(map(sum, learning)), "fixed": sum(map(sum, beside))},
+        "as_fast_from_step": figures.as_fast_from(learning, known, _WINDOW),
+        "turns": [median(f) / median(figures.steady(h, options.warm_up)) for h, f in zip(learning, known, strict=True)],
         "first_step_seconds": {"hetero": learning[0][0], "fixed": beside[0][0]},
         "plans": plans,
         "plan_changes_while_steady": len([step for step, _ in plans if step >= options.steps]) if steady else None,
@@ -116,12 +121,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "best": best,
             "best_at_the_end": better,
             "ratio_to_fixed": ratios,
+            "as_fast_from_step": [run_["as_fast_from_step"] for run_ in runs],
             "settled_after_steps": [run_["settled_after_steps"] for run_ in runs],
             "plan_changes_while_steady": runs[-1]["plan_changes_while_steady"],
             "disturbance": ready.disturbance(),
             "fixed_splits": [{"split": split, "seconds": seconds} for split, seconds in sorted(times.items())],
             "runs": runs,
         }
+
+
+def _each(steps: Sequence[int | None]) -> str:
+    return ", ".join("never" if step is None else f"{step}" for step in steps)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -141,7 +151,8 @@ def table(report: dict[str, Any]) -> str:
     first = [run["first_step_seconds"] for run in report["runs"]]
     medians = {name: median(seconds[name] for seconds in first) for name in ("hetero", "fixed")}
     lines.append(f"first step: hetero {medians['hetero']:.2f} s, fixed split {medians['fixed']:.2f} s")
-    lines.append(f"within 5% of the best split from step: {', '.join(map(str, report['settled_after_steps']))}")
+    lines.append(f"{_WINDOW} steps as fast as the fixed split (within 5%) from step: {_each(report['as_fast_from_step'])}")
+    lines.append(f"at a split within 5% of the best one from step: {_each(report['settled_after_steps'])}")
     if report["plan_changes_while_steady"] is not None:
         more = report["configuration"]["steady"]
         lines.append(f"changes of plan in {more} more steps: {report['plan_changes_while_steady']}")

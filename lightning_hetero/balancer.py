@@ -242,7 +242,10 @@ class Balancer:
         for ever. Once it is forgotten it gets tried again, and long enough this time.
         """
         kept = self._ranks
-        self._ranks = [rank.trusted(b, _STEPS) for rank, b in zip(kept, current, strict=True)]
+        trusted = [rank.trusted(b, _STEPS) for rank, b in zip(kept, current, strict=True)]
+        if all(len(new.seconds) == len(old.seconds) for new, old in zip(trusted, kept, strict=True)):
+            return  # nothing to forget, as in nearly every look of a long run
+        self._ranks = trusted
         if 1 - self._expected(self._best(maximum)) / self._expected(current) <= _DOUBT:
             self._ranks = kept
 

@@ -129,6 +129,7 @@ def test_the_overview_has_a_line_for_each_report(tmp_path):
         | {
             "ratio_to_fixed": dict.fromkeys(("first_step_counted", "first_step_left_out", "fresh_fixed_run"), one),
             "settled_after_steps": [7, None],
+            "as_fast_from_step": [5, None],
             "plan_changes_while_steady": 1,
         },
         "drift-a": a_drift_report(),
@@ -156,6 +157,7 @@ def test_the_overview_has_a_line_for_each_report(tmp_path):
     assert all(line.count("2.00 (1.90 to 2.10)") == 5 for line in speed)
     questions = ["limit", "settling", "drift", "evaluation", "tax", "cpu", "allocation"]
     assert [line.split(" | ")[0] for line in lines[-7:]] == [f"| `{question}`" for question in questions]
+    assert "as fast within 5% from step 5, never, at a split within 5% of the best one from step 7, not" in lines[-6]
     assert "split 60/4 reaches 1.00 (0.98 to 1.02) with every rank by itself" in lines[-7]
     assert "from 25% to 60%: not within 5%" in lines[-5]
     assert "from 60% to 30%: after 2 steps within 5% of the best fixed split, 0.98 of its speed" in lines[-5]

@@ -99,6 +99,15 @@ def test_a_whole_run_is_compared_turn_by_turn():
     assert whole_run(turns, fixed, first_step=False) == pytest.approx(5 / 5)
 
 
+def test_a_run_is_as_fast_from_where_the_median_of_some_steps_is():
+    as_fast_from = load("figures").as_fast_from
+    turns, fixed = [[5.0, 3.0, 1.2, 1.0], [1.1, 1.0, 9.0, 1.0]], [[1.0, 1.0, 1.0, 7.0], [1.0] * 4]
+    assert as_fast_from(turns, fixed, 3) == 5, "1.0, 9.0, 1.0; windows do not reach into the next turn"
+    assert as_fast_from(turns, fixed, 2) == 4
+    assert as_fast_from(turns, fixed, 3, tolerance=0.2) == 1
+    assert as_fast_from([[2.0, 2.0]], [[1.0, 1.0]], 2) is None
+
+
 def test_a_whole_run_does_not_pay_for_an_outlier_of_the_fixed_split():
     assert load("figures").whole_run([[1.0, 1.0]], [[1.0, 1.0, 50.0]], first_step=True) == 1.0
 

@@ -401,6 +401,27 @@ def test_a_run_that_is_saved_and_loaded_decides_as_if_it_had_not_stopped() -> No
         assert resumed.propose(plan) == run.balancer.propose(plan)
 
 
+@pytest.mark.parametrize("drawn", [1, 12, 30])
+def test_plans_follow_each_other_as_quickly_where_loaders_have_drawn_ahead(drawn: int) -> None:
+    """The steps of the old plan that are still to come are no sign that all is well."""
+    balancer, equal = Balancer(2, 64), (32, 32)
+
+    def observe(split: tuple[int, ...], steps: int) -> None:
+        for _ in range(steps):
+            balancer.observe(0, split, [0.05 + 0.01 * split[0], 0.1 + 0.04 * split[1]])
+
+    observe(equal, 1)
+    hinted = balancer.propose(equal)
+    assert hinted is not None
+    for _ in range(drawn):
+        observe(equal, 1)
+        assert balancer.propose(hinted.local_batches) is None
+    observe(hinted.local_batches, 2)
+    better = balancer.propose(hinted.local_batches)
+    assert better is not None, "two steps at it are enough"
+    assert better.reason == "balance"
+
+
 def test_what_is_kept_is_bounded() -> None:
     """A run of weeks must not grow its checkpoint."""
     balancer, rng = Balancer(2, 64), np.random.default_rng(0)

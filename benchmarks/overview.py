@@ -112,7 +112,9 @@ def _settling(report: Report) -> str:
     text = f"first {steps} steps, exploration included, at {_times(ratio['first_step_counted'])} of the best fixed "
     text += f"split's speed ({_times(ratio['first_step_left_out'])} without the very first step, "
     fast = ", ".join("never" if step is None else f"{step}" for step in report["as_fast_from_step"])
-    text += f"{_times(ratio['fresh_fixed_run'])} of a fresh run of that split); as fast within 5% from step {fast}, at a "
+    text += (
+        f"{_times(ratio['fresh_fixed_run'])} of a fresh run of that split); as fast within 5% from step {fast}, at a "
+    )
     text += f"split within 5% of the best one from step {settled}"
     if (more := report["plan_changes_while_steady"]) is not None:
         text += f"; {more} changes of plan in {report['configuration']['steady']} more steps"

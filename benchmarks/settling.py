@@ -151,7 +151,9 @@ def table(report: dict[str, Any]) -> str:
     first = [run["first_step_seconds"] for run in report["runs"]]
     medians = {name: median(seconds[name] for seconds in first) for name in ("hetero", "fixed")}
     lines.append(f"first step: hetero {medians['hetero']:.2f} s, fixed split {medians['fixed']:.2f} s")
-    lines.append(f"{_WINDOW} steps as fast as the fixed split (within 5%) from step: {_each(report['as_fast_from_step'])}")
+    lines.append(
+        f"{_WINDOW} steps as fast as the fixed split (within 5%) from step: {_each(report['as_fast_from_step'])}"
+    )
     lines.append(f"at a split within 5% of the best one from step: {_each(report['settled_after_steps'])}")
     if report["plan_changes_while_steady"] is not None:
         more = report["configuration"]["steady"]

@@ -50,6 +50,11 @@ _SETTLED = 10  # steps without a new plan and without a drift, after which nothi
 # Afterwards, and where there is no hint that anything is wrong, a plan is judged on that many steps at least.
 _STEPS = 5
 
+# A plan that has been in force for that many steps is looked at again at every so manieth one only: a look takes some
+# milliseconds, and a sudden change of speed does not wait for it.
+_RESTING = 60
+_RESTING_STEPS = 20
+
 # Quick plans need a hint that something is wrong at all: on equal devices, two noisy steps are none.
 _UNEQUAL = 0.15
 
@@ -218,7 +223,9 @@ class Balancer:
             return None if self._first is None or self._hinted else self._hint(current, maximum)
         if self._observed != tuple(current):
             self._calm = 0  # a plan waits behind what loaders have drawn already
-        pause = self._times_observed % _STEPS == 0  # to look at every step would cost more than it could bring
+        # To look at every step would cost more than it could bring.
+        rests = self._times_observed >= _RESTING
+        pause = self._times_observed % (_RESTING_STEPS if rests else _STEPS) == 0
         if not too_much and not (self._observed == tuple(current) and (self._quick_plans > 0 or pause)):
             return None
         if pause and self._times_observed >= _SETTLED and self._observed == tuple(current):

@@ -422,6 +422,19 @@ def test_plans_follow_each_other_as_quickly_where_loaders_have_drawn_ahead(drawn
     assert better.reason == "balance"
 
 
+def test_a_plan_that_rests_is_looked_at_rarely() -> None:
+    """A look takes milliseconds, on every rank between forward and backward."""
+    balancer, looks = Balancer(2, 64), []
+    beyond = balancer._beyond
+    balancer._beyond = lambda *limits: looks.append(1) or beyond(*limits)  # type: ignore[method-assign, func-returns-value]
+    for step in range(161):
+        if step == 61:
+            looks.clear()
+        balancer.observe(step, (32, 32), [0.4, 0.4])
+        balancer.propose((32, 32))
+    assert len(looks) == 5
+
+
 def test_what_is_kept_is_bounded() -> None:
     """A run of weeks must not grow its checkpoint."""
     balancer, rng = Balancer(2, 64), np.random.default_rng(0)

@@ -27,6 +27,9 @@ _SUDDEN = (4, 1.6)
 _LASTING = (8, 1.15)
 _DRIFT_SPREADS = 3.0
 
+# Measurements of other local batches that are kept then: fewer than make one known, so that new ones soon outvote them.
+_GUESSES = 2
+
 # The median of that many steps, off by this factor from what the local batch took before (or by so many standard
 # errors, if that is more), is a slow drift: too little to act at once, but the older measurements follow.
 _SLOW_STEPS = 12
@@ -112,7 +115,10 @@ class RankHistory:
         # In this order, since it is asked in every step and the noise takes longest to tell.
         if not outside(factor) or not outside(max(factor, 1 + _DRIFT_SPREADS * self.spread())):
             return False
-        self._rescale(local_batch, older, last)
+        # How the change spreads over fixed cost and cost per sample is not known, so what is scaled is a guess: little
+        # of it is kept, so that it can be doubted.
+        guessed = {b: s if b == local_batch else s[-_GUESSES:] for b, s in older.items()}
+        self._rescale(local_batch, guessed, last)
         return True
 
     def _follow_slowly(self, local_batch: int) -> None:

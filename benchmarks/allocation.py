@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def random_model(generator: random.Random, breakpoints: int) -> Any:
     """A piecewise linear step-time model of a device whose speed, fixed cost and bends are random."""
-    from lightning_hetero.step_time import StepTimeModel
+    from lightning_hetero.planning.step_time import StepTimeModel
 
     pace = 10 ** generator.uniform(-3, -1)  # seconds a sample
     batches = sorted(generator.sample(range(1, 257), generator.randint(1, breakpoints)))
@@ -44,7 +44,7 @@ def random_model(generator: random.Random, breakpoints: int) -> Any:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Time all calls."""
-    from lightning_hetero.allocation import allocate
+    from lightning_hetero.planning.allocation import allocate
 
     head = reports.head(
         "time to split a global batch over many ranks", options, ("ranks", "calls", "breakpoints", "samples", "seed")

@@ -21,7 +21,7 @@ def grid(
     rates: Sequence[float], global_batch: int, minimum: int = LEAST, powers: Sequence[float] = _POWERS
 ) -> list[Split]:
     """Splits from equal to far beyond the one in proportion to `rates` (samples/s of each rank alone)."""
-    from lightning_hetero.allocation import proportional
+    from lightning_hetero.planning.allocation import proportional
 
     splits = [proportional(global_batch, [rate**power for rate in rates], minimum=minimum) for power in powers]
     return list(dict.fromkeys(splits))

@@ -35,9 +35,9 @@ from tasks import Classifier, Images, Task
 from torch.utils.data import DataLoader
 from validating import evaluate
 
-from lightning_hetero import HeteroStrategy, malloc
-from lightning_hetero.plan import Plan
-from lightning_hetero.weighting import Rows, column
+from lightning_hetero import HeteroStrategy
+from lightning_hetero.exchange.messages import Rows, column
+from lightning_hetero.planning.plan import Plan
 
 _TIMEOUT = timedelta(hours=1)
 _LIBRARIES = {"resnet18": "torchvision.models", "unet": "segmentation_models_pytorch", "fcn": "torchgeo.models"}
@@ -189,8 +189,8 @@ def set_allocator(allocator: str) -> bool:
         whether freed memory is kept.
     """
     if allocator == "kept":
-        return malloc.keep_freed_memory()
-    told = malloc.keep_freed_memory
+        return allocator.keep_freed_memory()
+    told = allocator.keep_freed_memory
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "lightning_hetero" and getattr(module, "keep_freed_memory", None) is told:
             module.keep_freed_memory = lambda: False  # type: ignore[attr-defined] # for whoever imported it by name too

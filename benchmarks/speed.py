@@ -80,7 +80,7 @@ class Comparison:
 
     def measure_solo(self) -> None:
         """Each rank by itself, with the whole global batch."""
-        from lightning_hetero.allocation import proportional
+        from lightning_hetero.planning.allocation import proportional
 
         for rank in range(self._world_size):
             side = self._alone if rank == 0 else self._stage.side("alone", [rank])

@@ -2,8 +2,8 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_hetero.loss_count import cross_entropy_count
-from lightning_hetero.plan import Plan
+from lightning_hetero.planning.plan import Plan
+from lightning_hetero.step.loss_count import cross_entropy_count
 from lightning_hetero.strategy import HeteroStrategy
 
 __all__ = ["HeteroStrategy", "Plan", "cross_entropy_count"]

@@ -18,32 +18,35 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_hetero import agreement, device_memory, failures, loss_count
-from lightning_hetero.attachment import Attachment, StepCallback, StopRequest
-from lightning_hetero.batch_norm import smallest_local_batch
-from lightning_hetero.buffers import BufferMerge, broadcast_apart, broadcast_in_forward
-from lightning_hetero.collectives import Exchange, allreduce_mean, masked, own_total, total, until_last_bucket
-from lightning_hetero.evaluating import Evaluating
-from lightning_hetero.layer_sync import ExactSyncBatchNorm
-from lightning_hetero.learnt import Learnt, run_folder
-from lightning_hetero.limits import check_devices, check_job, check_options, check_trainable
-from lightning_hetero.loaders import Context, Loaders
-from lightning_hetero.malloc import keep_freed_memory
-from lightning_hetero.memory import Caps
-from lightning_hetero.metrics import StepLogging
-from lightning_hetero.monitor import device_name
-from lightning_hetero.observer import Observer
-from lightning_hetero.plan import Plan
-from lightning_hetero.planner import Planner, Shares
-from lightning_hetero.results import Talk
-from lightning_hetero.same_data import SameData, content_hash
-from lightning_hetero.sampler import Position
-from lightning_hetero.survival import Survival, name_unused
-from lightning_hetero.sync_batch_norm import Ties
-from lightning_hetero.timing import clock_of
-from lightning_hetero.training_step import TrainingSteps
-from lightning_hetero.truth import OneTruth
-from lightning_hetero.weighting import COLUMNS, Rows, column
+from lightning_hetero.device import memory
+from lightning_hetero.device.allocator import keep_freed_memory
+from lightning_hetero.device.step_timer import compute_timer
+from lightning_hetero.exchange import consistency, failures
+from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
+from lightning_hetero.exchange.groups import RankGroup, own_total, total
+from lightning_hetero.exchange.messages import COLUMNS, Rows, column
+from lightning_hetero.planning.memory import Caps
+from lightning_hetero.planning.plan import Plan
+from lightning_hetero.planning.planner import Planner, Shares
+from lightning_hetero.sampling.train_sampler import Position
+from lightning_hetero.step import loss_count
+from lightning_hetero.step.batch_norm import smallest_local_batch
+from lightning_hetero.step.buffers import BufferMerge, broadcast_apart, broadcast_in_forward
+from lightning_hetero.step.gradients import allreduce_mean, masked, until_last_bucket
+from lightning_hetero.step.step import TrainingSteps
+from lightning_hetero.step.sync_batch_norm import BatchNormGroup
+from lightning_hetero.trainer.checks import check_devices, check_job, check_options, check_trainable
+from lightning_hetero.trainer.dataloaders import Context, Loaders
+from lightning_hetero.trainer.evaluation import Evaluating
+from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
+from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
+from lightning_hetero.trainer.observer import Observer
+from lightning_hetero.trainer.patches import StepCallback, StopRequest, TrainerPatches
+from lightning_hetero.trainer.profile_store import ProfileStore, run_folder
+from lightning_hetero.trainer.reporting import device_name
+from lightning_hetero.trainer.results import MetricExchange
+from lightning_hetero.trainer.step_logging import StepLogging
+from lightning_hetero.trainer.survival import Survival, name_unused
 
 
 class HeteroStrategy(Evaluating):
@@ -89,17 +92,17 @@ class HeteroStrategy(Evaluating):
         self._memory_limit = memory_limit
         self._granularity = granularity
         self._batches = 0  # training batches begun since the strategy was made
-        self._exchange: Exchange | None = None
+        self._exchange: RankGroup | None = None
         self._planner: Planner | None = None
         self._loaders: Loaders | None = None
-        self._attachment: Attachment | None = None
+        self._attachment: TrainerPatches | None = None
         self._stop: StopRequest | None = None
         self._watch: failures.BackwardWatch | None = None
         self._steps: TrainingSteps | None = None
         self._logging: StepLogging | None = None
         self._merge: BufferMerge | None = None
-        self._ties: Ties | None = None
-        self._same_data = SameData()
+        self._ties: BatchNormGroup | None = None
+        self._same_data = DuplicateDataCheck()
         self._content = 0.0
         self._last_ready = -1
         self._observer: Observer | None = None  # on the first rank, while it trains
@@ -109,7 +112,7 @@ class HeteroStrategy(Evaluating):
         self._survival: Survival | None = None
         self._launched = False
         self._run = 0  # see `failures.new_run`
-        self._learnt: Learnt | None = None
+        self._learnt: ProfileStore | None = None
         self._planned: dict[str, Any] = {}  # the job that the planner is for
 
     @property
@@ -161,16 +164,18 @@ class HeteroStrategy(Evaluating):
         if self._exchange is None:
             if self.root_device.type == "cpu":
                 keep_freed_memory()
-            self._clock = clock_of(self.root_device)
-            self._exchange = Exchange(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
+            self._clock = compute_timer(self.root_device)
+            self._exchange = RankGroup(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
             self._on_cpus = set(self._devices) == {"cpu"}
-            self._learnt = Learnt(self._shares, self._exchange, self.root_device)
+            self._learnt = ProfileStore(self._shares, self._exchange, self.root_device)
             if type(self._layer_sync) is TorchSyncBatchNorm and self.world_size > 1:
-                self._ties = Ties(self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting)
+                self._ties = BatchNormGroup(
+                    self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting
+                )
                 self._layer_sync = ExactSyncBatchNorm(self._ties)
-            rooms = self._exchange.gather(device_memory.room_of(self.root_device))
-            self._limits = device_memory.limits(rooms, self._memory_limit)
+            rooms = self._exchange.gather(memory.memory_capacity(self.root_device))
+            self._limits = memory.limits(rooms, self._memory_limit)
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
         seed, self._run = self._exchange.broadcast((seed, failures.new_run()))
         self._attach(self.lightning_module.trainer, seed % 2**32)
@@ -189,11 +194,17 @@ class HeteroStrategy(Evaluating):
             on_borrow=lambda: self._steps.remember_random_states() if self._steps is not None else None,
         )
         self._loaders = Loaders(trainer, context)
-        talk = Talk(self._exchange, self._clock.waiting, self.reduce, trainer.lightning_module, self.root_device)
-        truth = OneTruth(trainer, talk, self._loss_count, self._take_over_metrics) if self.world_size > 1 else None
+        talk = MetricExchange(
+            self._exchange, self._clock.waiting, self.reduce, trainer.lightning_module, self.root_device
+        )
+        truth = (
+            MetricSynchronizer(trainer, talk, self._loss_count, self._take_over_metrics)
+            if self.world_size > 1
+            else None
+        )
         self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, truth)
         self._stop = StopRequest(trainer)
-        self._attachment = Attachment(
+        self._attachment = TrainerPatches(
             trainer,
             prepare_dataloader=self._loaders.prepare,
             before_batch=self._before_batch,
@@ -207,7 +218,7 @@ class HeteroStrategy(Evaluating):
         first = self._loaders is None or self._loaders.first_in_round
         assert self.lightning_module is not None
         minimum = smallest_local_batch(self.lightning_module, synchronised=self._ties is not None)
-        job = agreement.job(self.lightning_module, self.lightning_module.trainer.precision)
+        job = consistency.job(self.lightning_module, self.lightning_module.trainer.precision)
         key = {**job, "global batch": global_batch, "minimum": minimum}
         if self._planner is None or (first and self._planned != key):
             self._planned = key
@@ -233,7 +244,7 @@ class HeteroStrategy(Evaluating):
         assert self._exchange is not None
         if trainer.state.fn == TrainerFn.FITTING:
             check_trainable(self.lightning_module)
-            agreement.require(self._exchange, agreement.facts(self.lightning_module, trainer.precision), "the job")
+            consistency.require(self._exchange, consistency.facts(self.lightning_module, trainer.precision), "the job")
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_ready = -1
@@ -257,7 +268,7 @@ class HeteroStrategy(Evaluating):
                 self._hear,
                 self._ties,
             )
-            self._steps.vouched = lambda split: self._planner is not None and self._planner.vouches(split)
+            self._steps.fits_in_memory = lambda split: self._planner is not None and self._planner.fits_in_memory(split)
             self._survival = Survival(
                 self.lightning_module,
                 self.model,
@@ -338,10 +349,12 @@ class HeteroStrategy(Evaluating):
     @override
     def on_exception(self, exception: BaseException) -> None:
         name_unused(exception)
-        if not failures.is_echo(exception):
+        if not failures.is_secondary_failure(exception):
             failures.publish(self._run, self.global_rank, device_name(self.root_device), exception)
         else:
-            exception.args = (f"{failures.heard(self._run)} (rank {self.global_rank} then lost the connection)",)
+            exception.args = (
+                f"{failures.first_failure(self._run)} (rank {self.global_rank} then lost the connection)",
+            )
 
     # ---- a training step ----
 
@@ -354,8 +367,8 @@ class HeteroStrategy(Evaluating):
             if self._merge is not None:
                 self._merge.count(shares[0] if shares else None, batch)
             self._content = 0.0
-            if self._loaders.user_shards and self._batches < SameData.WATCHED:
-                self._content = SameData.number(self._loaders.index_hash(), content_hash(batch))
+            if self._loaders.user_shards and self._batches < DuplicateDataCheck.WATCHED:
+                self._content = DuplicateDataCheck.number(self._loaders.index_hash(), content_hash(batch))
             self._batches += 1
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -424,7 +437,7 @@ class HeteroStrategy(Evaluating):
     def _before_batch(self) -> None:
         if self._observer is not None:
             self._observer.begin_batch()
-        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.asks:
+        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.wants_reports_now:
             assert self._loaders is not None
             self._steps.tell(self._batches, drawn=self._loaders.drawn())
         self._clock.start()
@@ -457,11 +470,11 @@ class HeteroStrategy(Evaluating):
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
-        news = self._planner.hear(rows)
+        news = self._planner.update(rows)
         for sentence in news.sentences:
             rank_zero_warn(sentence)
         if self._observer is not None:
-            self._observer.hear(self._planner, rows, news.plans)
+            self._observer.update(self._planner, rows, news.plans)
 
     @override
     def _register_ddp_hooks(self) -> None:

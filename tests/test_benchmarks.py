@@ -109,9 +109,9 @@ def test_the_scripts_offer_the_models_that_can_be_trained():
 
 def test_with_the_allocator_as_it_is_the_strategy_leaves_it_alone_too(monkeypatch):
     """Also where a room has imported the function by its name."""
-    from lightning_hetero import malloc
+    from lightning_hetero.device import allocator
 
-    told = malloc.keep_freed_memory
+    told = allocator.keep_freed_memory
     user = SimpleNamespace(keep_freed_memory=told)
     monkeypatch.setitem(sys.modules, "lightning_hetero.some_user", user)
     for name, module in list(sys.modules.items()):
@@ -119,7 +119,7 @@ def test_with_the_allocator_as_it_is_the_strategy_leaves_it_alone_too(monkeypatc
             monkeypatch.setattr(module, "keep_freed_memory", told)  # to be put back
     assert load("sides").set_allocator("default") is False
     assert user.keep_freed_memory() is False
-    assert malloc.keep_freed_memory is not told
+    assert allocator.keep_freed_memory is not told
 
 
 # ---- quotas ----

@@ -34,7 +34,7 @@ class StepTime:
 
 
 class Clock(Protocol):
-    """Marks moments in a step, and makes times of them afterwards."""
+    """DeviceClock moments in a step, and makes times of them afterwards."""
 
     def mark(self) -> Any:
         """Now."""

@@ -69,7 +69,7 @@ def test_a_strategy_belongs_to_one_trainer() -> None:
 
 def test_other_accelerators_are_refused() -> None:
     """Only CPUs and CUDA GPUs can be driven."""
-    from lightning_hetero.limits import check_devices
+    from lightning_hetero.trainer.checks import check_devices
 
     with pytest.raises(ValueError, match="not on xla"):
         check_devices([torch.device("cpu"), torch.device("xla", 0)])

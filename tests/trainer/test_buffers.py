@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.batch_norm import pooled
+from lightning_hetero.step.batch_norm import pooled
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 

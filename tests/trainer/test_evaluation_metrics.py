@@ -166,13 +166,13 @@ def copies() -> tuple[Any, Any]:
     """A copy that is made while a metric is taken over gathers for itself."""
     from datetime import timedelta
 
-    from lightning_hetero.collectives import Exchange
-    from lightning_hetero.metric_sync import MetricSync
+    from lightning_hetero.exchange.groups import RankGroup
+    from lightning_hetero.trainer.torchmetrics import MetricSync
 
     rank = torch.distributed.get_rank()
     module = torch.nn.Module()
     module.map = MeanAveragePrecision()
-    sync = MetricSync(Exchange(rank, 2, 1, timedelta(seconds=30)), lambda: False).attach(module)
+    sync = MetricSync(RankGroup(rank, 2, 1, timedelta(seconds=30)), lambda: False).attach(module)
     sync.attach(module)
     copied = module.map.clone()
     for index in range(3 - 2 * rank):

@@ -118,7 +118,7 @@ def fit_unlabelled() -> Any:
 
 def fit_unlabelled_as_on_cuda() -> Any:
     """The host does not know the counts."""
-    from lightning_hetero.training_step import TrainingSteps
+    from lightning_hetero.step.step import TrainingSteps
 
     begun = TrainingSteps.__init__
 

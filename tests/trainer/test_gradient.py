@@ -174,7 +174,7 @@ def test_plain_ddp_spreads_the_nan_of_an_empty_rank() -> None:
 
 def hidden_fit(names: list[str]) -> list[dict[str, Any]]:
     """With counts that only the device knows, as on CUDA; here the device is a CPU that is not asked."""
-    from lightning_hetero.training_step import TrainingSteps
+    from lightning_hetero.step.step import TrainingSteps
 
     begun = TrainingSteps.__init__
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 import lightning_hetero
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.collectives import allreduce_mean
+from lightning_hetero.step.gradients import allreduce_mean
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer, parameters_of, relative_error
 

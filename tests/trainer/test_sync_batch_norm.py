@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_hetero.sync_batch_norm import SynchronisedBatchNorm
+from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, parameters_of, plain_fit, relative_error
 from tests.trainer.modules import MaskedMean
@@ -85,7 +85,7 @@ RECIPES = {
 
 
 def fit_all(on_device: bool) -> list[Any]:
-    from lightning_hetero.training_step import TrainingSteps
+    from lightning_hetero.step.step import TrainingSteps
 
     begun = TrainingSteps.__init__
 
@@ -135,7 +135,7 @@ def kinds() -> Any:
     module, seen = Normal(), Kinds()
     trainer = make_trainer(HeteroStrategy(), 2, max_epochs=1, sync_batchnorm=True, callbacks=[seen])
     trainer.fit(module, sized(24, 4))
-    return [kind is SynchronisedBatchNorm for kind in seen.kinds[0]], [type(layer) for layer in module.net]
+    return [kind is SynchronizedBatchNorm for kind in seen.kinds[0]], [type(layer) for layer in module.net]
 
 
 def test_layers_are_ours_while_training_only() -> None:

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.batch_norm import smallest_local_batch
-from lightning_hetero.loss_count import find, sample_count
+from lightning_hetero.step.batch_norm import smallest_local_batch
+from lightning_hetero.step.loss_count import find, sample_count
 from tests.ranks import run_ranks
 from tests.trainer.fits import make_trainer, parameters_of, relative_error
 from tests.trainer.geography import has, tolerate_torchgeo

@@ -1,0 +1,4 @@
+"""The command `lightning-hetero`.
+
+May import everything.
+"""

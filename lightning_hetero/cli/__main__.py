@@ -1,0 +1,7 @@
+"""`python -m lightning_hetero.cli` is the command `lightning-hetero`."""
+
+import sys
+
+from lightning_hetero.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,336 @@
+"""How to split a global batch over ranks: exactly, by step-time models, or by given shares.
+
+Pure functions of numbers. All ranks that call them with the same numbers get the same split.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from operator import index
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_hetero.planning.step_time import StepTimeModel
+
+_Floats: TypeAlias = NDArray[np.float64]
+_Ints: TypeAlias = NDArray[np.int64]
+
+
+class SecondsModel(Protocol):
+    """What allocation needs to know of a rank: its seconds for a local batch, never less for more samples."""
+
+    def seconds(self, local_batch: int, /) -> float: ...
+
+
+def allocate(
+    models: Sequence[SecondsModel],
+    global_batch: int,
+    *,
+    minimum: int | Sequence[int] = 1,
+    maximum: int | Sequence[int] | None = None,
+    granularity: int = 1,
+) -> tuple[int, ...]:
+    """Split ``global_batch`` samples over ranks so that the slowest of them finishes as early as possible.
+
+    Exact: no other split within the limits has a smaller makespan ``max_r models[r].seconds(b_r)``. Handing out
+    samples one (or ``granularity``) at a time, each to the rank that would finish first with it, solves this resource
+    allocation problem for non-decreasing times (the greedy method for minimax objectives, see T. Ibaraki, N. Katoh,
+    "Resource Allocation Problems", MIT Press, 1988). Equal finishing times go to the rank with fewer samples, then to
+    the lower rank.
+
+    For :class:`StepTimeModel` the greedy order is not walked: its threshold, the makespan, is bisected for all ranks at
+    once, and only the last few samples a rank are compared one by one. Other objects are asked sample by sample, which
+    takes ``global_batch / granularity`` calls.
+
+    Args:
+        models: one a rank.
+        global_batch: samples to hand out; a multiple of ``granularity``.
+        minimum: least local batch, for all ranks or one a rank; rounded up to ``granularity``. It may be 0.
+        maximum: largest local batch, likewise; rounded down. None: no cap.
+        granularity: local batches are multiples of it.
+
+    Returns:
+        Local batches, one a rank; they add up to ``global_batch``.
+
+    Raises:
+        ValueError: there is no such split; the message says by how much.
+
+    """
+    world_size = len(models)
+    low, total = _lower_limits(world_size, global_batch, minimum, granularity)
+    high = _upper_limits(low, total, maximum, granularity)
+    if int(low.sum()) == total:
+        return tuple(low.tolist())
+    packed = [model.packed for model in models if type(model) is StepTimeModel]
+    if len(packed) == world_size:
+        return _by_makespan(_Curves(packed), total, low, high, granularity)
+    return _one_by_one(models, total, low, high, granularity)
+
+
+def expected_maximum(means: Sequence[float], deviations: Sequence[float]) -> float:
+    """Mean of the largest of W independent normal variables: how long a step takes whose ranks' times vary.
+
+    The integral over the product of their distribution functions, by the trapezoidal rule; the normal distribution
+    function is approximated by a hyperbolic tangent (E. Page, Applied Statistics 26, 1977), good to 2e-4.
+
+    Args:
+        means: W numbers.
+        deviations: W standard deviations, at least 0.
+
+    """
+    mean = np.asarray(means, dtype=np.float64)
+    deviation = np.maximum(np.asarray(deviations, dtype=np.float64), 1e-9 * np.abs(mean).max())
+    low, high = (mean - 5 * deviation).max(), (mean + 5 * deviation).max()
+    x = np.linspace(low, high, 200)
+    z = (x[:, None] - mean) / deviation  # (200, W)
+    below = (0.5 * (1 + np.tanh(0.7978845608 * z * (1 + 0.044715 * z * z)))).prod(axis=1)
+    # numpy's own function for it had another name before 2.0
+    return float(high - (below.sum() - (below[0] + below[-1]) / 2) * (x[1] - x[0]))
+
+
+def proportional(
+    global_batch: int,
+    shares: Sequence[float],
+    *,
+    minimum: int | Sequence[int] = 1,
+    maximum: int | Sequence[int] | None = None,
+    granularity: int = 1,
+) -> tuple[int, ...]:
+    """Split ``global_batch`` samples in proportion to ``shares``, by largest remainders (Hamilton's method).
+
+    A rank whose share comes to less than its minimum gets the minimum, one whose share comes to more than its maximum
+    gets the maximum, and the rest is shared by the others in proportion. What they can't take goes to ranks without a
+    share, in equal parts. Equal remainders go to the lower rank.
+
+    Args:
+        global_batch: samples to hand out; a multiple of ``granularity``.
+        shares: one non-negative number a rank, such as ``[4, 1]``; only their ratios matter.
+        minimum: least local batch, for all ranks or one a rank; rounded up to ``granularity``.
+        maximum: largest local batch, likewise; rounded down. None: no cap.
+        granularity: local batches are multiples of it.
+
+    Returns:
+        Local batches, one a rank; they add up to ``global_batch``.
+
+    Raises:
+        ValueError: a share is negative or not finite, all are 0, or the limits don't fit.
+
+    """
+    for rank, share in enumerate(shares):
+        if not math.isfinite(share):
+            raise ValueError(f"share {share} of rank {rank} is not a finite number")
+        if share < 0:
+            raise ValueError(f"share {share} of rank {rank} is negative")
+    low, total = _lower_limits(len(shares), global_batch, minimum, granularity)
+    weights = np.asarray(shares, dtype=np.float64)
+    if not weights.any():
+        raise ValueError(f"the shares {list(shares)} add up to zero: at least one rank must have a share")
+    weights = weights / weights.max()  # sums of huge or tiny shares stay finite and above 0
+    units, least = total // granularity, low // granularity
+    most = _upper_limits(low, total, maximum, granularity) // granularity
+    quota = _filled(units, weights, least, most)
+    # Ranks at a limit, and ranks without a share, have no remainder: none of what is missing goes to them.
+    result = np.floor(quota).astype(np.int64)
+    order = np.argsort(result - quota, kind="stable")
+    order = order[(result < most)[order]]
+    result[order[: units - int(result.sum())]] += 1
+    return tuple((result * granularity).tolist())
+
+
+def _filled(units: int, weights: _Floats, least: _Ints, most: _Ints) -> _Floats:
+    """(W,) quotas between the limits that add up to ``units``, in proportion to the weights where no limit holds."""
+    free, quota = np.ones(len(weights), dtype=bool), least.astype(np.float64)
+    while free.any():
+        rest = units - int(quota[~free].sum())  # quotas that are no longer free are whole numbers
+        scale = weights[free].sum()
+        if scale == 0:  # equal parts of what the ranks with a share leave; nothing, if they take all
+            if rest <= int(least[free].sum()):
+                return np.where(free, least, quota)
+            weights = np.where(free, 1.0, weights)
+            continue
+        quota = np.where(free, rest * weights / scale, quota)
+        kept = np.clip(quota, least, most)
+        # Where limits take more than they give, the lower ones hold for sure, and the other way round.
+        too_much = float((kept - quota)[free].sum())
+        held = free & (quota < least if too_much > 0 else quota > most if too_much < 0 else kept != quota)
+        if not held.any():
+            return np.asarray(np.where(free, kept, quota), dtype=np.float64)
+        quota, free = np.where(held, kept, quota), free & ~held
+    return quota
+
+
+def _per_rank(name: str, limit: int | Sequence[int], world_size: int) -> _Ints:
+    """Spread a limit over ranks: (W,) samples."""
+    values = np.asarray(limit)
+    if values.dtype.kind not in "iu" or values.shape not in ((), (world_size,)):
+        raise ValueError(f"{name} must be an int, or one a rank for {world_size} ranks, got {limit!r}")
+    if (values < 0).any():
+        raise ValueError(f"{name} must not be negative, got {int(values.min())}")
+    return np.broadcast_to(values.astype(np.int64), (world_size,))
+
+
+def _lower_limits(
+    world_size: int, global_batch: int, minimum: int | Sequence[int], granularity: int
+) -> tuple[_Ints, int]:
+    """Check what both ways to split have in common: (W,) least local batches, and the global batch as an int."""
+    if world_size < 1:
+        raise ValueError("there must be at least one rank")
+    if (step := index(granularity)) < 1:
+        raise ValueError(f"granularity must be at least 1, got {step}")
+    if (total := index(global_batch)) < 1:
+        raise ValueError(f"the global batch must have at least 1 sample, got {total}")
+    if total % step:
+        below = total // step * step
+        raise ValueError(
+            f"the global batch {total} is not a multiple of granularity {step}:"
+            f" the nearest that are: {f'{below} and ' if below else ''}{below + step}"
+        )
+    low = -(-_per_rank("minimum", minimum, world_size) // step) * step
+    if (need := int(low.sum())) > total:
+        multiples = f", rounded up to multiples of {step}," if step > 1 else ""
+        raise ValueError(
+            f"the minimums of all {world_size} ranks{multiples} add up to {need} samples,"
+            f" {need - total} more than the global batch {total}"
+        )
+    return low, total
+
+
+def _upper_limits(low: _Ints, total: int, maximum: int | Sequence[int] | None, granularity: int) -> _Ints:
+    """(W,) largest local batches."""
+    high: _Ints = low + (total - int(low.sum()))  # no rank can get more than what the others' minimum leaves
+    if maximum is None:
+        return high
+    caps = _per_rank("maximum", maximum, len(low)) // granularity * granularity
+    if (caps < low).any():
+        rank = int(np.argmax(caps < low))
+        raise ValueError(
+            f"rank {rank}: no multiple of granularity {granularity} lies between its minimum and its maximum"
+            f" ({low[rank] - caps[rank]} samples apart, rounded to the granularity)"
+        )
+    if (room := int(caps.sum())) < total:
+        raise ValueError(
+            f"the caps of all ranks add up to {room} samples, {total - room} short of the global batch {total}"
+        )
+    return np.minimum(high, caps)
+
+
+def _one_by_one(models: Sequence[SecondsModel], total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
+    """Walk the greedy order for any objects with ``seconds``."""
+    result, caps = low.tolist(), high.tolist()
+    heap = [(models[r].seconds(b + step), b + step, r) for r, b in enumerate(result) if b < caps[r]]
+    heapq.heapify(heap)
+    for _ in range((total - sum(result)) // step):
+        _, local_batch, rank = heap[0]
+        result[rank] = local_batch
+        if local_batch < caps[rank]:
+            larger = local_batch + step
+            heapq.heapreplace(heap, (models[rank].seconds(larger), larger, rank))
+        else:
+            heapq.heappop(heap)
+    return tuple(result)
+
+
+class _Curves:
+    """The step-time models of all ranks in flat arrays, one model after the other.
+
+    Args:
+        packed: W models, each as `StepTimeModel.packed`.
+
+    """
+
+    def __init__(self, packed: Sequence[bytes]) -> None:
+        table = np.frombuffer(b"".join(packed)).reshape(-1, 3)
+        # Each (K,) for K breakpoints of all models: local batches, seconds, seconds a sample from there on.
+        self._batches, self._times, self._slopes = np.ascontiguousarray(table.T)
+        rows = np.fromiter(map(len, packed), dtype=np.int64, count=len(packed)) // 24
+        self._ends = np.cumsum(rows) - 1  # (W,) where each model ends
+        self._starts = self._ends + 1 - rows  # and begins
+        self._most = int(rows.max())
+
+    def seconds(self, ranks: _Ints, local_batches: _Ints) -> _Floats:
+        """(N,) ranks and their local batches -> (N,) seconds, bit for bit what each model says."""
+        at = self._starts.take(ranks)
+        for _ in range(self._most):
+            further = self._batches.take(at + 1) <= local_batches  # never past a model's end, which lies at infinity
+            if not further.any():
+                break
+            at += further
+        rise = self._slopes.take(at) * (local_batches - self._batches.take(at))
+        times: _Floats = np.minimum(self._times.take(at) + rise, self._times.take(at + 1))
+        return times
+
+    def within(self, time: float, low: _Ints, high: _Ints, step: int) -> _Ints:
+        """(W,) largest multiples of ``step`` between the limits that each rank finishes within ``time``."""
+        counted = np.cumsum(self._times <= time, dtype=np.int64)  # twice as fast as `np.add.reduceat`
+        reached = np.diff(counted.take(self._ends), prepend=0)
+        piece = self._starts + np.maximum(reached - 1, 0)
+        x, t, slope = self._batches.take(piece), self._times.take(piece), self._slopes.take(piece)
+        x_next, t_next = self._batches.take(piece + 1), self._times.take(piece + 1)
+        last = np.minimum(x_next - 1, high)  # in this piece
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            guess = np.where(slope > 0, np.floor(x + (time - t) / slope), last)
+        guess = np.clip(guess, np.minimum(x, last), last)
+        guess[t > time] = 0  # less than the fixed cost
+        # The division may be off by a rounding error, so ask the curve itself, one sample to each side.
+        guess -= np.minimum(t + slope * (guess - x), t_next) > time
+        guess += (guess < last) & (np.minimum(t + slope * (guess + 1 - x), t_next) <= time)
+        whole = guess.astype(np.int64)
+        local_batches: _Ints = np.clip(whole // step * step if step > 1 else whole, low, high)
+        return local_batches
+
+
+def _by_makespan(curves: _Curves, total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
+    """Find where the greedy order stops without walking it."""
+    world_size, ranks = len(low), np.arange(len(low))
+    # Throughout: within(shortest) < total <= within(longest), in samples over all ranks.
+    parts = np.clip(-(-total // world_size), low, high)
+    times = curves.seconds(ranks, parts)
+    tries = [float(times.min())]  # with equal parts the makespan lies in between
+    shortest, longest = 0.0, float(times.max())
+    below, at_most = low, curves.within(longest, low, high, step)
+    if int(at_most.sum()) < total:  # limits are in the way of equal parts
+        shortest, longest = longest, float(curves.seconds(ranks, high).max())
+        below, at_most = at_most, high
+    few = max(2 * world_size, 64) * step
+    turn = 0
+    while (gap := int(at_most.sum() - below.sum())) > few and math.nextafter(shortest, longest) < longest:
+        # Aim a little to both sides of the global batch in turn, so that both ends come close; halve in between, so
+        # that no curve can make this slow.
+        aim = (total - int(below.sum()) + (0.3, -0.3)[turn % 2] * few) / gap
+        time = tries.pop() if tries else shortest + (longest - shortest) * (aim if turn % 4 and 0 < aim < 1 else 0.5)
+        turn += 1
+        if not shortest < time < longest:
+            continue
+        given = curves.within(time, low, high, step)
+        if int(given.sum()) < total:
+            shortest, below = time, given
+        else:
+            longest, at_most = time, given
+    if gap <= few:
+        # (N,) what is still undecided, one for each step of a rank above `below`. One of these times is the makespan.
+        more = (at_most - below) // step
+        rank = np.repeat(ranks, more)
+        nth = np.arange(1, len(rank) + 1) - np.repeat(np.cumsum(more) - more, more)
+        times = curves.seconds(rank, below[rank] + nth * step)
+        missing = (total - int(below.sum())) // step
+        makespan = np.partition(times, missing - 1)[missing - 1]
+        below = below + step * np.bincount(rank[times < makespan], minlength=world_size)
+        at_most = below + step * np.bincount(rank[times == makespan], minlength=world_size)
+    return _level(total, below, at_most, step)
+
+
+def _level(total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
+    """Fill up from ``low`` towards ``high``, always the rank with the fewest samples first."""
+    floor, ceiling = int(low.min()) // step, int(high.max()) // step
+    while floor < ceiling:
+        middle = (floor + ceiling + 1) // 2
+        if int(np.clip(middle * step, low, high).sum()) <= total:
+            floor = middle
+        else:
+            ceiling = middle - 1
+    result = np.clip(floor * step, low, high)
+    growing = np.flatnonzero(np.clip((floor + 1) * step, low, high) > result)
+    result[growing[: (total - int(result.sum())) // step]] += step
+    return tuple(result.tolist())

@@ -1,0 +1,133 @@
+"""Which samples of an evaluation each rank takes: by how long its own evaluation batches took before.
+
+No rank waits for another within an evaluation, so nothing has to be matched step by step. The loader's batches, as one
+process would draw them, are dealt out in order: the first rank gets the first ones. So at most W - 1 of them are cut,
+and no rank ever has a batch that is larger than the loader's own.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from lightning_hetero.planning.allocation import allocate
+from lightning_hetero.planning.measurements import RankMeasurements
+from lightning_hetero.planning.step_time import StepTimeModel
+
+# Whole batches are dealt out where that costs no more than this part of the time: then what a module computes per batch
+# is what one process computes.
+_TOLERANCE = 0.02
+
+Measured = Mapping[Hashable, Sequence[tuple[int, float]]]
+"""By what was evaluated: local batch and seconds of each batch."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank takes of one of the loader's batches.
+
+    Args:
+        batch: its number.
+        first: the first sample in it.
+        last: the sample after the last one.
+    """
+
+    batch: int
+    first: int
+    last: int
+
+
+def _dealt(units: int, seconds: Sequence[float]) -> tuple[int, ...]:
+    """Units of each rank, so that the last one to finish does so as early as possible; some may get none."""
+    return allocate([StepTimeModel((0, 1), (0.0, time), time) for time in seconds], units, minimum=0)
+
+
+def samples_of_ranks(sizes: Sequence[int], seconds: Sequence[float], *, whole: bool = False) -> tuple[int, ...]:
+    """How many samples each rank takes; ranks take them in turn from the front.
+
+    Args:
+        sizes: samples in each of the loader's batches.
+        seconds: of each rank, for one batch; only their ratios matter.
+        whole: never cut a batch.
+
+    Returns:
+        W numbers that add up to the samples of all batches; some may be 0.
+    """
+    if not sum(sizes):
+        return (0,) * len(seconds)
+    batches = _dealt(len(sizes), seconds)
+    ends = (0, *accumulate(sizes))
+    bounds = (0, *accumulate(batches))
+    in_batches = tuple(ends[b] - ends[a] for a, b in pairwise(bounds))
+    if whole:
+        return in_batches
+    in_samples = _dealt(ends[-1], seconds)
+    cheap = _makespan(in_batches, seconds) <= (1 + _TOLERANCE) * _makespan(in_samples, seconds)
+    return in_batches if cheap else in_samples
+
+
+def _makespan(samples: Sequence[int], seconds: Sequence[float]) -> float:
+    return max(n * time for n, time in zip(samples, seconds, strict=True))
+
+
+def pieces_of(sizes: Sequence[int], samples: Sequence[int], rank: int) -> list[Piece]:
+    """What one rank takes, batch by batch.
+
+    Args:
+        sizes: samples in each of the loader's batches.
+        samples: of each rank, see `samples_of_ranks`.
+        rank: whose pieces.
+    """
+    start, stop = sum(samples[:rank]), sum(samples[: rank + 1])
+    ends = (0, *accumulate(sizes))
+    return [
+        Piece(number, max(start - ends[number], 0), min(stop - ends[number], size))
+        for number, size in enumerate(sizes)
+        if max(start, ends[number]) < min(stop, ends[number + 1])
+    ]
+
+
+class EvaluationTimes:
+    """What all ranks' evaluation batches took, kept apart by what was evaluated (stage and loader).
+
+    Args:
+        world_size: W.
+        learns: whether times are to tell at all.
+    """
+
+    def __init__(self, world_size: int, *, learns: bool = True) -> None:
+        self._world_size = world_size
+        self._learns = learns
+        self._histories: dict[Hashable, list[RankMeasurements]] = {}
+
+    def update(self, ranks: Sequence[Measured]) -> None:
+        """What every rank has measured in an evaluation that is over.
+
+        Args:
+            ranks: W of them; a rank that had nothing to evaluate measured nothing.
+        """
+        if not self._learns:
+            return
+        for rank, measured in enumerate(ranks):
+            for key, batches in measured.items():
+                new = [RankMeasurements() for _ in range(self._world_size)]
+                history = self._histories.setdefault(key, new)[rank]
+                for local_batch, seconds in batches:
+                    history.observe(local_batch, seconds)
+
+    def seconds(self, key: Hashable, batch: int, proportions: Sequence[float]) -> tuple[float, ...]:
+        """What a batch of the loader takes on each rank.
+
+        Args:
+            key: what is evaluated.
+            batch: samples in it.
+            proportions: W positive numbers, what the ranks can do in the same time as far as is known from elsewhere.
+                They also tell of a rank that was never measured, beside those that were.
+        """
+        guessed = tuple(1 / max(share, 1e-9) for share in proportions)
+        histories = self._histories.get(key)
+        if histories is None:
+            return guessed
+        known = [history.model().seconds(batch) if history.seconds else None for history in histories]
+        scales = [time / guess for time, guess in zip(known, guessed, strict=True) if time is not None]
+        scale = sum(scales) / len(scales)
+        return tuple(guess * scale if time is None else time for time, guess in zip(known, guessed, strict=True))

@@ -1,0 +1,69 @@
+"""What BatchNorm asks of a split, and how statistics of several parts become those of the whole."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn, where
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
+
+from lightning_hetero.step.torchgeo import takes_statistics
+
+
+def own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all below it, but for torchmetrics: those have an exchange of their own."""
+    if isinstance(module, Metric):
+        return
+    yield module
+    for child in module.children():
+        yield from own_modules(child)
+
+
+def smallest_local_batch(module: nn.Module, *, synchronised: bool = False) -> int:
+    """The fewest samples that a rank can compute with: 2 where statistics are taken over them, else 1.
+
+    A layer that is kept in evaluation mode uses its running statistics, and `SyncBatchNorm` those of all ranks.
+
+    Args:
+        module: the LightningModule.
+        synchronised: its BatchNorm layers take statistics over all ranks.
+    """
+    if takes_statistics(module):
+        return 2
+    if synchronised:
+        return 1
+    live = any(
+        isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm) and layer.training
+        for layer in module.modules()
+    )
+    return 2 if live else 1
+
+
+def pooled(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a whole from those of its parts: the law of total variance.
+
+    With shares `p_r = n_r / Σ n`: mean `m = Σ p_r m_r`, variance `Σ p_r (v_r + (m_r - m)²)`. For biased variances of
+    disjoint parts this is exactly the biased variance of the whole (T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating
+    Formulae and a Pairwise Algorithm for Computing Sample Variances", Stanford, STAN-CS-79-773, 1979). Computed as
+    differences to the first part, so that equal parts give exactly themselves, and no digits cancel where the means are
+    large beside the deviations.
+
+    Args:
+        counts: n_r, (R,), at least 0 and not all 0.
+        means: m_r, (R, C); what stands in a part that counts 0 does not matter, not even NaN.
+        variances: v_r, (R, C).
+
+    Returns:
+        Mean and variance, (C,) each.
+    """
+    counts = counts[:, None]
+    shares = counts / counts.sum()
+    counted = counts > 0
+    first = counted.to(counts.dtype).argmax(0)  # of the parts that count; stays on the device
+    mean, variance = (
+        means.gather(0, first.expand(1, means.shape[1])),
+        variances.gather(0, first.expand(1, means.shape[1])),
+    )
+    shift = where(counted, means - mean, 0.0)
+    mean_shift = (shares * shift).sum(0)
+    spread = where(counted, variances - variance, 0.0) + (shift - mean_shift).square()
+    return mean[0] + mean_shift, variance[0] + (shares * spread).sum(0)

@@ -1,0 +1,146 @@
+"""How gradients are averaged over the ranks, and backward passes that leave them alone where nothing counts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+
+from lightning_hetero.device.step_timer import ComputeTimer
+from lightning_hetero.exchange.groups import RankGroup
+
+Hook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
+"""A DDP communication hook: from its state and a gradient bucket to the averaged gradients."""
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """A backward pass inside adds what `hook` makes of each gradient."""
+    handles = [parameter.register_hook(hook) for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gradients_left_alone(module: nn.Module, unless: Tensor | None = None) -> AbstractContextManager[None]:
+    """A backward pass inside adds exact zeros to the gradients, whatever it computes.
+
+    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN.
+
+    Args:
+        module: whose gradients.
+        unless: a truth value on the device; where it is true, gradients are what they are. The host never reads it.
+    """
+    if unless is None:
+        return _hooked(module, torch.zeros_like)
+    return _hooked(module, lambda gradient: torch.where(unless, gradient, torch.zeros_like(gradient)))
+
+
+def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> AbstractContextManager[None]:
+    """A backward pass inside, of a loss times 0, adds no NaN to the gradients where nothing counts.
+
+    Unlike `gradients_left_alone` it keeps what synchronised layers bring from other ranks.
+    """
+
+    def clean(gradient: Tensor) -> Tensor:
+        without = gradient.nan_to_num(0.0, 0.0, 0.0)
+        return torch.where(counts, gradient, without) if isinstance(counts, Tensor) else without
+
+    return _hooked(module, clean)
+
+
+def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does with a bucket when it has no hook: the mean over all ranks."""
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    buffer = bucket.buffer().div_(group.size())
+    work = dist.all_reduce(buffer, group=group, async_op=True)
+    assert work is not None
+    future: torch.futures.Future[Any] = work.get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def until_last_bucket(hook: Hook, clock: ComputeTimer, *, may_wait: bool) -> Hook:
+    """Wrap a DDP communication hook so that the clock hears when the last local gradient is ready.
+
+    DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass.
+
+    Args:
+        hook: what averages a bucket.
+        clock: of this rank.
+        may_wait: the hook may wait for the other ranks before it returns, so nothing of it is own work.
+    """
+
+    def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if may_wait and bucket.is_last():
+            clock.gradients_ready()
+        with clock.waiting() if may_wait else nullcontext():
+            future = hook(state, bucket)
+        if not may_wait and bucket.is_last():
+            clock.gradients_ready()
+        return future
+
+    return timed
+
+
+def masked(hook: Hook, mask: Callable[[], torch.Tensor | None]) -> Hook:
+    """Wrap a DDP communication hook so that this rank's gradients are exact zeros where its mask is false.
+
+    Weight 0 is not enough for a rank of which nothing counts: the mean over an empty set is NaN, and so is 0 x NaN.
+
+    Args:
+        hook: what averages a bucket.
+        mask: a truth value on the device, or None for no mask; the host never reads it.
+    """
+
+    def kept(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        keep = mask()
+        if keep is not None:
+            bucket.buffer().masked_fill_(~keep, 0.0)
+        return hook(state, bucket)
+
+    return kept
+
+
+_BUCKET_BYTES = 25 * 2**20
+"""As large as DDP's buckets: large enough to be quick, small beside the gradients."""
+
+
+def average_gradients(parameters: Sequence[torch.nn.Parameter], exchange: RankGroup) -> None:
+    """What DDP does in a backward pass, after one that was purely local: the mean over all ranks.
+
+    A parameter without gradient on this rank counts as zeros. One without gradient on all ranks is left as it is, as
+    under DDP with `find_unused_parameters`.
+
+    Args:
+        parameters: the same on all ranks, in the same order.
+        exchange: tells which parameters have a gradient on any rank.
+    """
+    used = exchange.any_of([parameter.grad is not None for parameter in parameters])
+    waiting: list[torch.nn.Parameter] = []
+    for parameter, anywhere in zip(parameters, used, strict=True):
+        if not anywhere:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        same = not waiting or (waiting[0].dtype, waiting[0].device) == (parameter.dtype, parameter.device)
+        if waiting and (not same or sum(p.nbytes for p in waiting) + parameter.nbytes > _BUCKET_BYTES):
+            _average(waiting, exchange.world_size)
+            waiting = []
+        waiting.append(parameter)
+    if waiting:
+        _average(waiting, exchange.world_size)
+
+
+@torch.no_grad()
+def _average(parameters: Sequence[torch.nn.Parameter], world_size: int) -> None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(world_size)
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

@@ -1,0 +1,201 @@
+"""BatchNorm over the samples of all ranks, exact however unevenly they are split."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_hetero.step.batch_norm import own_modules, pooled
+
+
+class BatchNormGroup:
+    """What the synchronised layers of a rank have in common: the other ranks, and what the step at hand counts for.
+
+    Args:
+        rank: this rank.
+        world_size: W.
+        total: adds a tensor up over all ranks, in place. It should not share its order with other exchanges.
+        waiting: entered while other ranks are waited for.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        total: Callable[[Tensor], None] = lambda _: None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._total = total
+        self._waiting = waiting
+        self.borrowed = False
+        """This rank computes samples of other ranks: they count for nothing here."""
+        self._counts: bool | Tensor = True
+
+    def total(self, tensor: Tensor) -> None:
+        """Add a tensor up over all ranks, in place."""
+        with self._waiting():
+            self._total(tensor)
+
+    @contextmanager
+    def gradients_count(self, counts: bool | Tensor) -> Iterator[None]:
+        """A backward pass inside, of a loss of which something counts or not; a tensor is known to the device only."""
+        self._counts = counts
+        try:
+            yield
+        finally:
+            self._counts = True
+
+    def counted(self, gradient: Tensor) -> Tensor:
+        """A gradient without the 0 x NaN of a loss of which nothing counts; what later layers bring stays."""
+        if self.borrowed:
+            return torch.zeros_like(gradient)
+        if self._counts is True:
+            return gradient
+        clean = gradient.nan_to_num(0.0, 0.0, 0.0)
+        return torch.where(self._counts, gradient, clean) if isinstance(self._counts, Tensor) else clean
+
+    def __deepcopy__(self, _: Any) -> "BatchNormGroup":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BatchNormGroup, ()  # in another process there are no other ranks
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalise by the statistics of all ranks; one exchange forward, one backward.
+
+    Let J be the sum of the ranks' weighted losses. A value of rank r moves the statistics, and by them the outputs of
+    all ranks. So its gradient takes plain sums over ranks of `dJ/dy` and of `dJ/dy · x̂`, where each rank's `dJ/dy`
+    already carries that rank's weight, and N is the number of values on all ranks:
+    `dJ/dx = γ / σ · (dJ/dy - Σ dJ/dy / N - x̂ · Σ (dJ/dy · x̂) / N)`. Weight and bias get their rank's part only, since
+    DDP takes the mean of J's gradients over ranks, as it does of all other parameters.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, batch_norm_group: BatchNormGroup
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(y, mean, biased variance, N)`, the last three in double precision, the same on all ranks."""
+        channels, dims = x.shape[1], [0, *range(2, x.ndim)]
+        values = x.to(_accumulated(x.dtype))
+        # A row for each rank: adding zeros leaves it as it is, so a sum is a gather.
+        table = torch.zeros(batch_norm_group.world_size, 1 + 2 * channels, dtype=torch.float64, device=x.device)
+        if x.numel() and not batch_norm_group.borrowed:
+            row = table[batch_norm_group.rank]
+            row[0] = x.numel() // channels
+            row[1 + channels :], row[1 : 1 + channels] = torch.var_mean(values, dims, correction=0)
+        batch_norm_group.total(table)
+        count = table[:, 0].sum()
+        if x.device.type == "cpu" and count <= 1:  # a GPU is not asked, since that would make the host wait
+            raise ValueError(
+                f"BatchNorm needs more than 1 value per channel in training; all ranks together have {count:g}: raise "
+                "the global batch"
+            )
+        mean, variance = pooled(table[:, 0], *table[:, 1:].chunk(2, dim=1))
+        shape = [1, channels, *[1] * (x.ndim - 2)]
+        centre, inverse = mean.to(values.dtype).view(shape), (variance + eps).rsqrt().to(values.dtype).view(shape)
+        normal = (values - centre) * inverse
+        if weight is not None:
+            normal = normal * weight.to(values.dtype).view(shape)
+        if bias is not None:
+            normal = normal + bias.to(values.dtype).view(shape)
+        ctx.save_for_backward(x, weight, bias, centre, inverse, count)
+        ctx.batch_norm_group = batch_norm_group
+        ctx.mark_non_differentiable(mean, variance, count)
+        return normal.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias."""
+        x, weight, bias, centre, inverse, count = ctx.saved_tensors
+        dims = [0, *range(2, x.ndim)]
+        gradient = ctx.batch_norm_group.counted(gradient.to(centre.dtype))
+        normal = (x.to(centre.dtype) - centre) * inverse
+        sums = torch.stack([gradient.sum(dims), (gradient * normal).sum(dims)])  # (2, C)
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            total = sums.to(torch.float64, copy=True)
+            ctx.batch_norm_group.total(total)
+            first, second = (total / count).to(centre.dtype).view(2, *centre.shape)
+            scale = inverse if weight is None else inverse * weight.to(centre.dtype).view(centre.shape)
+            for_x = (scale * (gradient - first - normal * second)).to(x.dtype)
+        for_weight = sums[1].to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
+        for_bias = sums[0].to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None
+        return for_x, for_weight, for_bias, None, None
+
+
+class SynchronizedBatchNorm(_BatchNorm):
+    """BatchNorm over the samples of all ranks; made of a BatchNorm layer by `synchronise`.
+
+    Output, gradients and running statistics are those of one process with the whole global batch. A rank may have no
+    sample, or borrowed ones, which count nothing. The host never waits for a GPU.
+    """
+
+    batch_norm_group: BatchNormGroup
+    original: type[_BatchNorm]
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if self.original is not nn.SyncBatchNorm:
+            self.original._check_input_dim(self, input)  # noqa: SLF001 - the rule of the class that it was
+        elif input.ndim < 2:
+            raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.batch_norm_group.world_size == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self.batch_norm_group)
+        if self.track_running_stats:
+            self._follow(mean, variance * (count / (count - 1)))
+        result: Tensor = output
+        return result
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        # Without a momentum, the plain mean over all steps; a tensor, because reading it would wait for the device.
+        part = self.momentum if self.momentum is not None else 1.0 / self.num_batches_tracked.double()
+        for running, now in ((self.running_mean, mean), (self.running_var, variance)):
+            running.copy_(running.double() * (1 - part) + now * part)
+
+
+def synchronise(module: nn.Module, batch_norm_group: BatchNormGroup) -> None:
+    """Turn all BatchNorm layers of a module into synchronised ones, in place: parameters, buffers and hooks stay.
+
+    Layers with a process group of the user's own and torchmetrics are left alone.
+
+    Raises:
+        ValueError: a lazy layer has not seen its first batch.
+    """
+    for layer in own_modules(module):
+        if not isinstance(layer, _BatchNorm) or isinstance(layer, SynchronizedBatchNorm):
+            continue
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+            raise ValueError(
+                f"sync_batchnorm=True: a {type(layer).__name__} has not seen a batch yet; run one in configure_model"
+            )
+        if getattr(layer, "process_group", None) is None:
+            layer.batch_norm_group, layer.original = batch_norm_group, type(layer)  # type: ignore[assignment] # mypy takes them for submodules
+            layer.__class__ = SynchronizedBatchNorm
+
+
+def separate(module: nn.Module) -> None:
+    """Make the layers again what they were."""
+    for layer in own_modules(module):
+        if isinstance(layer, SynchronizedBatchNorm):
+            layer.__class__ = layer.original  # type: ignore[assignment] # a class that is known at run time only
+            del layer.batch_norm_group, layer.original

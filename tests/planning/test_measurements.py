@@ -1,0 +1,133 @@
+"""What a rank's measurements say of its speed: noise and single disturbances don't, changes do."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_hetero.planning.measurements import KEPT, KEPT_LOCAL_BATCHES, RankMeasurements, fit
+
+
+def seconds(local_batch: int) -> float:
+    return 0.1 + 0.01 * local_batch
+
+
+def measured(steps: dict[int, int], noise: float = 0.0, seed: int = 0) -> RankMeasurements:
+    """So many steps at each local batch, in that order."""
+    rank, rng = RankMeasurements(), np.random.default_rng(seed)
+    for local_batch, number in steps.items():
+        for _ in range(number):
+            rank.observe(local_batch, seconds(local_batch) * rng.lognormal(0, noise))
+    return rank
+
+
+@given(st.integers(0, 50), st.sampled_from([(1.3, 8), (2.0, 4), (0.5, 4), (0.7, 8)]))
+def test_a_change_is_told_of_and_scales_what_is_older(seed: int, change: tuple[float, int]) -> None:
+    """A large one after four steps, a smaller one after eight: it may be an episode that passes."""
+    factor, steps = change
+    rank = measured({32: 12, 16: 12}, 0.03, seed)
+    rng = np.random.default_rng(seed)
+    told = [rank.observe(16, factor * seconds(16) * rng.lognormal(0, 0.03)) for _ in range(steps)]
+    assert told == [False] * (steps - 1) + [True]
+    for local_batch in (16, 32):
+        assert rank.model().seconds(local_batch) == pytest.approx(factor * seconds(local_batch), rel=0.08)
+
+
+@given(st.integers(0, 50), st.sampled_from([20, 60, 200]))
+def test_a_slow_change_is_followed_without_a_word(seed: int, stayed: int) -> None:
+    """8% in all: too little to act at once; other local batches, measured before, follow, however long ago that was."""
+    rank = measured({32: 20, 16: stayed}, 0.01, seed)
+    rng = np.random.default_rng(seed)
+    told = [rank.observe(16, 1.08 * seconds(16) * rng.lognormal(0, 0.01)) for _ in range(36)]
+    assert not any(told)
+    assert rank.model().seconds(32) == pytest.approx(1.08 * seconds(32), rel=0.045), "but for half of it, at most"
+
+
+def test_a_curve_that_is_no_shorter_for_fewer_samples_is_no_change() -> None:
+    """A GPU may take longer for 29 samples than for 32, also for ever; what is known of 32 stays as it was."""
+    rank = measured({32: 10})
+    assert not any(rank.observe(29, 1.25 * seconds(32)) for _ in range(20))
+    assert rank.seconds[32] == [seconds(32)] * 10
+
+
+@given(st.integers(0, 50), st.floats(1.5, 20))
+def test_one_disturbed_step_is_no_change(seed: int, factor: float) -> None:
+    rank = measured({32: 12, 16: 12}, 0.03, seed)
+    assert not rank.observe(16, factor * seconds(16))
+    assert not rank.observe(16, seconds(16))
+    assert rank.model().seconds(16) == pytest.approx(seconds(16), rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.6])
+def test_few_measurements_that_do_not_fit_their_neighbours_are_left_out(factor: float) -> None:
+    """One disturbed step at 15 would stand as a wall between 14 and 16 until more is measured there."""
+    rank = measured({30: 6, 16: 6})
+    rank.observe(15, factor * seconds(15))
+    assert rank.model().seconds(15) == pytest.approx(seconds(15), rel=0.02)
+
+
+def test_few_measurements_far_from_all_others_stand() -> None:
+    """Curves jump: what is known of 2 and 4 says nothing of 16."""
+    rank = RankMeasurements({2: [0.378] * 5, 4: [0.418] * 3, 16: [1.34, 1.4]})
+    assert rank.model().seconds(16) == pytest.approx(1.34)
+
+
+def test_three_measurements_that_do_not_fit_are_a_jump_of_the_curve() -> None:
+    rank = measured({30: 6, 14: 6})
+    for _ in range(3):
+        rank.observe(16, 1.6 * seconds(16))
+    assert rank.model().seconds(16) == pytest.approx(min(1.6 * seconds(16), seconds(30)), rel=0.01)
+
+
+@given(st.floats(0.01, 0.1), st.integers(0, 20))
+def test_noise_is_told(noise: float, seed: int) -> None:
+    assert measured({16: 40, 32: 40}, noise, seed).spread() == pytest.approx(noise, rel=0.6)
+
+
+def test_uncertainty_falls_with_measurements_and_rises_with_distance() -> None:
+    few, many = measured({16: 5, 32: 5}, 0.03), measured({16: 30, 32: 30}, 0.03)
+    assert many.uncertainty(16) < few.uncertainty(16)
+    assert many.uncertainty(16) < many.uncertainty(20) < many.uncertainty(64) < many.uncertainty(256)
+    assert math.isfinite(many.uncertainty(100_000))
+
+
+def test_a_neighbour_that_was_measured_once_takes_nothing_from_what_the_other_one_tells() -> None:
+    """Else a split that was only passed through keeps the plan away from all that lies before it."""
+    noisy = [1.0, 1.2, 0.8, 1.1, 0.9] * 8
+    between = RankMeasurements({58: noisy, 61: [1.3]})
+    assert between.uncertainty(60) < 2 * between.uncertainty(58)
+    assert between.uncertainty(61) > 3 * between.uncertainty(58)
+
+
+def test_what_is_kept_is_bounded() -> None:
+    rank = RankMeasurements()
+    for step in range(1000):
+        rank.observe(step % 50 + 1, 1.0)
+        rank.observe_tail(0.01)
+    assert len(rank.seconds) <= KEPT_LOCAL_BATCHES
+    assert max(map(len, rank.seconds.values())) < KEPT + 6
+    assert len(rank.tails) <= KEPT
+
+
+def test_the_tail_is_the_usual_one() -> None:
+    rank = RankMeasurements()
+    assert rank.tail() is None
+    for value in (0.02, 0.9, 0.03):
+        rank.observe_tail(value)
+    assert rank.tail() == 0.03
+
+
+def test_local_batches_too_close_together_give_no_slope() -> None:
+    """From 30 and 31 alone any slope may come out of noise; a part of the time is taken to be fixed."""
+    model = fit({30: [1.0], 31: [1.2]})
+    assert 0.2 * model.seconds(31) < model.times[0] < 0.3 * model.seconds(31)
+
+
+def test_the_first_step_at_a_local_batch_counts_little() -> None:
+    """It allocates, compiles and tunes: a split that is tried would look worse than it is, and be left for good."""
+    rank = measured({30: 6, 14: 6})
+    rank.observe(22, 1.3 * seconds(22))
+    rank.observe(22, seconds(22))
+    assert rank.model().seconds(22) == pytest.approx(seconds(22))

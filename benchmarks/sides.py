@@ -189,8 +189,8 @@ def set_allocator(allocator: str) -> bool:
         whether freed memory is kept.
     """
     if allocator == "kept":
-        return allocator.keep_freed_memory()
-    told = allocator.keep_freed_memory
+        return device_allocator.keep_freed_memory()
+    told = device_allocator.keep_freed_memory
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "lightning_hetero" and getattr(module, "keep_freed_memory", None) is told:
             module.keep_freed_memory = lambda: False  # type: ignore[attr-defined] # for whoever imported it by name too

@@ -36,6 +36,7 @@ from torch.utils.data import DataLoader
 from validating import evaluate
 
 from lightning_hetero import HeteroStrategy
+from lightning_hetero.device import allocator as device_allocator
 from lightning_hetero.exchange.messages import Rows, column
 from lightning_hetero.planning.plan import Plan
 

@@ -209,9 +209,9 @@ def _upper_limits(low: _Ints, total: int, maximum: int | Sequence[int] | None, g
             f"rank {rank}: no multiple of granularity {granularity} lies between its minimum and its maximum"
             f" ({low[rank] - caps[rank]} samples apart, rounded to the granularity)"
         )
-    if (room := int(caps.sum())) < total:
+    if (most := int(caps.sum())) < total:
         raise ValueError(
-            f"the caps of all ranks add up to {room} samples, {total - room} short of the global batch {total}"
+            f"the caps of all ranks add up to {most} samples, {total - most} short of the global batch {total}"
         )
     return np.minimum(high, caps)
 

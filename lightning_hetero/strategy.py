@@ -2,10 +2,11 @@
 # ruff: noqa: SLF001 - a strategy is part of Lightning's inside; what it touches of a Trainer is guarded by a test
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.accelerators import Accelerator
@@ -25,9 +26,11 @@ from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
 from lightning_hetero.exchange.groups import RankGroup, own_total, total
 from lightning_hetero.exchange.messages import COLUMNS, Rows, column
-from lightning_hetero.planning.memory import Caps
+from lightning_hetero.planning.memory import MemoryLimits
 from lightning_hetero.planning.plan import Plan
-from lightning_hetero.planning.planner import Planner, Shares
+from lightning_hetero.planning.planner import SplitPlanner
+from lightning_hetero.planning.reports import MemoryReports, StepReports
+from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.train_sampler import Position
 from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_norm import smallest_local_batch
@@ -75,7 +78,7 @@ class HeteroStrategy(Evaluating):
 
     def __init__(
         self,
-        shares: Shares = "auto",
+        shares: str | Sequence[float] = "auto",
         global_batch: int | None = None,
         loss_count: Callable[[Any, Any], Any] | None = None,  # jsonargparse takes no more exact type
         memory_limit: float = 0.9,
@@ -83,17 +86,17 @@ class HeteroStrategy(Evaluating):
         gradient_as_bucket_view: bool = True,
         **ddp_options: Any,
     ) -> None:
-        check_options(shares, global_batch, memory_limit, granularity)
+        self._shares = Shares.parse(shares)
+        check_options(global_batch, memory_limit, granularity)
         self._trainers_accelerator: Accelerator | None = None
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **ddp_options)
-        self._shares = shares
         self._global_batch = global_batch
         self._loss_count = loss_count
         self._memory_limit = memory_limit
         self._granularity = granularity
         self._batches = 0  # training batches begun since the strategy was made
         self._exchange: RankGroup | None = None
-        self._planner: Planner | None = None
+        self._planner: SplitPlanner | None = None
         self._loaders: Loaders | None = None
         self._attachment: TrainerPatches | None = None
         self._stop: StopRequest | None = None
@@ -213,7 +216,7 @@ class HeteroStrategy(Evaluating):
             more=self._logging.patches(),
         )
 
-    def _planner_for(self, global_batch: int) -> Planner:
+    def _planner_for(self, global_batch: int) -> SplitPlanner:
         """The planner for the first training loader's global batch; what was learnt for the same one is kept."""
         first = self._loaders is None or self._loaders.first_in_round
         assert self.lightning_module is not None
@@ -224,17 +227,15 @@ class HeteroStrategy(Evaluating):
             self._planned = key
             assert self._learnt is not None
             known = self._learnt.find(self.lightning_module, global_batch)
-            self._planner = Planner(
+            self._planner = SplitPlanner(
                 self._shares,
                 self.world_size,
                 global_batch,
                 minimum=minimum,
                 granularity=self._granularity,
-                known=known,
+                profile=known,
                 speeds=self._learnt.probe() if known is None and self._on_cpus else None,
-                memory=lambda total, least: Caps(
-                    self._limits, self._devices, total, minimum=least, granularity=self._granularity
-                ),
+                memory=MemoryLimits(self._limits, tuple(self._devices)),
             )
         return self._planner
 
@@ -437,7 +438,7 @@ class HeteroStrategy(Evaluating):
     def _before_batch(self) -> None:
         if self._observer is not None:
             self._observer.begin_batch()
-        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.wants_reports_now:
+        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.is_exploring:
             assert self._loaders is not None
             self._steps.tell(self._batches, drawn=self._loaders.drawn())
         self._clock.start()
@@ -470,8 +471,8 @@ class HeteroStrategy(Evaluating):
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
-        news = self._planner.update(rows)
-        for sentence in news.sentences:
+        news = self._planner.update(_reports(rows))
+        for sentence in news.warnings:
             rank_zero_warn(sentence)
         if self._observer is not None:
             self._observer.update(self._planner, rows, news.plans)
@@ -496,3 +497,16 @@ class HeteroStrategy(Evaluating):
             ("hetero_spawn", "The same, with spawned processes", {"start_method": "spawn"}),
         ):
             strategy_registry.register(name, cls, description=description, override=True, **options)
+
+
+def _reports(rows: Rows) -> StepReports:
+    """What the planner takes of all ranks' messages."""
+    return StepReports(
+        step=int(column(rows, "step")[0]),
+        last_drawn=int(column(rows, "drawn").max()),
+        measured_steps=column(rows, "measured").astype(np.int64),
+        compute_seconds=column(rows, "seconds"),
+        sync_seconds=column(rows, "averaging"),
+        averaged_after_backward=column(rows, "apart") > 0,
+        memory=MemoryReports(*(column(rows, name) for name in ("held", "memory", "resting", "fits", "fails"))),
+    )

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lightning_hetero.planning.allocation import SecondsModel, allocate, proportional
+from lightning_hetero.planning.allocation import allocate, proportional
 from lightning_hetero.planning.step_time import StepTimeModel
 
 MARGIN = 0.02
@@ -38,17 +38,6 @@ class RankSubset:
 
 
 @dataclass(frozen=True)
-class _Last:
-    """A rank that is the last to finish: its own work, and then the communication that nothing hides."""
-
-    own: SecondsModel
-    tail: float
-
-    def seconds(self, local_batch: int, /) -> float:
-        return self.own.seconds(local_batch) + self.tail
-
-
-@dataclass(frozen=True)
 class Job:
     """A job's ranks, and the limits of their local batches.
 
@@ -65,13 +54,13 @@ class Job:
         ValueError: these can't be ranks of a job.
     """
 
-    models: Sequence[SecondsModel]
+    models: Sequence[StepTimeModel]
     tails: Sequence[float] = ()
     minimum: int | Sequence[int] = 1
     granularity: int = 1
     maximum: int | Sequence[int] | None = None
     spared: Sequence[float] = ()
-    _last: tuple[SecondsModel, ...] = field(init=False, repr=False, compare=False)
+    _last: tuple[StepTimeModel, ...] = field(init=False, repr=False, compare=False)
     _least: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _most: tuple[int, ...] | None = field(init=False, repr=False, compare=False)
 
@@ -252,9 +241,5 @@ def _each(limit: int | Sequence[int], size: int) -> tuple[int, ...]:
     return (limit,) * size if isinstance(limit, int) else tuple(limit)
 
 
-def _with_tail(model: SecondsModel, tail: float) -> SecondsModel:
-    if tail == 0:
-        return model
-    if type(model) is StepTimeModel:  # allocation is fast for these
-        return StepTimeModel(model.breakpoints, tuple(time + tail for time in model.times), model.slope)
-    return _Last(model, tail)
+def _with_tail(model: StepTimeModel, tail: float) -> StepTimeModel:
+    return model.scaled(1, plus=tail)

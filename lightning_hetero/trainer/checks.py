@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lightning_hetero.planning.planner import Shares, check_shares
+from lightning_hetero.planning.planner import check_global_batch
+from lightning_hetero.planning.shares import Shares
 
 
-def check_options(shares: Shares, global_batch: int | None, memory_limit: float, granularity: int) -> None:
+def check_options(global_batch: int | None, memory_limit: float, granularity: int) -> None:
     """See that a strategy can be made of its arguments.
 
     Raises:
         ValueError: it can't.
     """
-    check_shares(shares)
     if global_batch is not None and (isinstance(global_batch, bool) or int(global_batch) != global_batch):
         raise ValueError(f"global_batch={global_batch!r} has to be a whole number of samples, or None")
     if global_batch is not None and global_batch < 1:
@@ -35,12 +35,9 @@ def check_job(shares: Shares, global_batch: int | None, world_size: int) -> None
     Raises:
         ValueError: they don't.
     """
-    check_shares(shares, world_size)
-    if global_batch is not None and global_batch < world_size:
-        raise ValueError(
-            f"global_batch={global_batch} is smaller than the number of ranks, {world_size}: raise it, or use fewer "
-            "devices"
-        )
+    shares.check_world_size(world_size)
+    if global_batch is not None:
+        check_global_batch(global_batch, world_size)
 
 
 def check_devices(devices: Sequence[torch.device]) -> str | None:

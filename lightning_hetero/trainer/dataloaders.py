@@ -24,7 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_hetero.exchange.consistency import require
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.planning.planner import Planner
+from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.sampling.eval_sampler import EvaluationSampler
 from lightning_hetero.sampling.global_batches import Chunks, GlobalBatches, Index, fingerprint
 from lightning_hetero.sampling.train_sampler import (
@@ -57,7 +57,7 @@ class Context:
     exchange: RankGroup
     seed: int
     global_batch: int | None
-    planner: Callable[[int], Planner]
+    planner: Callable[[int], SplitPlanner]
     evaluation: Evaluation
     position: Callable[[], Position]
     on_borrow: Callable[[], None]

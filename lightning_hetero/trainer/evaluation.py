@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from lightning_hetero.device.step_timer import DeviceClock, device_clock
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.planning.evaluation_split import EvaluationTimes, Measured
-from lightning_hetero.planning.planner import Planner, Shares, learns
+from lightning_hetero.planning.evaluation_split import BatchTimes, EvaluationTimes
+from lightning_hetero.planning.planner import SplitPlanner
+from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.eval_sampler import EvaluationSampler, Scope
 from lightning_hetero.trainer.communicating import Communicating
 from lightning_hetero.trainer.torchmetrics import MetricSync
@@ -122,8 +123,8 @@ class Evaluation:
                 seconds = self._marks.seconds(start, end)
                 if seconds > 0:
                     measured.setdefault(one.key, []).append((size, seconds))
-        told: Measured = measured
-        self._times.update(self._exchange.gather(told))
+        times: BatchTimes = measured
+        self._times.update(self._exchange.gather(times))
 
 
 class Evaluating(Communicating):
@@ -137,16 +138,18 @@ class Evaluating(Communicating):
         self._evaluation: Evaluation | None = None
         self._apart = ""  # the evaluation step that this rank is in
 
-    def _evaluations(self, exchange: RankGroup, shares: Shares, planner: Callable[[], Planner | None]) -> Evaluation:
+    def _evaluations(
+        self, exchange: RankGroup, shares: Shares, planner: Callable[[], SplitPlanner | None]
+    ) -> Evaluation:
         """What all runs of this strategy evaluate with."""
         if self._evaluation is None:
-            given = [1.0] * self.world_size if isinstance(shares, str) else [float(share) for share in shares]
+            given = shares.proportions_for(self.world_size)
 
             def proportions() -> Sequence[float]:
-                now = planner() if learns(shares) else None
+                now = planner() if shares.adaptive else None
                 return now.schedule.newest.local_batches if now is not None else given
 
-            times = EvaluationTimes(self.world_size, learns=learns(shares))
+            times = EvaluationTimes(self.world_size, adaptive=shares.adaptive)
             metrics = MetricSync(exchange, lambda: bool(self._apart))
             self._evaluation = Evaluation(exchange, device_clock(self.root_device), times, proportions, metrics)
         return self._evaluation

@@ -15,7 +15,7 @@ from lightning_hetero.exchange.messages import Rows, column
 from lightning_hetero.planning.allocation import proportional
 from lightning_hetero.planning.efficiency import FARTHEST, SPARED, Job
 from lightning_hetero.planning.plan import Plan
-from lightning_hetero.planning.planner import Planner
+from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.planning.step_statistics import StepStatistics
 from lightning_hetero.trainer.reporting import Ending, Outlook, PlanLog, differs, table
 
@@ -38,7 +38,7 @@ class Observer:
     """Ranks that are named at most, of those that do not pay."""
 
     def __init__(
-        self, trainer: "pl.Trainer", planner: Planner, devices: Sequence[str], granularity: int, folder: str
+        self, trainer: "pl.Trainer", planner: SplitPlanner, devices: Sequence[str], granularity: int, folder: str
     ) -> None:
         self._trainer = trainer
         self._planner = planner
@@ -67,7 +67,7 @@ class Observer:
         """Something comes that is no training step."""
         self._tally.pause()
 
-    def update(self, planner: Planner, rows: Rows, plans: Sequence[Plan]) -> None:
+    def update(self, planner: SplitPlanner, rows: Rows, plans: Sequence[Plan]) -> None:
         """All ranks have told of their own work.
 
         Args:
@@ -127,7 +127,7 @@ class Observer:
         caps = self._planner.caps
         return Job(
             models,
-            self._planner.tails(),
+            self._planner.exposed_communication(),
             self._planner.minimum,
             self._granularity,
             maximum=caps.allowed if caps is not None else None,

@@ -10,7 +10,8 @@ from lightning_hetero.device import speed_test
 from lightning_hetero.exchange.consistency import job, machine
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.balancer import STATE_VERSION, Balancer
-from lightning_hetero.planning.planner import Planner, Shares, learns, profile_path
+from lightning_hetero.planning.planner import SplitPlanner
+from lightning_hetero.planning.shares import Shares
 from lightning_hetero.trainer import profiles
 
 
@@ -35,7 +36,7 @@ class ProfileStore:
         Raises:
             ValueError: the profile that the user names is none, or of another job.
         """
-        if not learns(self._shares):
+        if not self._shares.adaptive:
             return None
         facts = {
             "version": STATE_VERSION,
@@ -44,15 +45,15 @@ class ProfileStore:
             "devices": self._exchange.gather(machine(self._device)),
         }
         self._facts = facts
-        folder, given = run_folder(module.trainer), profile_path(self._shares)
+        folder, given = run_folder(module.trainer), self._shares.profile
 
         def look() -> dict[str, Any] | None:
             state = profiles.read(given, facts) if given else profiles.find(folder, facts)
             if state is None:
                 return None
             try:
-                Balancer(self._exchange.world_size, global_batch).start_from(state)
-            except ValueError as error:
+                Balancer(self._exchange.world_size, global_batch, state=state).first_proposal()
+            except (ValueError, KeyError, TypeError) as error:
                 if given:
                     raise ValueError(f"the profile {given} can't be used: {error}") from None
                 rank_zero_warn(f"a profile of an earlier run in {folder} or beside it can't be used: {error}")
@@ -63,11 +64,11 @@ class ProfileStore:
 
     def probe(self) -> list[float] | None:
         """How fast each of W CPU ranks is; None where nothing is to be learnt. All ranks have to ask."""
-        if not learns(self._shares) or self._exchange.world_size == 1:
+        if not self._shares.adaptive or self._exchange.world_size == 1:
             return None
         return self._exchange.gather(speed_test.speed())
 
-    def keep(self, trainer: "pl.Trainer", planner: Planner | None) -> None:
+    def keep(self, trainer: "pl.Trainer", planner: SplitPlanner | None) -> None:
         """Write the profile, on the first rank. All ranks have to call."""
         folder = run_folder(trainer)
         state = planner.state_dict() if planner is not None else None

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -10,17 +9,6 @@ from hypothesis import strategies as st
 
 from lightning_hetero.planning.efficiency import FARTHEST, MARGIN, Job
 from lightning_hetero.planning.step_time import StepTimeModel
-
-
-@dataclass(frozen=True)
-class Affine:
-    """Fixed cost and cost per sample, for which allocation has no short cut."""
-
-    fixed: float
-    each: float
-
-    def seconds(self, local_batch: int) -> float:
-        return self.fixed + self.each * local_batch
 
 
 def line(fixed: float, each: float) -> StepTimeModel:
@@ -33,7 +21,7 @@ points = st.lists(
     max_size=4,
 )
 fitted = points.map(lambda measured: StepTimeModel.fit(*zip(*measured, strict=True)))
-models = fitted | st.builds(Affine, st.floats(0, 20), st.floats(0.01, 5))
+models = fitted | st.builds(line, st.floats(0, 20), st.floats(0.01, 5))
 
 
 @st.composite
@@ -143,7 +131,7 @@ def test_from_its_global_batch_on_it_pays(case, data):
 )
 def test_two_straight_lines(fixed, each, slow_fixed, slow_each, global_batch, known):
     """Rank 1 pays once rank 0 alone needs as long as rank 1 does for one sample, but for the margin."""
-    make = line if known else Affine
+    make = line
     job = Job([make(fixed, each), make(slow_fixed, slow_each)])
     least = slow_fixed + slow_each
     if least < fixed + each:  # it is rank 0 then that may not pay
@@ -173,13 +161,13 @@ def test_the_measured_case():
 
 
 def test_alone_there_is_no_communication():
-    job = Job([Affine(0, 1), Affine(0, 1)], [10.0, 10.0])
+    job = Job([line(0, 1), line(0, 1)], [10.0, 10.0])
     assert job.step_seconds((5, 5)) == 15
     assert job.without(1, 10) == 10
     assert job.paying(10).ranks == (0,)
     assert job.paying(100).ranks == (0, 1)
     assert job.pays_from(1, 10) in (20, 21), "half of it and 10 s against all of it, but for the margin"
-    single = Job([Affine(0, 1)], [10.0])
+    single = Job([line(0, 1)], [10.0])
     assert single.step_seconds((5,)) == 5
     assert single.paying(5).ranks == (0,)
     assert single.fraction_of_limit(5, 5.0) == 1
@@ -208,7 +196,7 @@ def test_what_is_spared_grows_no_further_with_the_global_batch():
 
 def test_twins_that_hold_everybody_up_are_left_out_together():
     """Without one of them alone nothing would be gained. The less bad rank comes back first."""
-    job = Job([Affine(0.1, 0.01), Affine(0.1, 0.01), Affine(3, 0.1), Affine(3, 0.1), Affine(9, 0.1)])
+    job = Job([line(0.1, 0.01), line(0.1, 0.01), line(3, 0.1), line(3, 0.1), line(9, 0.1)])
     assert job.without(2, 40) == job.best(40)[1]
     assert job.paying(40).ranks == (0, 1)
     assert job.pays_from(2, 40) == job.pays_from(3, 40) < job.pays_from(4, 40)
@@ -244,7 +232,7 @@ def test_limit_and_gain(case):
 
 
 def test_perfect_scaling_reaches_the_limit():
-    job = Job([Affine(0, 0.01), Affine(0, 0.04)])
+    job = Job([line(0, 0.01), line(0, 0.04)])
     assert job.best(100) == ((80, 20), close(0.8))
     assert job.fraction_of_limit(100, 0.8) == close(1)
     assert job.gain_over_equal((80, 20)) == close(2.5)

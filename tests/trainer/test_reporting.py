@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader
 
 import lightning_hetero.trainer.observer
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.planning.memory import Caps, Report
+from lightning_hetero.planning.memory import MemoryLimits
 from lightning_hetero.planning.plan import Plan
-from lightning_hetero.planning.planner import Planner
+from lightning_hetero.planning.planner import SplitPlanner
+from lightning_hetero.planning.shares import Shares
 from lightning_hetero.trainer.observer import Observer
 from lightning_hetero.trainer.reporting import Ending, Outlook, PlanLog, about, differs, duration, table
+from tests.planning.stepping import memory_reports, take
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 
@@ -108,11 +110,11 @@ def test_the_end_is_said_in_one_sentence():
 def test_who_does_not_pay_depends_on_memory_and_on_the_kind_of_device(tmp_path, device, limit, pays):
     """Rank 0 alone would take 1 s less 0.08 on a CPU, both together take 0.97 s; with room for 63 it can't do it."""
     devices = [device] * 2
-    planner = Planner("auto", 2, 64, memory=lambda b, m: Caps([limit, math.inf], devices, b, minimum=m, granularity=1))
+    planner = SplitPlanner(Shares.parse("auto"), 2, 64, memory=MemoryLimits((limit, math.inf), tuple(devices)))
     for step in range(4):
         split = planner.schedule.at(step).local_batches
-        planner.caps.update([Report(b, float(b), 0.0, 0) for b in split])
-        planner.observe([step, step], [split[0] / 64, 0.2 + split[1] / 2.6], step)
+        memory = memory_reports(*((b, float(b)) for b in split))
+        take(planner, step, [split[0] / 64, 0.2 + split[1] / 2.6], memory=memory)
     Observer(None, planner, devices, 1, str(tmp_path))._look_out(10)
     *_, event = map(json.loads, (tmp_path / "hetero" / "plan.jsonl").read_text().splitlines())
     assert event["event"] == "outlook"

@@ -24,7 +24,10 @@ from lightning_hetero.device.step_timer import compute_timer
 from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
 from lightning_hetero.exchange.groups import RankGroup, own_total, total
-from lightning_hetero.exchange.messages import COLUMNS, Rows, column
+from lightning_hetero.exchange.long_backward import LongBackwardMonitor
+from lightning_hetero.exchange.messages import StepMessages
+from lightning_hetero.exchange.secondary_failures import CollectiveErrors
+from lightning_hetero.exchange.store import default_store
 from lightning_hetero.planning.memory import Caps
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.planner import Planner, Shares
@@ -32,7 +35,7 @@ from lightning_hetero.sampling.train_sampler import Position
 from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.step.buffers import BufferMerge, broadcast_apart, broadcast_in_forward
-from lightning_hetero.step.gradients import allreduce_mean, masked, until_last_bucket
+from lightning_hetero.step.gradients import averaging_hook, masked, until_last_bucket
 from lightning_hetero.step.step import TrainingSteps
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.trainer.checks import check_devices, check_job, check_options, check_trainable
@@ -97,7 +100,7 @@ class HeteroStrategy(Evaluating):
         self._loaders: Loaders | None = None
         self._attachment: TrainerPatches | None = None
         self._stop: StopRequest | None = None
-        self._watch: failures.BackwardWatch | None = None
+        self._watch: LongBackwardMonitor | None = None
         self._steps: TrainingSteps | None = None
         self._logging: StepLogging | None = None
         self._merge: BufferMerge | None = None
@@ -112,6 +115,7 @@ class HeteroStrategy(Evaluating):
         self._survival: Survival | None = None
         self._launched = False
         self._run = 0  # see `failures.new_run`
+        self._averaging_errors = CollectiveErrors()
         self._learnt: ProfileStore | None = None
         self._planned: dict[str, Any] = {}  # the job that the planner is for
 
@@ -165,7 +169,7 @@ class HeteroStrategy(Evaluating):
             if self.root_device.type == "cpu":
                 keep_freed_memory()
             self._clock = compute_timer(self.root_device)
-            self._exchange = RankGroup(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
+            self._exchange = RankGroup(self.global_rank, self.world_size, self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
             self._on_cpus = set(self._devices) == {"cpu"}
             self._learnt = ProfileStore(self._shares, self._exchange, self.root_device)
@@ -175,7 +179,7 @@ class HeteroStrategy(Evaluating):
                 )
                 self._layer_sync = ExactSyncBatchNorm(self._ties)
             rooms = self._exchange.gather(memory.memory_capacity(self.root_device))
-            self._limits = memory.limits(rooms, self._memory_limit)
+            self._limits = memory.memory_limits(rooms, self._memory_limit)
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
         seed, self._run = self._exchange.broadcast((seed, failures.new_run()))
         self._attach(self.lightning_module.trainer, seed % 2**32)
@@ -257,7 +261,7 @@ class HeteroStrategy(Evaluating):
             )
             if counter.advice:
                 rank_zero_warn(counter.advice)
-            self._watch = failures.BackwardWatch(self.global_rank)
+            self._watch = LongBackwardMonitor(self.global_rank, self.world_size, default_store())
             self._steps = TrainingSteps(
                 self.lightning_module,
                 counter,
@@ -349,12 +353,13 @@ class HeteroStrategy(Evaluating):
     @override
     def on_exception(self, exception: BaseException) -> None:
         name_unused(exception)
-        if not failures.is_secondary_failure(exception):
-            failures.publish(self._run, self.global_rank, device_name(self.root_device), exception)
-        else:
-            exception.args = (
-                f"{failures.first_failure(self._run)} (rank {self.global_rank} then lost the connection)",
-            )
+        failures.explain(
+            exception,
+            run=self._run,
+            rank=self.global_rank,
+            device=device_name(self.root_device),
+            averaging=self._averaging_errors,
+        )
 
     # ---- a training step ----
 
@@ -368,7 +373,7 @@ class HeteroStrategy(Evaluating):
                 self._merge.count(shares[0] if shares else None, batch)
             self._content = 0.0
             if self._loaders.user_shards and self._batches < DuplicateDataCheck.WATCHED:
-                self._content = DuplicateDataCheck.number(self._loaders.index_hash(), content_hash(batch))
+                self._content = content_hash(batch, self._loaders.index_hash())
             self._batches += 1
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -462,24 +467,25 @@ class HeteroStrategy(Evaluating):
         self._logging.epoch_over()
         self._pause_observer()
 
-    def _hear(self, step: int, rows: Rows) -> None:
+    def _hear(self, messages: StepMessages) -> None:
         """All ranks' messages of a step."""
         assert self.lightning_module is not None
-        if self._stop is not None and column(rows, "stop").any():
+        if self._stop is not None and messages.stop_requested.any():
             self._stop.grant()
-        self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
+        self._same_data.check(messages, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
-        news = self._planner.update(rows)
+        reports = messages.reports()
+        news = self._planner.update(reports)
         for sentence in news.sentences:
             rank_zero_warn(sentence)
         if self._observer is not None:
-            self._observer.update(self._planner, rows, news.plans)
+            self._observer.update(self._planner, reports, news.plans)
 
     @override
     def _register_ddp_hooks(self) -> None:
         assert isinstance(self.model, DistributedDataParallel)
-        hook = self._ddp_comm_hook or allreduce_mean
+        hook = self._ddp_comm_hook or averaging_hook(self._averaging_errors)
         if self._ddp_comm_wrapper is not None:
             hook = self._ddp_comm_wrapper(hook)
         if self.world_size > 1:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_hetero.exchange.messages import Rows, column
 from lightning_hetero.planning.allocation import proportional
 from lightning_hetero.planning.balancer import Balancer
 from lightning_hetero.planning.memory import Caps, Report
 from lightning_hetero.planning.plan import Plan, Schedule
+from lightning_hetero.planning.reports import StepReports
 from lightning_hetero.planning.step_time import StepTimeModel
 
 Shares = str | Sequence[float]
@@ -147,20 +147,27 @@ class Planner:
         """Another fit begins: its samples may be larger, so what was seen of memory no longer holds."""
         self.caps = self._memory(self.global_batch, self._least) if self._memory is not None else None
 
-    def update(self, rows: Rows) -> News:
+    def update(self, reports: StepReports) -> News:
         """All ranks' messages of a step: what they say of their memory and of their work.
 
         Raises:
             ValueError: the global batch does not fit into the memory of all ranks together.
         """
-        drawn = int(column(rows, "drawn").max())
-        self._ahead = drawn - int(column(rows, "step")[0])
-        of_memory = ("held", "memory", "resting", "fits", "fails")
-        told = zip(*(column(rows, name).tolist() for name in of_memory), strict=True)
+        drawn = reports.last_drawn
+        self._ahead = drawn - reports.step
+        of_memory = reports.memory
+        told = zip(
+            of_memory.local_batches.tolist(),
+            of_memory.peaks.tolist(),
+            of_memory.resting.tolist(),
+            of_memory.fits.tolist(),
+            of_memory.fails.tolist(),
+            strict=True,
+        )
         sentences = self.caps.update([Report(*row) for row in told]) if self.caps is not None else ()
         within = self.fit_into_memory(drawn)
-        measured, seconds = column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist()
-        averaging, apart = column(rows, "averaging").tolist(), column(rows, "apart").tolist()
+        measured, seconds = reports.measured_steps.tolist(), reports.compute_seconds.tolist()
+        averaging, apart = reports.sync_seconds.tolist(), reports.averaged_after_backward.tolist()
         better = self.observe(measured, seconds, drawn, averaging, apart)
         return News(sentences, tuple(plan for plan in (within, better) if plan is not None))
 

@@ -11,11 +11,11 @@ from time import perf_counter
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_hetero.exchange.messages import Rows, column
 from lightning_hetero.planning.allocation import proportional
 from lightning_hetero.planning.efficiency import FARTHEST, SPARED, Job
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.planner import Planner
+from lightning_hetero.planning.reports import StepReports
 from lightning_hetero.planning.step_statistics import StepStatistics
 from lightning_hetero.trainer.reporting import Ending, Outlook, PlanLog, differs, table
 
@@ -67,18 +67,18 @@ class Observer:
         """Something comes that is no training step."""
         self._tally.pause()
 
-    def update(self, planner: Planner, rows: Rows, plans: Sequence[Plan]) -> None:
+    def update(self, planner: Planner, reports: StepReports, plans: Sequence[Plan]) -> None:
         """All ranks have told of their own work.
 
         Args:
             planner: the one that has heard it too; another one than before where the job has changed.
-            rows: their messages.
+            reports: theirs.
             plans: what the planner has decided upon them.
         """
         if planner is not self._planner:
             self._planner, self._tally, self._shown = planner, StepStatistics(len(self._devices)), ()
             self.planned(planner.schedule.plans[0])
-        self._tally.update(column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist())
+        self._tally.update(reports.measured_steps.tolist(), reports.compute_seconds.tolist())
         for plan in plans:
             self.planned(plan)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hetero.exchange.messages import TRAINS, StepMessage
+from lightning_hetero.exchange.messages import TRAINS, StepMessage, StepMessages
 from lightning_hetero.planning.planner import Planner, check_shares
 
 
@@ -182,10 +182,10 @@ def told(planner: Planner, step: int, drawn: int, measured: int) -> bool:
     """Whether it asks, after ranks of which the second is slow have told of a step."""
     split = planner.schedule.at(max(measured, 0)).local_batches
     rows = [
-        StepMessage(TRAINS, step, drawn=drawn, measured=measured, seconds=b * pace).row()
+        StepMessage(TRAINS, step, last_drawn=drawn, measured_step=measured, compute_seconds=b * pace).row()
         for b, pace in zip(split, (0.01, 0.04), strict=True)
     ]
-    planner.update(np.array(rows))
+    planner.update(StepMessages(np.array(rows)).reports())
     return planner.wants_reports_now
 
 

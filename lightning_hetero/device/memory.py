@@ -18,7 +18,7 @@ class MemoryCapacity:
 
     Args:
         on_host: the rank computes in the machine's main memory, which it shares with others.
-        machine: tells machines apart.
+        machine: an identifier; ranks on the same machine have the same.
         total: bytes of the device, or of the machine; infinity if not known.
         groups: from the control groups that the process is in to the bytes that each allows for all in it.
     """

@@ -20,7 +20,7 @@ NO_DATA_LOADER = (
 """The sentence where the training data can't be split."""
 
 _CONTENT = 2**16
-"""Numbers of each tensor that are looked at: more than enough to tell data apart, and hashed in well under a
+"""Numbers of each tensor that are looked at: more than enough to distinguish data, and hashed in well under a
 millisecond."""
 
 

@@ -29,8 +29,8 @@ def new_run() -> int:
 def explain(exception: BaseException, *, run: int, rank: int, device: str, averaging: CollectiveErrors) -> None:
     """Publish why this rank fails; or, if it fails because another one has, say so in the exception's message.
 
-    What the exception says itself is never lost. Where it is not known to follow from another rank's end, but another
-    rank has failed before, a note is added that names that rank's failure.
+    What the exception says itself is never lost. A RuntimeError that is not known to follow from another rank's end may
+    still do so, as gloo raises this type everywhere: where another rank has failed before, a note names its failure.
 
     Args:
         exception: that ends the run on this rank, with its traceback.
@@ -42,7 +42,7 @@ def explain(exception: BaseException, *, run: int, rank: int, device: str, avera
     if not is_secondary_failure(exception, averaging):
         own = f"rank {rank} ({device}) failed first: {type(exception).__name__}: {exception}"
         first = _publish(run, own)
-        if first != own:
+        if type(exception) is RuntimeError and str(exception) not in first:  # all ranks may raise the same
             exception.add_note(first)
         return
     text = " ".join(str(exception).split())  # in one line, which shows the cause too
@@ -57,7 +57,7 @@ def explain(exception: BaseException, *, run: int, rank: int, device: str, avera
 
 def _publish(run: int, cause: str) -> str:
     """Publish a cause unless another rank was first; returns the first one."""
-    with contextlib.suppress(Exception):  # the store ends with rank 0: then there is nobody left to read it
+    with contextlib.suppress(Exception):  # the store ends with rank 0: no rank that could read it is left
         store = default_store()
         if store is not None:
             first: bytes = store.compare_set(_FAILURE.format(run), "", cause)

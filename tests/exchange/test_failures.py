@@ -43,20 +43,30 @@ def test_a_cause_that_is_published_late_is_waited_for(monkeypatch: pytest.Monkey
 
 
 def test_the_first_failure_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second one keeps its own words, and gets a note; another run begins anew."""
+    """A second one keeps its own words; another run begins anew."""
     store = dist.HashStore()
     monkeypatch.setattr(failures, "default_store", lambda: store)
-    first, second, later = ValueError("first"), KeyError("second"), ValueError("later")
+    first, second, later = ValueError("first"), RuntimeError("second"), ValueError("later")
     explain(first, rank=2)
     explain(second, rank=1)
     explain(later, rank=1, run=2)
-    assert (str(first), str(second), str(later)) == ("first", "'second'", "later")
+    assert (str(first), str(second), str(later)) == ("first", "second", "later")
     assert second.__notes__ == ["rank 2 (cpu) failed first: ValueError: first"]
     assert not hasattr(first, "__notes__")
     assert not hasattr(later, "__notes__")
     assert explain(LostConnectionError("gone"), run=2).startswith(
         "rank 1 (cpu) failed first: ValueError: later (rank 0"
     )
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the ranks differ"), ValueError("the ranks differ"), KeyError("mine")])
+def test_only_what_may_be_a_lost_connection_gets_a_note(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """What all ranks raise alike is not said twice."""
+    store = dist.HashStore()
+    monkeypatch.setattr(failures, "default_store", lambda: store)
+    explain(RuntimeError("the ranks differ"), rank=1)
+    explain(error)
+    assert not hasattr(error, "__notes__")
 
 
 class Gone(Late):

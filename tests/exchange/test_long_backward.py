@@ -39,7 +39,7 @@ def test_what_is_published_while_the_pass_ends_is_cleared() -> None:
     assert store.begun.wait(SECONDS), "the pass is being published"
     leaving = threading.Thread(target=monitor.leave)
     leaving.start()
-    leaving.join(0.2)  # whoever doesn't wait for the publication is through by then
+    leaving.join(0.2)  # without waiting for the publication, it would be over by then
     store.released.set()
     leaving.join(SECONDS)
     monitor.stop()
@@ -88,7 +88,7 @@ def test_a_rank_that_has_skipped_a_backward_pass_is_found_out() -> None:
     other.stop()
 
 
-def test_without_a_store_there_is_nobody_to_look_for() -> None:
+def test_one_rank_needs_no_store() -> None:
     monitor = LongBackwardMonitor(0, 1, None)
     monitor.enter(1)
     monitor.check_others(2)

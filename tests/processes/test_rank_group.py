@@ -40,7 +40,7 @@ def relayed() -> tuple[list[tuple[str, str, bool]], str]:
 
 
 def test_any_exception_of_rank_0_is_raised_on_all_ranks() -> None:
-    """Rank 0 raises its own, with its traceback; nobody is left waiting for a result."""
+    """Rank 0 raises its own, with its traceback; no rank is left waiting for a result."""
     (first, after), *others = run_ranks(3, relayed)
     assert after == "and on"
     assert first == [(type(error).__name__, str(error), True) for error in RAISED]

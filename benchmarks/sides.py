@@ -36,8 +36,7 @@ from torch.utils.data import DataLoader
 from validating import evaluate
 
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.device import allocator as device_allocator
-from lightning_hetero.exchange.messages import Rows, column
+from lightning_hetero.exchange.messages import StepMessages
 from lightning_hetero.planning.plan import Plan
 
 _TIMEOUT = timedelta(hours=1)
@@ -90,16 +89,17 @@ class Observed(HeteroStrategy):
         self._notes: list[dict[str, Any]] = []
         self._splits_told = 0
 
-    def _hear(self, step: int, rows: Rows) -> None:
+    def _hear(self, messages: StepMessages) -> None:
         assert self._planner is not None
         schedule = self._planner.schedule
         before = schedule.newest
-        super()._hear(step, rows)
-        measured = set(column(rows, "measured").astype(int).tolist())
+        super()._hear(messages)
+        reports = messages.reports()
+        measured = set(reports.measured_steps.tolist())
         if len(measured) > 1 or measured == {-1}:
             return
         (told,) = measured
-        note = {"step": told, "own": column(rows, "seconds").tolist()}
+        note = {"step": told, "own": reports.compute_seconds.tolist()}
         new = schedule.newest
         if new is not before:
             note["then"] = {"split": new.local_batches, "from": new.first_step, "reason": new.reason}
@@ -190,8 +190,8 @@ def set_allocator(allocator: str) -> bool:
         whether freed memory is kept.
     """
     if allocator == "kept":
-        return device_allocator.keep_freed_memory()
-    told = device_allocator.keep_freed_memory
+        return allocator.keep_freed_memory()
+    told = allocator.keep_freed_memory
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "lightning_hetero" and getattr(module, "keep_freed_memory", None) is told:
             module.keep_freed_memory = lambda: False  # type: ignore[attr-defined] # for whoever imported it by name too

@@ -35,13 +35,13 @@ class AccumulationWindow:
 
     def known(self) -> bool:
         """Whether the device has come to its end."""
-        return self.readings[-1].known()
+        return self.readings[-1].has_passed()
 
     def measured(self) -> dict[str, float]:
-        """The window's last step, and a micro-batch's mean seconds of own work and of averaging, for the message."""
+        """The window's last step, and a micro-batch's mean seconds of computing and of averaging, for the message."""
         return {
-            "measured": self.shares[-1].step,
-            "seconds": sum(reading.seconds() for reading in self.readings) / len(self.readings),
-            "averaging": sum(reading.averaging_seconds() for reading in self.readings) / len(self.readings),
-            "apart": float(self.apart),
+            "measured_step": self.shares[-1].step,
+            "compute_seconds": sum(reading.compute_seconds() for reading in self.readings) / len(self.readings),
+            "sync_seconds": sum(reading.sync_seconds() for reading in self.readings) / len(self.readings),
+            "averaged_after_backward": float(self.apart),
         }

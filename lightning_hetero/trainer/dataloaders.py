@@ -302,7 +302,7 @@ class Loaders:
         )
         clone = replace_batch_sampler(loader, counts)
         if number not in self._lockstep:  # a group takes sockets and threads, and lives as long as the process
-            self._lockstep[number] = RankGroup(exchange.rank, exchange.world_size, 1, exchange.timeout)
+            self._lockstep[number] = RankGroup(exchange.rank, exchange.world_size, exchange.timeout)
         return LockstepLoader(clone, self._lockstep[number])
 
     def _number_in_round(self) -> int:

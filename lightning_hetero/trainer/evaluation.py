@@ -97,7 +97,7 @@ class Evaluation:
 
     def begin(self, mode: RunningStage, scope: Scope, sizes: Sequence[int]) -> None:
         """This rank begins with a loader."""
-        new = _Pass((mode.dataloader_prefix or "", scope.number), sizes, [self._marks.mark()])
+        new = _Pass((mode.dataloader_prefix or "", scope.number), sizes, [self._marks.now()])
         if self._passes and len(self._passes[-1].marks) == 1:
             self._passes.pop()  # it was looked at only, or goes side by side with this one
         self._passes.append(new)
@@ -105,7 +105,7 @@ class Evaluation:
     def step_over(self) -> None:
         """This rank has evaluated a batch."""
         if self._passes:
-            self._passes[-1].marks.append(self._marks.mark())
+            self._passes[-1].marks.append(self._marks.now())
 
     def end(self, *, learn: bool = True) -> None:
         """The evaluation is over, on all ranks.
@@ -118,7 +118,9 @@ class Evaluation:
             return
         measured: dict[Hashable, list[tuple[int, float]]] = {}
         for one in passes:
-            points = [mark for mark in one.marks if self._marks.known(mark)]  # the host does not wait for the device
+            points = [
+                mark for mark in one.marks if self._marks.has_passed(mark)
+            ]  # the host does not wait for the device
             for size, start, end in zip(one.sizes, points, points[1:], strict=False):
                 seconds = self._marks.seconds(start, end)
                 if seconds > 0:

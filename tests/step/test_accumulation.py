@@ -22,7 +22,7 @@ def test_a_short_last_batch_is_left_out() -> None:
     assert window.usable()
     assert window.known()
     told = window.measured()
-    assert (told["measured"], told["seconds"]) == (1, 8.0)
+    assert (told["measured_step"], told["compute_seconds"]) == (1, 8.0)
 
 
 def test_short_batches_alone_tell_nothing() -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_hetero import HeteroStrategy
 from lightning_hetero.device import step_timer
 from lightning_hetero.exchange.groups import PendingRows
-from lightning_hetero.exchange.messages import Rows, column
+from lightning_hetero.exchange.messages import StepMessages
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 
@@ -92,10 +92,11 @@ class Listening(HeteroStrategy):
         super().__init__(**options)
         self.heard: list[tuple[list[float], list[float]]] = []
 
-    def _hear(self, step: int, rows: Rows) -> None:
-        super()._hear(step, rows)
-        if column(rows, "measured").max() >= 0:
-            self.heard.append((column(rows, "measured").tolist(), column(rows, "seconds").tolist()))
+    def _hear(self, messages: StepMessages) -> None:
+        super()._hear(messages)
+        reports = messages.reports()
+        if reports.measured_steps.max() >= 0:
+            self.heard.append((reports.measured_steps.tolist(), reports.compute_seconds.tolist()))
 
 
 def waiting_mean(state: Any, bucket: Any) -> Any:

@@ -172,7 +172,7 @@ def copies() -> tuple[Any, Any]:
     rank = torch.distributed.get_rank()
     module = torch.nn.Module()
     module.map = MeanAveragePrecision()
-    sync = MetricSync(RankGroup(rank, 2, 1, timedelta(seconds=30)), lambda: False).attach(module)
+    sync = MetricSync(RankGroup(rank, 2, timedelta(seconds=30)), lambda: False).attach(module)
     sync.attach(module)
     copied = module.map.clone()
     for index in range(3 - 2 * rank):

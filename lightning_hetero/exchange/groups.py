@@ -17,6 +17,31 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+def row_in_table(row: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+    """A table of zeros in which one row is that of `rank`, (W, columns).
+
+    Adding zeros to a row leaves it as it is. So the sum of all ranks' tables holds the rows of all ranks: it is a
+    gather that needs one buffer only.
+    """
+    table = row.new_zeros((world_size, len(row)))  # (W, columns)
+    table[rank] = row
+    return table
+
+
+def gather_rows(row: torch.Tensor, rank: int, world_size: int, total: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """The rows of all ranks, (W, columns), on the device of `row`.
+
+    Args:
+        row: this rank's, (columns,); equally long on all ranks.
+        rank: this rank.
+        world_size: W.
+        total: adds a tensor up over all ranks, in place.
+    """
+    table = row_in_table(row, rank, world_size)
+    total(table)
+    return table
+
+
 class PendingRows:
     """Rows that are on their way; see `RankGroup.start`."""
 
@@ -66,19 +91,10 @@ class RankGroup:
             group = dist.new_group(backend="gloo", timeout=timeout)
             assert isinstance(group, dist.ProcessGroup), "this rank is in the group of all ranks"
             self._group = group
-        # Two tables in turn: the rows of one step may still be read while the next step's are under way.
-        self._tables = [torch.zeros(world_size, columns, dtype=torch.float64) for _ in range(2)]
 
     def start(self, row: Sequence[float]) -> PendingRows:
-        """Send this rank's row and receive everybody's, without waiting.
-
-        The rows of the call before the last are overwritten.
-        """
-        table, other = self._tables
-        self._tables = [other, table]
-        # Adding zeros to a row leaves it exactly as it is, so a sum is a gather that needs one buffer only.
-        table.zero_()
-        table[self.rank] = torch.tensor(row, dtype=torch.float64)
+        """Send this rank's row and receive everybody's, without waiting."""
+        table = row_in_table(torch.tensor(row, dtype=torch.float64), self.rank, self.world_size)
         work = None
         if self._group is not None:
             work = dist.all_reduce(table, group=self._group, async_op=True)

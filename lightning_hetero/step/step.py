@@ -14,11 +14,13 @@ from lightning_hetero.device.memory import PeakMemory
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.failures import BackwardWatch, check_backward
 from lightning_hetero.exchange.groups import PendingRows, RankGroup
-from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, Rows, StepMessage, check, column, weight
+from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, Rows, StepMessage, check, column
+from lightning_hetero.exchange.messages import weight as loss_weight
 from lightning_hetero.sampling.train_sampler import Share
 from lightning_hetero.step.accumulation import AccumulationWindow
 from lightning_hetero.step.gradients import average_gradients, gradients_left_alone, gradients_without_nan
 from lightning_hetero.step.loss_count import LossCounter
+from lightning_hetero.step.out_of_memory import MemoryFound
 from lightning_hetero.step.snapshot import ModuleSnapshot, RandomState
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.step.zero_count import ZeroCountWarning
@@ -38,7 +40,7 @@ class TrainingSteps:
     """The training steps of one rank.
 
     A step's batch arrives (`arrive`), is counted and announced (`begin`), is weighted when its backward pass begins
-    (`weigh`), and ends (`end`). Borrowed batches are undone at their end.
+    (`weight`), and ends (`end`). Borrowed batches are undone at their end.
 
     Args:
         module: the LightningModule.
@@ -74,7 +76,7 @@ class TrainingSteps:
         self._clock = clock
         self._watch = watch
         self._on_rows = on_rows
-        self._nothing = ZeroCountWarning(counter.rule, exchange.rank)
+        self._zero_count = ZeroCountWarning(counter.rule, exchange.rank)
         self._share: Share | None = None
         self._random: RandomState | None = None
         self._state: ModuleSnapshot | None = None
@@ -95,7 +97,7 @@ class TrainingSteps:
         self._largest = (0,) * exchange.world_size  # local batches that ranks have told to have computed in one piece
         self._held, self._peak = 0, 0.0
         self._fits, self._fails = 0, 0  # where memory has run out: local batches, or parts of them
-        self._cut = False
+        self._cut = self._averaged_after_backward = False
         self.fits_in_memory: Callable[[Sequence[int]], bool] = lambda _: False
         """Whether it is known, on all ranks alike, that W local batches fit though they are larger than any before."""
         self.samples: int | None = None
@@ -121,7 +123,6 @@ class TrainingSteps:
         """Whether memory ran out with as many samples as this rank has in this step, or with fewer."""
         return 0 < self._fails <= (self.local_batch or 0)
 
-    @property
     def count(self) -> float:
         """What this rank's batch counts for; the host waits for the device."""
         return float(self._count)
@@ -138,7 +139,7 @@ class TrainingSteps:
 
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """The mean of the gradients over all ranks, after backward passes that each made by itself."""
-        self._window.apart = True
+        self._averaged_after_backward = True
         self._clock.gradients_ready()  # it runs again when the backward pass is over
         self._watch.enter(self._step)
         try:
@@ -146,15 +147,10 @@ class TrainingSteps:
         finally:
             self._watch.leave()
 
-    def computed_in_parts(self, fits: int, fails: int | None) -> None:
-        """This rank has computed its batch in parts.
-
-        Args:
-            fits: samples of the largest part.
-            fails: the fewest samples with which memory ran out; None where it did not, since they were too many by what
-                was known already, which then says as much as before.
-        """
+    def computed_in_parts(self, found: MemoryFound) -> None:
+        """This rank has computed its batch in parts."""
         self._cut = True
+        fits, fails = found.fits, found.fails
         if not self.local_batch or fails is None:  # borrowed samples are no measure
             return
         known = self._largest[self._exchange.rank]  # in one piece
@@ -169,12 +165,12 @@ class TrainingSteps:
         """The batch of a step has been loaded; nothing of the user's code has seen it yet."""
         self._share = share
         self.samples = self.local_batch or None
-        self._begun = self._cut = False
+        self._begun = self._cut = self._averaged_after_backward = False
         larger = share is not None and any(map(int.__gt__, share.counts, self._largest))
         self.risky = share is not None and larger and not self.fits_in_memory(share.counts)
         self._weight = 1.0
         if self._ties is not None:
-            self._ties.borrowed = self.borrowed
+            self._ties.begin_step(borrowed=self.borrowed)
         self._memory.start(self.local_batch or 0)
         if self.borrowed:
             self._random = self._random or RandomState()
@@ -184,7 +180,7 @@ class TrainingSteps:
         """Count the batch as `training_step` gets it, and send the message of the step.
 
         Closures that are called again change nothing. An error in counting is sent as a count that is none, so that
-        all ranks hear of it; it is raised by `weigh`.
+        all ranks hear of it; it is raised by `weight`.
         """
         if self._begun:
             return
@@ -231,7 +227,13 @@ class TrainingSteps:
     def _send(self, kind: int, drawn: int, **more: float) -> PendingRows:
         news: dict[str, float] = {}
         if self._finished and self._finished[0].known():
-            news = self._finished.popleft().measured()
+            measured = self._finished.popleft().measured()
+            news = {
+                "measured": measured.step,
+                "seconds": measured.compute_seconds,
+                "averaging": measured.sync_seconds,
+                "apart": float(measured.averaged_after_backward),
+            }
         message = StepMessage(
             kind=kind,
             step=self._step,
@@ -263,7 +265,7 @@ class TrainingSteps:
         work = dist.all_reduce(total, async_op=True) if self._exchange.world_size > 1 else None
         self._device_counts = (own, total, work)
 
-    def weigh(self) -> float | Tensor:
+    def weight(self) -> float | Tensor:
         """The weight of this rank's loss; waits for the other ranks' messages the first time in a step.
 
         Raises:
@@ -282,11 +284,11 @@ class TrainingSteps:
         if self._device_counts is not None:
             own, total, _ = self._device_counts
             self._device_counts = None
-            self._nothing.look_on_device(total)
+            self._zero_count.check_on_device(total)
             self._weight = torch.where(total > 0, self._exchange.world_size * own / total, 0.0)
         else:
-            self._nothing.look(self._step, float(column(rows, "count").sum()))
-            self._weight = weight(column(rows, "count"), self._exchange.rank)
+            self._zero_count.check(self._step, float(column(rows, "count").sum()))
+            self._weight = loss_weight(column(rows, "count"), self._exchange.rank)
         self.loss_weight = self._count
         if self._share is not None:
             uniform = self._hidden is None and tuple(column(rows, "count").tolist()) == tuple(self._share.counts)
@@ -303,7 +305,7 @@ class TrainingSteps:
             averaged: the backward pass inside waits for those of the other ranks.
             masks_accumulate: gradients may hold those of earlier backward passes of the same step.
         """
-        factor = self.weigh()
+        factor = self.weight()
         if averaged:
             self._watch.enter(self._step)
         # Samples of which nothing counts take part in synchronised statistics: their gradients are not zero there.
@@ -316,7 +318,7 @@ class TrainingSteps:
         try:
             with ExitStack() as hooks:
                 if tied is not None:
-                    hooks.enter_context(tied.gradients_count(counts))
+                    hooks.enter_context(tied.backward_pass(counts))
                     hooks.enter_context(gradients_without_nan(self._module, counts))
                 elif self._empty:
                     hooks.enter_context(gradients_left_alone(self._module))
@@ -344,7 +346,7 @@ class TrainingSteps:
             loss = closure()
             if not isinstance(loss, Tensor):
                 return loss
-            factor = self.weigh()
+            factor = self.weight()
             part = loss.detach() * factor
             if self._hidden is not None:
                 return reduce(torch.where(self._hidden > 0, part, torch.zeros_like(part)))
@@ -375,20 +377,24 @@ class TrainingSteps:
             stepped: the optimizer has made its step, or may have.
             global_batch: samples of a full step; None where the user shards.
         """
-        self.weigh()  # a module in manual optimization may have had nothing to go backward from
+        self.weight()  # a module in manual optimization may have had nothing to go backward from
         reading = self._clock.stop()
         self._held = 0 if self._cut else self.local_batch or 0
         if self._fits:
             self._fits = max(self._fits, self._held)
             self._fails = max(self._fails, self._fits + 1)
         self._peak = self._memory.of_step(self._held) if self._held else 0.0
-        if self._cut:
-            self._window.comparable = False
         if global_batch is not None:
-            self._window.add(reading, self._share, global_batch)
+            self._window.add(
+                reading,
+                self._share,
+                global_batch,
+                in_parts=self._cut,
+                averaged_after_backward=self._averaged_after_backward,
+            )
         self._earlier = 0 if stepped else self._earlier + 1
         if stepped:
-            if self._window.usable():
+            if self._window.is_comparable():
                 self._finished.append(self._window)
             self._window = AccumulationWindow()
         if self._state is not None:
@@ -403,5 +409,5 @@ class TrainingSteps:
         Raises:
             RuntimeError: another rank has.
         """
-        self._nothing.end_epoch()
+        self._zero_count.end_epoch()
         check(self._exchange.start(StepMessage(LEFT_EPOCH, step).row()).wait())

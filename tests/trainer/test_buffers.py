@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import SumMetric
 
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.step.batch_norm import pooled
+from lightning_hetero.step.batch_norm import pooled_statistics
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 
@@ -96,7 +96,7 @@ def fit(options: dict[str, Any], size: int = 26, **trainer_options: Any) -> Any:
 def by_hand(outs: list[Any], steps: range) -> tuple[torch.Tensor, torch.Tensor]:
     counts = [sum(out["before"][step][2] for step in steps) for out in outs]
     last = [out["before"][steps[-1]] for out in outs]
-    return pooled(
+    return pooled_statistics(
         torch.tensor(counts, dtype=torch.float64), torch.stack([s[0] for s in last]), torch.stack([s[1] for s in last])
     )
 

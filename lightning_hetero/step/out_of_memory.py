@@ -301,6 +301,7 @@ class StepInParts:
                     raise explanation(place, size, f"{stop - start} of its samples alone do not fit", details)
                 waiting += [(start + two[0], stop), (start, start + two[0])]
                 continue
+            before = ModuleSnapshot(self._module)
             try:
                 batch = slice_batch(self._args[0], size, start, stop)
                 part = self._compute(batch, stop - start, weight, total, logs)
@@ -311,6 +312,7 @@ class StepInParts:
                     raise
                 too_many, ran_out = stop - start, True
                 waiting.append((start, stop))
+                before.restore()
                 _take_gradients(self._module)  # what a broken backward pass has left is dropped
             else:
                 parts.append(part)

@@ -1,15 +1,14 @@
 """A step whose batch does not fit is computed in parts, with the gradients of the whole; no Trainer takes part."""
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -171,6 +170,7 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@settings(max_examples=30)  # each makes DDP's wrapper
 @given(
     size=st.integers(1, 12),
     fits=st.integers(1, 12),
@@ -188,7 +188,7 @@ def test_parts_have_the_gradients_of_the_whole(
     parts, output, _ = in_parts(net, Step(batch), batch, too_large=too_large)
     plain, expected = whole(batch)
     torch.testing.assert_close(gradients_of(net), gradients_of(plain), rtol=1e-12, atol=1e-12)
-    assert float(output["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-12)
+    assert output["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-12)
     torch.testing.assert_close(output["out"], expected["out"], rtol=1e-12, atol=1e-12)
     assert float(net.seen) == size, "buffers have seen each sample once"
     assert (parts.found is not None) == (size > fits)
@@ -230,7 +230,7 @@ def test_parts_that_count_nothing(count: Callable[[Any], float]) -> None:
     net, batch = Net(fits=2), batch_of(4)
     _, output, _ = in_parts(net, Step(batch, count=count), batch)
     assert not gradients_of(net).any()
-    assert float(output["loss"]) == pytest.approx(float(whole(batch)[1]["loss"]))
+    assert output["loss"].item() == pytest.approx(whole(batch)[1]["loss"].item())
 
 
 def test_the_weight_the_accumulation_and_earlier_gradients() -> None:

@@ -24,7 +24,7 @@ from lightning_hetero.device.allocator import keep_freed_memory
 from lightning_hetero.device.step_timer import compute_timer
 from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
-from lightning_hetero.exchange.groups import RankGroup, own_total, total
+from lightning_hetero.exchange.groups import RankGroup, own_total
 from lightning_hetero.exchange.messages import COLUMNS, Rows, column
 from lightning_hetero.planning.memory import MemoryLimits
 from lightning_hetero.planning.plan import Plan
@@ -34,8 +34,9 @@ from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.train_sampler import Position
 from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_norm import smallest_local_batch
-from lightning_hetero.step.buffers import BufferMerge, broadcast_apart, broadcast_in_forward
+from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
 from lightning_hetero.step.gradients import allreduce_mean, masked, until_last_bucket
+from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, StepInParts, find_obstacle
 from lightning_hetero.step.step import TrainingSteps
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.trainer.checks import check_devices, check_job, check_options, check_trainable
@@ -44,12 +45,13 @@ from lightning_hetero.trainer.evaluation import Evaluating
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 from lightning_hetero.trainer.observer import Observer
+from lightning_hetero.trainer.passes import make_passes
 from lightning_hetero.trainer.patches import StepCallback, StopRequest, TrainerPatches
 from lightning_hetero.trainer.profile_store import ProfileStore, run_folder
 from lightning_hetero.trainer.reporting import device_name
 from lightning_hetero.trainer.results import MetricExchange
 from lightning_hetero.trainer.step_logging import StepLogging
-from lightning_hetero.trainer.survival import Survival, name_unused
+from lightning_hetero.trainer.unused_parameters import explain_unused_parameters
 
 
 class HeteroStrategy(Evaluating):
@@ -112,7 +114,8 @@ class HeteroStrategy(Evaluating):
         self._devices: list[str] = []
         self._on_cpus = False  # all ranks: they know what a step has taken them as soon as it is over
         self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
-        self._survival: Survival | None = None
+        self._recovery: OutOfMemoryRecovery | None = None
+        self._step_in_parts: StepInParts | None = None
         self._launched = False
         self._run = 0  # see `failures.new_run`
         self._learnt: ProfileStore | None = None
@@ -270,13 +273,18 @@ class HeteroStrategy(Evaluating):
                 self._ties,
             )
             self._steps.fits_in_memory = lambda split: self._planner is not None and self._planner.fits_in_memory(split)
-            self._survival = Survival(
+            self._recovery = OutOfMemoryRecovery(
                 self.lightning_module,
                 self.model,
-                self.precision_plugin,
-                self._steps,
+                make_passes(self.lightning_module, self.precision_plugin),
                 place=f"rank {self.global_rank} ({device_name(self.root_device)})",
-                hooked=self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None,
+                smallest=smallest_local_batch(self.lightning_module),
+                obstacle=find_obstacle(
+                    self.lightning_module,
+                    self.model,
+                    automatic_optimization=self.lightning_module.automatic_optimization,
+                    custom_hook=self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None,
+                ),
             )
 
     @override
@@ -287,11 +295,9 @@ class HeteroStrategy(Evaluating):
             # Set afterwards: older versions of torch take the option for the copy at the start as well.
             wrapped.broadcast_buffers = False
         if broadcasts:
-            broadcast_apart(wrapped, self._clock.waiting)
+            exclude_broadcast_from_compute_time(wrapped, self._clock.waiting)
         else:
-            self._merge = BufferMerge(
-                model, self.root_device, self.global_rank, self.world_size, total, self._clock.waiting
-            )
+            self._merge = BufferMerge(model, self.root_device, self.global_rank, self.world_size, self._clock.waiting)
         return wrapped
 
     def _merge_buffers(self) -> None:
@@ -344,12 +350,12 @@ class HeteroStrategy(Evaluating):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        self._steps = self._survival = self._merge = self._observer = None
+        self._steps = self._recovery = self._step_in_parts = self._merge = self._observer = None
         super().teardown()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        name_unused(exception)
+        explain_unused_parameters(exception)
         if not failures.is_secondary_failure(exception):
             failures.publish(self._run, self.global_rank, device_name(self.root_device), exception)
         else:
@@ -365,8 +371,11 @@ class HeteroStrategy(Evaluating):
             assert self._loaders is not None
             shares = self._loaders.take(self._batches)
             self._steps.arrive(shares[0] if shares else None)
+            self._step_in_parts = None
+            if self._recovery is not None and self._steps.risky and self._recovery.can_recover():
+                self._step_in_parts = self._recovery.start(self._steps, too_large=self._steps.too_large)
             if self._merge is not None:
-                self._merge.count(shares[0] if shares else None, batch)
+                self._merge.add_batch(shares[0] if shares else None, batch)
             self._content = 0.0
             if self._loaders.user_shards and self._batches < DuplicateDataCheck.WATCHED:
                 self._content = DuplicateDataCheck.number(self._loaders.index_hash(), content_hash(batch))
@@ -388,7 +397,7 @@ class HeteroStrategy(Evaluating):
         assert self._steps is not None
         assert self._loaders is not None
         assert self._logging is not None
-        assert self._survival is not None
+        assert self._recovery is not None
         if isinstance(args[0], Iterator):
             raise TypeError(
                 "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
@@ -400,9 +409,10 @@ class HeteroStrategy(Evaluating):
             content=self._content,
             stop=self._stop is not None and self._stop.made,
         )
-        with self._steps.logged(self._logging) as returned, self._survival.explained():
-            if (recovery := self._survival.recovery) is not None:
-                output = recovery.training_step(self._logging, *args, **kwargs)
+        explained = self._recovery.explained(self._steps.local_batch, risky=self._steps.risky)
+        with self._steps.logged(self._logging) as returned, explained:
+            if self._step_in_parts is not None:
+                output = self._step_in_parts.training_step(self._logging, *args, **kwargs)
             else:
                 output = super().training_step(*args, **kwargs)
             returned(output)
@@ -418,15 +428,18 @@ class HeteroStrategy(Evaluating):
             and self.model.require_backward_grad_sync
         )
         manual = self.lightning_module is not None and not self.lightning_module.automatic_optimization
-        assert self._survival is not None
-        recovery = self._survival.recovery
+        assert self._recovery is not None
+        assert self.lightning_module is not None
+        parts = self._step_in_parts
         with (
-            self._survival.explained(),
-            self._steps.weighted(closure_loss, averaged=averaged and recovery is None, masks_accumulate=manual) as loss,
+            self._recovery.explained(self._steps.local_batch, risky=self._steps.risky),
+            self._steps.weighted(closure_loss, averaged=averaged and parts is None, masks_accumulate=manual) as loss,
         ):
-            if recovery is not None:
-                return self._survival.backward(recovery, loss, closure_loss, average=averaged)
-            return super().backward(loss, optimizer, *args, **kwargs)
+            if parts is None:
+                return super().backward(loss, optimizer, *args, **kwargs)
+            scaled = self.precision_plugin.pre_backward(loss, self.lightning_module)
+            parts.backward(scaled, loss, closure_loss, average=self._steps.average if averaged else None)
+            return self.precision_plugin.post_backward(scaled, self.lightning_module)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -450,6 +463,8 @@ class HeteroStrategy(Evaluating):
             not self.lightning_module.trainer.fit_loop._should_accumulate()
             or not self.lightning_module.automatic_optimization
         )
+        if self._step_in_parts is not None and self._step_in_parts.found is not None:
+            self._steps.computed_in_parts(self._step_in_parts.found)
         self._steps.end(stepped=stepped, global_batch=self._planner.global_batch if self._planner is not None else None)
         assert self._logging is not None
         self._logging.batch_over(self._steps.loss_weight)

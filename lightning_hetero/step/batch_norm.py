@@ -1,4 +1,4 @@
-"""What BatchNorm asks of a split, and how statistics of several parts become those of the whole."""
+"""The smallest local batch that BatchNorm allows, and how statistics of several parts become those of the whole."""
 
 from collections.abc import Iterator
 
@@ -6,16 +6,16 @@ from torch import Tensor, nn, where
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
-from lightning_hetero.step.torchgeo import takes_statistics
+from lightning_hetero.step.torchgeo import uses_batch_statistics
 
 
-def own_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all below it, but for torchmetrics: those have an exchange of their own."""
+def modules_without_metrics(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all below it but torchmetrics, which synchronise themselves."""
     if isinstance(module, Metric):
         return
     yield module
     for child in module.children():
-        yield from own_modules(child)
+        yield from modules_without_metrics(child)
 
 
 def smallest_local_batch(module: nn.Module, *, synchronised: bool = False) -> int:
@@ -27,18 +27,18 @@ def smallest_local_batch(module: nn.Module, *, synchronised: bool = False) -> in
         module: the LightningModule.
         synchronised: its BatchNorm layers take statistics over all ranks.
     """
-    if takes_statistics(module):
+    if uses_batch_statistics(module):
         return 2
     if synchronised:
         return 1
-    live = any(
+    in_use = any(
         isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm) and layer.training
         for layer in module.modules()
     )
-    return 2 if live else 1
+    return 2 if in_use else 1
 
 
-def pooled(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+def pooled_statistics(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of a whole from those of its parts: the law of total variance.
 
     With shares `p_r = n_r / Σ n`: mean `m = Σ p_r m_r`, variance `Σ p_r (v_r + (m_r - m)²)`. For biased variances of
@@ -49,21 +49,18 @@ def pooled(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Te
 
     Args:
         counts: n_r, (R,), at least 0 and not all 0.
-        means: m_r, (R, C); what stands in a part that counts 0 does not matter, not even NaN.
+        means: m_r, (R, C); in a part that counts 0 anything may stand, even NaN.
         variances: v_r, (R, C).
 
     Returns:
         Mean and variance, (C,) each.
     """
-    counts = counts[:, None]
-    shares = counts / counts.sum()
-    counted = counts > 0
-    first = counted.to(counts.dtype).argmax(0)  # of the parts that count; stays on the device
-    mean, variance = (
-        means.gather(0, first.expand(1, means.shape[1])),
-        variances.gather(0, first.expand(1, means.shape[1])),
-    )
-    shift = where(counted, means - mean, 0.0)
-    mean_shift = (shares * shift).sum(0)
-    spread = where(counted, variances - variance, 0.0) + (shift - mean_shift).square()
-    return mean[0] + mean_shift, variance[0] + (shares * spread).sum(0)
+    counts = counts[:, None]  # (R, 1)
+    shares = counts / counts.sum()  # (R, 1)
+    counted = counts > 0  # (R, 1)
+    first = counted.to(counts.dtype).argmax(0).expand(1, means.shape[1])  # (1, C); stays on the device
+    mean, variance = means.gather(0, first), variances.gather(0, first)  # (1, C), of the first part that counts
+    shift = where(counted, means - mean, 0.0)  # (R, C)
+    mean_shift = (shares * shift).sum(0)  # (C,)
+    spread = where(counted, variances - variance, 0.0) + (shift - mean_shift).square()  # (R, C)
+    return mean[0] + mean_shift, variance[0] + (shares * spread).sum(0)  # (C,)

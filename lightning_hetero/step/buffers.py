@@ -1,7 +1,7 @@
-"""What a module computes beside its parameters, on all ranks alike: merged now and then, never during a step.
+"""A module's buffers made the same on all ranks: now and then, never during a step.
 
-DDP copies rank 0's buffers to all ranks before each forward pass. That costs every step, makes ranks wait inside of
-forward, and throws away what the other ranks saw.
+DDP copies rank 0's buffers to all ranks before each forward pass. That costs time in every step, makes ranks wait in
+the forward pass, and throws away what the other ranks have computed.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,48 +9,49 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
+from lightning_hetero.exchange.groups import gather_rows, total
 from lightning_hetero.sampling.train_sampler import Share
-from lightning_hetero.step.batch_norm import own_modules, pooled
+from lightning_hetero.step.batch_norm import modules_without_metrics, pooled_statistics
 from lightning_hetero.step.loss_count import sample_count
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
-Total = Callable[[Tensor], None]
-"""Adds a tensor up over all ranks, in place."""
-
 
 def broadcast_in_forward(options: Mapping[str, Any]) -> bool | None:
-    """What the user's options of DDP say about copying rank 0's buffers before each forward pass; None for nothing."""
-    for name in ("forward_sync_buffers", "broadcast_buffers"):  # DDP heeds the first of them
+    """Whether the user's options of DDP copy rank 0's buffers before each forward pass; None if they don't say."""
+    for name in ("forward_sync_buffers", "broadcast_buffers"):  # the first of them decides in DDP
         if options.get(name) is not None:
             return bool(options[name])
     return None
 
 
-def broadcast_apart(model: DistributedDataParallel, waiting: Callable[[], AbstractContextManager[None]]) -> None:
-    """Let DDP's copying of rank 0's buffers be no part of a rank's own work: ranks wait for rank 0 there.
+def exclude_broadcast_from_compute_time(
+    model: DistributedDataParallel, waiting: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Do not count the time in which DDP copies rank 0's buffers as compute time: ranks wait for rank 0 there.
 
     Args:
         model: copies them within its forward pass.
-        waiting: see `timing.ComputeTimer.waiting`.
+        waiting: see `ComputeTimer.waiting`.
     """
-    copies = model._sync_buffers  # noqa: SLF001 - there is no public name for it
+    broadcast = model._sync_buffers  # noqa: SLF001 - there is no public name for it
 
-    def copies_apart() -> None:
+    def timed_broadcast() -> None:
         with waiting():
-            copies()  # type: ignore[no-untyped-call]
+            broadcast()  # type: ignore[no-untyped-call]
 
-    model._sync_buffers = copies_apart  # type: ignore[method-assign] # noqa: SLF001
+    model._sync_buffers = timed_broadcast  # type: ignore[method-assign] # noqa: SLF001
 
 
 def running_statistics(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers whose running statistics are each rank's own, each once; those not materialised left out."""
+    """The BatchNorm layers whose running statistics are each rank's own, each once; no lazy ones without a shape."""
     found: dict[int, _BatchNorm] = {}
-    for layer in own_modules(module):
+    for layer in modules_without_metrics(module):
         if (
             isinstance(layer, _BatchNorm)
             and not isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm)
@@ -66,7 +67,7 @@ def other_buffers(module: nn.Module) -> list[Tensor]:
     """All buffers but BatchNorm's, each once."""
     found = {
         id(buffer): buffer
-        for layer in own_modules(module)
+        for layer in modules_without_metrics(module)
         if not isinstance(layer, _BatchNorm)
         for buffer in layer.buffers(recurse=False)
         if not isinstance(buffer, UninitializedBuffer) and buffer.layout == torch.strided and buffer.numel()
@@ -77,7 +78,7 @@ def other_buffers(module: nn.Module) -> list[Tensor]:
 class BufferMerge:
     """Makes a module's buffers the same on all ranks, at points that all ranks reach.
 
-    BatchNorm's running statistics are pooled (`batch_norm.pooled`), each rank's weighted by the samples that it has
+    BatchNorm's running statistics are pooled (`pooled_statistics`), each rank's weighted by the samples that it has
     computed since the last merge. This is approximate in two ways: they are moving averages, in which late batches
     weigh more, while samples are counted alike; and each running variance is an average of unbiased variances, so the
     pooled one lies above that of all samples together, by a part of about 1 / (values per channel in a local batch).
@@ -88,8 +89,7 @@ class BufferMerge:
         device: where the exchange takes place.
         rank: this rank.
         world_size: W.
-        total: the exchange.
-        waiting: entered while other ranks are waited for.
+        waiting: entered while this rank waits for others.
     """
 
     def __init__(
@@ -98,20 +98,18 @@ class BufferMerge:
         device: torch.device,
         rank: int,
         world_size: int,
-        total: Total,
         waiting: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._module = module
         self._device = device
         self._rank = rank
         self._world_size = world_size
-        self._total = total
         self._waiting = waiting
-        self._steps = 0
-        self._samples = 0
+        self._steps = 0  # since the last merge
+        self._samples = 0  # that this rank has computed in them
 
-    def count(self, share: Share | None, batch: Any) -> None:
-        """One more training batch; all ranks call this equally often.
+    def add_batch(self, share: Share | None, batch: Any) -> None:
+        """Count one more training batch; all ranks call this equally often.
 
         Args:
             share: None where the user shards; then the samples are counted in the batch.
@@ -119,7 +117,7 @@ class BufferMerge:
         """
         self._steps += 1
         if share is not None:
-            self._samples += share.counts[self._rank]  # 0 for a borrowed one, whose traces are wiped out
+            self._samples += share.counts[self._rank]  # 0 for a borrowed batch, whose effects are undone
             return
         try:
             self._samples += sample_count(batch)
@@ -128,7 +126,7 @@ class BufferMerge:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Make the buffers equal; talks to nobody where there was no training step since the last time.
+        """Make the buffers equal on all ranks; does nothing where there was no training step since the last time.
 
         Raises:
             RuntimeError: the ranks have buffers of different sizes.
@@ -138,44 +136,42 @@ class BufferMerge:
         samples, self._steps, self._samples = self._samples, 0, 0
         if self._world_size == 1:
             return
-        layers, others = running_statistics(self._module), other_buffers(self._module)
-        own = torch.cat([_flat(buffer) for buffer in others]).to(self._device) if others else None
-        statistics = [_statistics(layer) for layer in layers]
-        means = [mean.to(self._device, torch.float64) for mean, _ in statistics]
-        variances = [variance.to(self._device, torch.float64) for _, variance in statistics]
-        head = torch.tensor([samples, 0 if own is None else own.numel()], dtype=torch.float64).to(self._device)
-        # A row for each rank: adding zeros leaves it as it is, so a sum is a gather.
-        table = torch.zeros(self._world_size, 2 + 2 * sum(map(len, means)), dtype=torch.float64, device=self._device)
-        table[self._rank] = torch.cat([head, *means, *variances])
+        statistics = [_statistics(layer) for layer in running_statistics(self._module)]
+        others = other_buffers(self._module)
+        flat = torch.cat([_bytes(buffer) for buffer in others]) if others else torch.empty(0, dtype=torch.uint8)
+        flat = flat.to(self._device)  # (bytes,)
+        row = [torch.tensor([samples, len(flat)]), *(mean for mean, _ in statistics), *(var for _, var in statistics)]
         with self._waiting():
-            self._total(table)
-        counts, sizes, rows = table[:, 0], table[:, 1], table[:, 2:]
-        if len(set(sizes.tolist())) > 1:
-            listed = ", ".join(f"{int(size)} on rank {rank}" for rank, size in enumerate(sizes.tolist()))
-            raise RuntimeError(
-                f"the module's buffers have different sizes on the ranks (bytes: {listed}); buffers must keep the same "
-                "shape on every rank, or else be plain attributes"
-            )
-        if layers:
-            pooled_means, pooled_variances = pooled(counts, *rows.chunk(2, dim=1))
-            lengths = [len(mean) for mean in means]
-            for (mean, variance), new_mean, new_variance in zip(
-                statistics, pooled_means.split(lengths), pooled_variances.split(lengths), strict=True
-            ):
-                mean.copy_(new_mean)
-                variance.copy_(new_variance)
-        if own is not None:
-            self._take_from_rank_0(others, own)
+            own = torch.cat([part.to(self._device, torch.float64) for part in row])  # (2 + 2 * channels,)
+            table = gather_rows(own, self._rank, self._world_size, total)  # (W, 2 + 2 * channels)
+        _check_sizes(table[:, 1].tolist())
+        if statistics:
+            mean, variance = pooled_statistics(table[:, 0], *table[:, 2:].chunk(2, dim=1))  # (channels,)
+            lengths = [len(mean) for mean, _ in statistics]
+            for layer, *pooled in zip(statistics, mean.split(lengths), variance.split(lengths), strict=True):
+                for buffer, value in zip(layer, pooled, strict=True):
+                    buffer.copy_(value)
+        if others:
+            with self._waiting():
+                dist.broadcast(flat, src=0)
+            if self._rank:
+                _fill(others, flat)
 
-    def _take_from_rank_0(self, buffers: list[Tensor], own: Tensor) -> None:
-        if self._rank:
-            own.zero_()
-        with self._waiting():
-            self._total(own)  # of bytes, all of them rank 0's
-        if self._rank:
-            for buffer, part in zip(buffers, own.split([b.numel() * b.element_size() for b in buffers]), strict=True):
-                # A copy begins where its type may begin; a slice of bytes need not.
-                buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
+
+def _check_sizes(sizes: list[float]) -> None:
+    if len(set(sizes)) > 1:
+        listed = ", ".join(f"{int(size)} on rank {rank}" for rank, size in enumerate(sizes))
+        raise RuntimeError(
+            f"the module's buffers have different sizes on the ranks (bytes: {listed}); buffers must keep the same "
+            "shape on every rank, or else be plain attributes"
+        )
+
+
+def _fill(buffers: list[Tensor], flat: Tensor) -> None:
+    """Fill buffers with their bytes, one after the other."""
+    for buffer, part in zip(buffers, flat.split([b.numel() * b.element_size() for b in buffers]), strict=True):
+        # A tensor of its own is aligned for any type; a slice of bytes need not be.
+        buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
 
 
 def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -184,6 +180,6 @@ def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     return layer.running_mean, layer.running_var
 
 
-def _flat(buffer: Tensor) -> Tensor:
+def _bytes(buffer: Tensor) -> Tensor:
     """The bytes of a buffer, in a tensor of their own."""
     return buffer.detach().contiguous().view(-1).view(torch.uint8)

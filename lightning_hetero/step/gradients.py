@@ -42,17 +42,25 @@ def gradients_left_alone(module: nn.Module, unless: Tensor | None = None) -> Abs
     return _hooked(module, lambda gradient: torch.where(unless, gradient, torch.zeros_like(gradient)))
 
 
+def without_nan(gradient: Tensor, counts: bool | Tensor) -> Tensor:
+    """A gradient without the NaN of 0 x NaN, which a loss of which nothing counts brings; all else in it is kept.
+
+    Args:
+        gradient: of a loss times its weight.
+        counts: whether something counts; then the gradient stays as it is. The host never reads a tensor.
+    """
+    if counts is True:
+        return gradient
+    finite = gradient.nan_to_num(0.0, 0.0, 0.0)
+    return torch.where(counts, gradient, finite) if isinstance(counts, Tensor) else finite
+
+
 def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> AbstractContextManager[None]:
-    """A backward pass inside, of a loss times 0, adds no NaN to the gradients where nothing counts.
+    """A backward pass inside adds gradients `without_nan`.
 
     Unlike `gradients_left_alone` it keeps what synchronised layers bring from other ranks.
     """
-
-    def clean(gradient: Tensor) -> Tensor:
-        without = gradient.nan_to_num(0.0, 0.0, 0.0)
-        return torch.where(counts, gradient, without) if isinstance(counts, Tensor) else without
-
-    return _hooked(module, clean)
+    return _hooked(module, lambda gradient: without_nan(gradient, counts))
 
 
 def averaging_hook(errors: CollectiveErrors) -> Hook:

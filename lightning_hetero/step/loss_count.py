@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_hetero.step.torchgeo import OVER_IMAGES, TARGETS, kind, unchanged_task
+from lightning_hetero.step.torchgeo import IMAGE_TASKS, TARGETS, task_name, unchanged_task
 
 Count = float | Tensor
 """A number, or a tensor without dimensions on the module's device."""
@@ -24,9 +24,9 @@ class LossCounter:
     """How batches are counted in this run.
 
     Args:
-        rule: what is counted, in words, for the log.
-        count: from the module and a batch, as `training_step` gets it, to its loss count.
-        advice: what the user should know when the rule is only a guess; empty otherwise.
+        rule: what is counted, in words, for warnings and errors.
+        count: from the module and a batch, as `training_step` gets it, to the batch's loss count.
+        advice: how to make the rule exact where it is only a guess; empty otherwise.
     """
 
     rule: str
@@ -34,10 +34,10 @@ class LossCounter:
     advice: str = ""
 
     def __call__(self, module: nn.Module, batch: Any) -> Count:
-        """Loss count of `batch`.
+        """The loss count of `batch`.
 
         Raises:
-            TypeError: the rule gave something that is neither a number nor a tensor without dimensions.
+            TypeError: the rule returned something that is neither a number nor a tensor without dimensions.
         """
         value = self.count(module, batch)
         if isinstance(value, Tensor):
@@ -77,12 +77,12 @@ def _torchgeo_rule(module: nn.Module) -> LossCounter | None:
     task = unchanged_task(module)
     if task is None:
         return None
-    if kind(task) in OVER_IMAGES:
+    if task_name(task) in IMAGE_TASKS:
         return LossCounter(f"images of {task}", lambda _, batch: len(batch["image"]))
     criterion = getattr(module, "criterion", None)
     if getattr(criterion, "reduction", None) != "mean":
         return None
-    key = str(getattr(module, "target_key", TARGETS[kind(task)]))
+    key = str(getattr(module, "target_key", TARGETS[task_name(task)]))
     if isinstance(criterion, nn.CrossEntropyLoss):
         return LossCounter(
             f"valid targets of {task}", lambda owner, batch: cross_entropy_count(owner.criterion, batch[key])
@@ -135,21 +135,21 @@ def _advice(module: nn.Module) -> str:
     )
 
 
-def sample_count(batch: Any, dealt: int | None = None) -> int:
+def sample_count(batch: Any, drawn: int | None = None) -> int:
     """Number of samples in a batch: the length of its tensors.
 
-    Where these differ, as in batches of boxes, none of them tells; then it is the number of samples that went into it.
+    Where these differ, as in batches of boxes, it is the number of samples that were drawn for it, if that is known.
 
     Args:
         batch: of any kind.
-        dealt: samples that went into it, if known; augmentations may make more of them, of one length.
+        drawn: samples that were drawn for it; augmentations may make more of them, but all tensors then grow alike.
 
     Raises:
-        TypeError: there is no tensor with a batch dimension in it, and it is not known what went into it.
+        TypeError: there is no tensor with a batch dimension in it, and `drawn` is not known.
     """
     lengths = [len(tensor) for tensor in _tensors(batch) if tensor.ndim]
-    if dealt is not None and len(set(lengths)) != 1:
-        return dealt
+    if drawn is not None and len(set(lengths)) != 1:
+        return drawn
     if lengths:
         return lengths[0]
     raise TypeError(

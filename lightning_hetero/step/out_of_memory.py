@@ -1,14 +1,14 @@
-"""Surviving an out-of-memory error: the rank computes its batch in parts, and nothing is lost or skipped.
+"""Recovery from running out of memory: a rank computes the batch of a step in parts, and no sample is lost or skipped.
 
-Where it may happen, in steps with a larger local batch than before, ranks go forward and backward each by itself, past
-DDP's wrapper, and average their gradients afterwards. So the others just wait while one does it in parts.
+Where it may happen, in steps with a larger local batch than before, each rank goes forward and backward past DDP's
+wrapper, and the ranks average their gradients afterwards. So the others only wait while one repeats its batch in parts.
 """
 
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,251 +16,258 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_hetero.step import batch_slicing
+from lightning_hetero.step.batch_slicing import CannotSliceError, halves, join_outputs, slice_batch
 from lightning_hetero.step.gradients import gradients_left_alone
 from lightning_hetero.step.loss_count import sample_count
+from lightning_hetero.step.memory_errors import explained, explanation, is_out_of_memory
 from lightning_hetero.step.snapshot import ModuleSnapshot
-from lightning_hetero.step.step import TrainingSteps
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
 Gradients = list[Tensor | None]
-"""One a parameter."""
-
-_SIGNS = ("can't allocate memory", "not enough memory", "bad_alloc", "STATUS_ALLOC_FAILED")
+"""One for each parameter."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on CUDA or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
-
-
-def impossible(module: nn.Module, model: object, *, automatic: bool, hooked: bool) -> str | None:
-    """Why running out of memory can't be survived in this run, as the end of a sentence; None if it can.
+def find_obstacle(
+    module: nn.Module, model: nn.Module | None, *, automatic_optimization: bool, custom_hook: bool
+) -> str | None:
+    """Why no step of this run can be repeated in parts, as the end of a sentence; None if steps can.
 
     Args:
         module: the LightningModule.
-        model: what the strategy has made of it.
-        automatic: optimization is.
-        hooked: the user gave DDP a communication hook, or a wrapper for one.
+        model: what the strategy has wrapped it in.
+        automatic_optimization: whether Lightning calls backward and the optimizer.
+        custom_hook: the user gave DDP a communication hook, or a wrapper for one.
     """
     layers = list(module.modules())
-    wrapped = isinstance(model, DistributedDataParallel) and model.mixed_precision is None
+    is_ddp = isinstance(model, DistributedDataParallel) and model.mixed_precision is None
     sparse = any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse for layer in layers)
     # DDP marks what a pass past its wrapper uses, and misses the gradients of it in the next one.
-    marks = isinstance(model, DistributedDataParallel) and model.find_unused_parameters
-    waits = any(isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm) for layer in layers)
+    finds_unused = isinstance(model, DistributedDataParallel) and model.find_unused_parameters
+    synchronised = any(isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm) for layer in layers)
     obstacles = (
-        (not automatic, "in manual optimization a step"),
-        (hooked, "with a ddp_comm_hook of its own a step"),
-        (not wrapped, "with this kind of wrapper a step"),
+        (not automatic_optimization, "in manual optimization a step"),
+        (custom_hook, "with a ddp_comm_hook of its own a step"),
+        (not is_ddp, "with this kind of wrapper a step"),
         (sparse, "with sparse gradients a step"),
-        (marks, "with find_unused_parameters a step"),
-        (waits, "with synchronised BatchNorm, which waits for the other ranks, a step"),
+        (finds_unused, "with find_unused_parameters a step"),
+        (synchronised, "with synchronised BatchNorm, which waits for the other ranks, a step"),
     )
-    return next((f"{what} can't be repeated in parts" for there, what in obstacles if there), None)
-
-
-@contextmanager
-def explained(place: str, local_batch: int | None, reason: str) -> Iterator[None]:
-    """An out-of-memory error inside says where it happened, why it ends the run, and what to do.
-
-    Args:
-        place: rank and device.
-        local_batch: samples of the rank; None if not known.
-        reason: why it is not survived.
-    """
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error) and not getattr(error, "explained", False):
-            error.args = (_sentence(place, local_batch, reason, str(error)),)
-            error.explained = True  # type: ignore[attr-defined] # it may pass here again on its way
-        raise
-
-
-def _sentence(place: str, local_batch: int | None, reason: str, said: str) -> str:
-    samples = f" at a local batch of {local_batch}" if local_batch is not None else ""
-    return (
-        f"{place} ran out of memory{samples}, and {reason}; use a smaller global_batch, shares that give this rank "
-        f"less, or a lower memory_limit ({said.splitlines()[0] if said else 'no further details'})"
-    )
-
-
-class PartLogging(Protocol):
-    """What `self.log` gives while a batch is computed in parts; see `metrics.StepLogging`."""
-
-    def in_parts(self) -> AbstractContextManager["PartLogs"]:
-        """Each key is updated once, when all parts are done."""
+    return next((f"{where} can't be repeated in parts" for applies, where in obstacles if applies), None)
 
 
 class PartLogs(Protocol):
-    """Gathers what the parts log."""
+    """Gathers what the parts of a batch log."""
 
     def begin(self, batch: Any) -> None:
-        """A part begins; what one that was not kept has logged is forgotten."""
+        """A part begins; what a part that was not kept has logged is forgotten."""
 
     def keep(self, loss: Tensor, count: float) -> None:
         """The part is done."""
 
 
-class _NoLogs:
-    def begin(self, batch: Any) -> None:
-        pass
+class PartLogging(Protocol):
+    """What handles `self.log`; see `trainer.step_logging`."""
 
-    def keep(self, loss: Tensor, count: float) -> None:
-        pass
+    def in_parts(self) -> AbstractContextManager[PartLogs]:
+        """A batch is computed in parts inside; each key is updated once, when all of them are done."""
+
+
+class PartialStep(Protocol):
+    """What is needed to know of a step whose batch is computed in parts."""
+
+    @property
+    def local_batch(self) -> int | None:
+        """This rank's samples, 0 if they are borrowed; None where the user shards."""
+
+    def weight(self) -> float | Tensor:
+        """The weight of this rank's loss; waits for the other ranks' messages the first time in a step."""
+
+    def count(self) -> float:
+        """What this rank's batch counts for."""
+
+    def count_of(self, part: Any, samples: int) -> float:
+        """What a part of the batch, of so many samples, counts for."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of a step, as this run makes them.
+    """The passes of a training step, as this run's precision and optimization make them.
 
     Attributes:
         forward: the module's training step, past DDP's wrapper.
-        backward: from a loss.
-        scaled: a loss as the precision in use wants it.
-        accumulated: micro-batches in an optimizer step.
+        scaled: a loss divided by the micro-batches of an optimizer step, and multiplied by the loss scale if any.
+        backward: goes backward from a scaled loss.
+        without_logging: `self.log` does nothing inside.
     """
 
     forward: Callable[..., Any]
-    backward: Callable[[Tensor], None]
     scaled: Callable[[Tensor], Tensor]
-    accumulated: Callable[[], int]
+    backward: Callable[[Tensor], None]
+    without_logging: Callable[[], AbstractContextManager[None]]
 
 
-class Recovery:
-    """The risky steps of one rank; see `TrainingSteps.risky`.
+@dataclass(frozen=True)
+class MemoryFound:
+    """What a step in parts has shown of this rank's memory.
 
-    Args:
-        module: the LightningModule.
-        model: DDP's wrapper of it.
-        steps: this rank's.
-        passes: of this run.
-        place: rank and device, for messages.
-        smallest: the least that can be computed.
+    Attributes:
+        fits: samples of the largest part that was computed.
+        fails: the fewest samples with which memory ran out; None where the batch was known to be too large before.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        model: DistributedDataParallel,
-        steps: TrainingSteps,
-        passes: Passes,
-        *,
-        place: str,
-        smallest: int,
-    ) -> None:
-        self._module = module
-        self._model = model
-        self._steps = steps
-        self._passes = passes
-        self._place = place
-        self._smallest = smallest
-        self._arguments: tuple[Any, ...] = ()
-        self._keywords: dict[str, Any] = {}
-        self._done: Gradients | None = None
+    fits: int
+    fails: int | None
 
-    @property
-    def ready(self) -> bool:
-        """Whether this step may go past DDP's wrapper.
 
-        With `static_graph`, DDP learns the graph in the first step, and averages nothing later on if that went past it.
+@dataclass(frozen=True)
+class OutOfMemoryRecovery:
+    """How the steps of a fit recover on this rank.
+
+    Attributes:
+        module: the LightningModule.
+        model: what the strategy has wrapped it in.
+        passes: of this run.
+        place: rank and device, such as "rank 1 (cpu)", for messages.
+        smallest: the fewest samples that can be computed.
+        obstacle: why no step can be repeated in parts; see `find_obstacle`.
+    """
+
+    module: nn.Module
+    model: nn.Module | None
+    passes: Passes
+    place: str
+    smallest: int
+    obstacle: str | None
+
+    def can_recover(self) -> bool:
+        """Whether a step that begins now can be repeated in parts.
+
+        With `static_graph`, DDP records the graph in the first step, and never averages if that went past its wrapper.
         """
-        model = self._model
-        return not model.static_graph or bool(model._static_graph_delay_allreduce_enqueued)  # noqa: SLF001 - no other way
+        if self.obstacle is not None or not isinstance(self.model, DistributedDataParallel):
+            return False
+        return not self.model.static_graph or bool(self.model._static_graph_delay_allreduce_enqueued)  # noqa: SLF001 - no other way
 
-    def training_step(self, logging: PartLogging, *args: Any, **kwargs: Any) -> Any:
-        """The module's training step; if memory runs out, that and the backward pass, in parts.
+    def start(self, step: PartialStep, *, too_large: bool) -> "StepInParts":
+        """Begin a step in which a rank may run out of memory; see `StepInParts`. `can_recover` has to be true."""
+        return StepInParts(self, step, too_large=too_large)
+
+    def explained(self, local_batch: int | None, *, risky: bool) -> AbstractContextManager[None]:
+        """As the function `explained`, with the reason why a step was not repeated in parts.
 
         Args:
-            logging: of this step.
-            *args: of the module's training step, the batch first.
-            **kwargs: likewise.
+            local_batch: samples of the rank; None where the user shards.
+            risky: a rank had more samples in the step than ever before.
+        """
+        if local_batch is None:
+            reason = "where the user shards a step can't be repeated in parts"
+        elif risky:
+            reason = self.obstacle or "with static_graph the first step can't be repeated in parts"
+        else:
+            reason = self.obstacle or "it has computed as many samples in an earlier step"
+        return explained(self.place, local_batch, reason)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a batch that has been computed; output and loss have no graph."""
+
+    samples: int
+    fraction: float  # of what the whole batch counts for
+    output: Any
+    loss: Tensor
+
+
+class StepInParts:
+    """A step past DDP's wrapper, in one piece if it fits, else in parts; LBFGS goes through it several times.
+
+    Args:
+        recovery: of this fit.
+        step: of this rank.
+        too_large: memory is known to run out with as many samples as this rank has in it.
+    """
+
+    def __init__(self, recovery: OutOfMemoryRecovery, step: PartialStep, *, too_large: bool) -> None:
+        self.found: MemoryFound | None = None
+        """Set once the batch was computed in parts."""
+        self._recovery = recovery
+        self._module = recovery.module
+        self._passes = recovery.passes
+        self._step = step
+        self._too_large = too_large
+        self._args: tuple[Any, ...] = ()
+        self._kwargs: dict[str, Any] = {}
+        self._gradients: Gradients | None = None  # of the whole batch, where it was computed in parts
+
+    def training_step(self, logging: PartLogging, *args: Any, **kwargs: Any) -> Any:
+        """The module's training step, of a batch and further arguments; if memory runs out, that and backward in parts.
 
         Raises:
-            RuntimeError: not even a part can be computed.
+            RankOutOfMemoryError: not even a part can be computed.
         """
-        self._arguments, self._keywords, self._done = args, kwargs, None
-        self._follow_buffers()
+        self._args, self._kwargs, self._gradients = args, kwargs, None
+        self._prepare_forward()
         before = ModuleSnapshot(self._module)
-        said = "it did so in an earlier step"
-        if not self._steps.too_large:
+        details = "it did so in an earlier step"
+        if not self._too_large:
             try:
                 return self._passes.forward(*args, **kwargs)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                said = str(error)
+                details = str(error)
         # Here the error is gone, and with it the frames that held the activations.
         before.restore()
-        # Lightning is yet to clear the gradients of the last step.
-        earlier = self._set_aside()
+        earlier = _take_gradients(self._module)  # Lightning is yet to clear those of the last step
         with logging.in_parts() as logs:
-            self._done, output = self._in_parts(said, logs)
-        self._put_back(earlier)
+            self._gradients, output = self._in_parts(details, logs)
+        _add_gradients(self._module, earlier)
         return output
 
-    def backward(self, loss: Tensor, *holders: Tensor, average: bool) -> None:
-        """Go backward by itself, in parts if memory runs out, and then average the gradients over all ranks.
+    def backward(
+        self, loss: Tensor, *graph: Tensor, average: Callable[[Sequence[nn.Parameter]], None] | None = None
+    ) -> None:
+        """Go backward on this rank alone, in parts if memory runs out, and then average the gradients over all ranks.
 
         Args:
-            loss: to go backward from.
-            *holders: further tensors that hold its graph.
-            average: the gradients are complete with this micro-batch.
+            loss: to go backward from, scaled as the precision in use wants it.
+            *graph: further tensors that hold its graph, the unscaled loss for instance.
+            average: called with the parameters when their gradients are complete; None before the last micro-batch.
 
         Raises:
-            RuntimeError: not even a part can be computed.
+            RankOutOfMemoryError: not even a part can be computed.
         """
-        earlier = self._set_aside()
-        if self._done is None:
-            said = self._try_backward(loss)
-            if said is not None:
-                self._set_aside()  # what the broken backward pass has left is dropped
-                for tensor in (loss, *holders):
-                    # Lightning still holds the loss: what hangs on it would be in the way of the parts.
-                    with contextlib.suppress(RuntimeError):
-                        tensor.detach_()
-                after = ModuleSnapshot(self._module)
-                with self._silenced():
-                    self._done, _ = self._in_parts(said, _NoLogs())
-                after.restore()
-        if self._done is not None:
-            self._put_back(self._done)
-        self._put_back(earlier)
-        self._done, self._arguments, self._keywords = None, (), {}
-        if average:
-            self._steps.average(self._averaged())
+        earlier = _take_gradients(self._module)
+        if self._gradients is None and (details := self._try_backward(loss)) is not None:
+            _take_gradients(self._module)  # what the broken backward pass has left is dropped
+            for tensor in (loss, *graph):
+                # Lightning still holds the loss: the graph behind it would take the memory that the parts need.
+                with contextlib.suppress(RuntimeError):
+                    tensor.detach_()
+            # The forward pass of the whole batch was done: its buffers and what it logged stay.
+            after = ModuleSnapshot(self._module)
+            with self._passes.without_logging():
+                self._gradients, _ = self._in_parts(details, None)
+            after.restore()
+        if self._gradients is not None:
+            _add_gradients(self._module, self._gradients)
+        _add_gradients(self._module, earlier)
+        self._gradients = None
+        if average is not None:
+            ignored = getattr(self._module, "_ddp_params_and_buffers_to_ignore", ())
+            average([p for name, p in self._module.named_parameters() if p.requires_grad and name not in ignored])
 
-    def _follow_buffers(self) -> None:
-        """What DDP's forward does with buffers before the module's."""
-        if self._model.will_sync_module_buffers():
-            self._model._sync_buffers()  # noqa: SLF001 - this stands in for DDP's forward
-        self._model.require_forward_param_sync = self._model.require_backward_grad_sync
-
-    def _averaged(self) -> list[nn.Parameter]:
-        ignored = getattr(self._module, "_ddp_params_and_buffers_to_ignore", ())
-        return [p for name, p in self._module.named_parameters() if p.requires_grad and name not in ignored]
-
-    def _set_aside(self) -> Gradients:
-        """Take the gradients away from the parameters."""
-        taken: Gradients = []
-        for parameter in self._module.parameters():
-            taken.append(parameter.grad)
-            parameter.grad = None
-        return taken
-
-    @torch.no_grad()
-    def _put_back(self, gradients: Gradients) -> None:
-        """Add gradients to those that the parameters have; the tensors given are used up."""
-        for parameter, gradient in zip(self._module.parameters(), gradients, strict=True):
-            if gradient is not None:
-                # Adding to the tensor that was there first keeps DDP's views of its buckets.
-                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+    def _prepare_forward(self) -> None:
+        """Do what DDP's forward does before it calls the module's."""
+        model = self._recovery.model
+        if not isinstance(model, DistributedDataParallel):
+            raise TypeError(f"{type(model).__name__} is not DDP's wrapper: a step can't go past it")
+        if model.will_sync_module_buffers():
+            model._sync_buffers()  # noqa: SLF001 - this stands in for DDP's forward
+        model.require_forward_param_sync = model.require_backward_grad_sync
 
     def _try_backward(self, loss: Tensor) -> str | None:
-        """Go backward; what is said of it if memory runs out."""
+        """Go backward; returns the message of the error if memory runs out."""
         try:
             self._passes.backward(loss)
         except Exception as error:
@@ -269,113 +276,106 @@ class Recovery:
             return str(error)
         return None
 
-    @contextmanager
-    def _silenced(self) -> Iterator[None]:
-        """`self.log` does nothing: the whole batch has been logged already."""
-        names = [name for name in ("log", "log_dict") if hasattr(self._module, name)]
-        had = {name: vars(self._module)[name] for name in names if name in vars(self._module)}
-        vars(self._module).update({name: lambda *_, **__: None for name in names})
-        try:
-            yield
-        finally:
-            for name in names:
-                del vars(self._module)[name]
-            vars(self._module).update(had)
-
-    def _in_parts(self, said: str, logs: PartLogs) -> tuple[Gradients, Any]:
+    def _in_parts(self, details: str, logs: PartLogs | None) -> tuple[Gradients, Any]:
         """Forward and backward of halves of the batch, and of halves of those, until they fit.
 
         Args:
-            said: the error that led here.
-            logs: gathers what is logged.
+            details: the message of the error that led here.
+            logs: gathers what is logged; None where that was done.
 
         Returns:
             The gradients, with the rank's weight, and what the training step would have returned.
         """
-        batch, *rest = self._arguments
-        size = self._steps.local_batch or sample_count(batch)
-        weight, total = self._steps.weigh(), self._steps.count
+        place, size = self._recovery.place, self._step.local_batch or sample_count(self._args[0])
+        weight, total = self._step.weight(), self._step.count()
         gradients: Gradients = [None for _ in self._module.parameters()]
-        outputs: list[Any] = []
-        losses: list[Tensor] = []
-        sizes: list[int] = []
-        shares: list[float] = []
-        waiting, too_large, ran_out = [(0, size)], size, not self._steps.too_large
+        parts: list[_Part] = []
+        waiting, too_many, ran_out = [(0, size)], size, not self._too_large
+        self._too_large = True
         while waiting:
             start, stop = waiting.pop()
-            if stop - start >= too_large:
-                self._release()
-                halves = batch_slicing.halves(stop - start, self._smallest)
-                if halves is None:
-                    raise self._hopeless(size, f"{stop - start} of its samples alone do not fit", said)
-                waiting += [(start + halves[0], stop), (start, start + halves[0])]
+            if stop - start >= too_many:
+                _release_memory()
+                two = halves(stop - start, self._recovery.smallest)
+                if two is None:
+                    raise explanation(place, size, f"{stop - start} of its samples alone do not fit", details)
+                waiting += [(start + two[0], stop), (start, start + two[0])]
                 continue
+            before = ModuleSnapshot(self._module)
             try:
-                part = batch_slicing.part(batch, size, start, stop)
-                logs.begin(part)
-                count = self._steps.count_of(part, stop - start)
-                share = count / total if total > 0 else 0.0
-                output, loss = self._part(part, rest, weight, share)
-            except batch_slicing.CannotCutError as error:
-                raise self._hopeless(size, f"its batch can't be cut into parts: {error}", said) from None
+                batch = slice_batch(self._args[0], size, start, stop)
+                part = self._compute(batch, stop - start, weight, total, logs)
+            except CannotSliceError as error:
+                raise explanation(place, size, f"its batch can't be cut into parts: {error}", details) from None
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                too_large, ran_out = stop - start, True
+                too_many, ran_out = stop - start, True
                 waiting.append((start, stop))
+                before.restore()
+                _take_gradients(self._module)  # what a broken backward pass has left is dropped
             else:
-                logs.keep(loss, count)
-                gradients = _sum(gradients, self._set_aside())
-                outputs.append(output)
-                losses.append(loss)
-                sizes.append(stop - start)
-                shares.append(share)
-                continue
-            self._set_aside()  # what a broken backward pass has left is dropped
-        self._steps.computed_in_parts(max(sizes), too_large if ran_out else None)
-        if (counted := sum(shares)) > 0 and not math.isclose(counted, 1.0, rel_tol=1e-9):
-            # The user's counts of parts don't add up to that of the batch: then only their ratios mean something.
-            shares = [share / counted for share in shares]
-            gradients = [None if gradient is None else gradient.div_(counted) for gradient in gradients]
-        parts = [
-            loss * share for loss, share in zip(losses, shares if total > 0 else _even(sizes), strict=True) if share > 0
-        ]
-        value = torch.stack(parts).sum().requires_grad_()
-        return gradients, batch_slicing.joined(outputs, sizes, value)
+                parts.append(part)
+                _add_gradients(self._module, gradients)
+                gradients = _take_gradients(self._module)
+        if ran_out or self.found is None:  # else an earlier closure of the same step has found more
+            self.found = MemoryFound(max(part.samples for part in parts), too_many if ran_out else None)
+        return _joined(parts, gradients)
 
-    def _part(self, batch: Any, rest: Sequence[Any], weight: float | Tensor, share: float) -> tuple[Any, Tensor]:
-        """Forward and backward of one part: what it returned, and its loss, without their graph."""
-        output = self._passes.forward(batch, *rest, **self._keywords)
+    def _compute(self, batch: Any, samples: int, weight: float | Tensor, total: float, logs: PartLogs | None) -> _Part:
+        """Forward and backward of one part."""
+        if logs is not None:
+            logs.begin(batch)
+        count = self._step.count_of(batch, samples)
+        fraction = count / total if total > 0 else 0.0
+        output = self._passes.forward(batch, *self._args[1:], **self._kwargs)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise TypeError(f"training_step returned {type(loss).__name__} and no loss for a part of its batch")
         factor = weight.to(loss.dtype) if isinstance(weight, Tensor) else weight
         # Weight 0 is not enough for a part of which nothing counts: its loss may be NaN.
-        with gradients_left_alone(self._module) if share == 0 else nullcontext():
-            self._passes.backward(self._passes.scaled(loss * (factor * share / self._passes.accumulated())))
-        if not isinstance(output, Mapping):
-            return loss.detach(), loss.detach()
-        return {k: v.detach() if isinstance(v, Tensor) else v for k, v in output.items()}, loss.detach()
-
-    def _release(self) -> None:
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-    def _hopeless(self, size: int, reason: str, said: str) -> RuntimeError:
-        error = RuntimeError(_sentence(self._place, size, reason, said))
-        error.explained = True  # type: ignore[attr-defined] # see `explained`
-        return error
+        with gradients_left_alone(self._module) if fraction == 0 else nullcontext():
+            self._passes.backward(self._passes.scaled(loss * (factor * fraction)))
+        loss = loss.detach()
+        if logs is not None:
+            logs.keep(loss, count)
+        if isinstance(output, Mapping):
+            output = {key: v.detach() if isinstance(v, Tensor) else v for key, v in output.items()}
+        return _Part(samples, fraction, output if isinstance(output, Mapping) else loss, loss)
 
 
-def _even(sizes: Sequence[int]) -> list[float]:
-    return [size / sum(sizes) for size in sizes]
+def _joined(parts: Sequence[_Part], gradients: Gradients) -> tuple[Gradients, Any]:
+    """The gradients of all parts together, and what the training step would have returned for all of them."""
+    counted = sum(part.fraction for part in parts)
+    if counted > 0 and not math.isclose(counted, 1.0, rel_tol=1e-9):
+        # The user's counts of parts don't add up to that of the batch: then only their ratios mean something.
+        gradients = [None if gradient is None else gradient.div_(counted) for gradient in gradients]
+    sizes = [part.samples for part in parts]
+    weights = [part.fraction / counted if counted > 0 else part.samples / sum(sizes) for part in parts]
+    # A part of weight 0 is left out: its loss may be NaN.
+    terms = [part.loss * weight for part, weight in zip(parts, weights, strict=True) if weight > 0]
+    loss = torch.stack(terms).sum().requires_grad_()
+    return gradients, join_outputs([part.output for part in parts], sizes, loss)
+
+
+def _take_gradients(module: nn.Module) -> Gradients:
+    """Take the gradients away from the parameters."""
+    taken = [parameter.grad for parameter in module.parameters()]
+    for parameter in module.parameters():
+        parameter.grad = None
+    return taken
 
 
 @torch.no_grad()
-def _sum(sums: Gradients, gradients: Gradients) -> Gradients:
-    """Add gradients up in place."""
-    return [
-        gradient if total is None else total if gradient is None else total.add_(gradient)
-        for total, gradient in zip(sums, gradients, strict=True)
-    ]
+def _add_gradients(module: nn.Module, gradients: Gradients) -> None:
+    """Add gradients to those that the parameters have; the tensors given are used up."""
+    for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+        if gradient is not None:
+            # Adding to the tensor that was there first keeps DDP's views of its buckets.
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A step on borrowed samples leaves no trace on its rank: what it changed is put back."""
+"""What a training step changes besides gradients, kept so that it can be put back."""
 
 import copy
 import random
@@ -31,9 +31,9 @@ class RandomState:
 
 
 class ModuleSnapshot:
-    """What a forward pass changes in a module without being asked to: buffers and torchmetrics' states.
+    """Copies of what a forward pass changes in a module: its buffers, and the states of its torchmetrics.
 
-    Synchronised statistics are left out: they follow the other ranks' samples, not the borrowed ones.
+    Statistics of synchronised BatchNorm are left out: they follow the samples of all ranks, whatever this one computes.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -60,7 +60,7 @@ class ModuleSnapshot:
 
 
 def _copied(value: Any) -> Any:
-    """A copy that later changes in place don't reach; tensors may hang in a graph, which can't be deep-copied."""
+    """A copy that later changes in place don't reach; detached, since tensors with a graph can't be deep-copied."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, list | tuple):

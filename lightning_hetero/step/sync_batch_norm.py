@@ -9,17 +9,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_hetero.step.batch_norm import own_modules, pooled
+from lightning_hetero.exchange.groups import gather_rows
+from lightning_hetero.step.batch_norm import modules_without_metrics, pooled_statistics
+from lightning_hetero.step.gradients import without_nan
 
 
 class BatchNormGroup:
-    """What the synchronised layers of a rank have in common: the other ranks, and what the step at hand counts for.
+    """What the synchronised layers of a rank share: the exchange with the other ranks, and the state of the step.
 
     Args:
         rank: this rank.
         world_size: W.
-        total: adds a tensor up over all ranks, in place. It should not share its order with other exchanges.
-        waiting: entered while other ranks are waited for.
+        total: adds a tensor up over all ranks, in place; over a process group that nothing else uses.
+        waiting: entered while this rank waits for others.
     """
 
     def __init__(
@@ -33,32 +35,34 @@ class BatchNormGroup:
         self.world_size = world_size
         self._total = total
         self._waiting = waiting
-        self.borrowed = False
-        """This rank computes samples of other ranks: they count for nothing here."""
+        self._borrowed = False
         self._counts: bool | Tensor = True
+
+    def begin_step(self, *, borrowed: bool) -> None:
+        """A training step begins; borrowed samples, which are other ranks', count for nothing on this one."""
+        self._borrowed = borrowed
 
     def total(self, tensor: Tensor) -> None:
         """Add a tensor up over all ranks, in place."""
         with self._waiting():
             self._total(tensor)
 
+    def gather_statistics(self, row: Tensor) -> Tensor:
+        """The rows of all ranks, (W, columns), from this rank's, (columns,); zeros while its samples are borrowed."""
+        return gather_rows(torch.zeros_like(row) if self._borrowed else row, self.rank, self.world_size, self.total)
+
     @contextmanager
-    def gradients_count(self, counts: bool | Tensor) -> Iterator[None]:
-        """A backward pass inside, of a loss of which something counts or not; a tensor is known to the device only."""
+    def backward_pass(self, counts: bool | Tensor) -> Iterator[None]:
+        """A backward pass inside, of a loss of which something counts or nothing; only the device knows a tensor."""
         self._counts = counts
         try:
             yield
         finally:
             self._counts = True
 
-    def counted(self, gradient: Tensor) -> Tensor:
-        """A gradient without the 0 x NaN of a loss of which nothing counts; what later layers bring stays."""
-        if self.borrowed:
-            return torch.zeros_like(gradient)
-        if self._counts is True:
-            return gradient
-        clean = gradient.nan_to_num(0.0, 0.0, 0.0)
-        return torch.where(self._counts, gradient, clean) if isinstance(self._counts, Tensor) else clean
+    def counted_gradient(self, gradient: Tensor) -> Tensor:
+        """What of a gradient counts: nothing of borrowed samples; no NaN of a loss of which nothing counts."""
+        return torch.zeros_like(gradient) if self._borrowed else without_nan(gradient, self._counts)
 
     def __deepcopy__(self, _: Any) -> "BatchNormGroup":
         return self
@@ -67,7 +71,7 @@ class BatchNormGroup:
         return BatchNormGroup, ()  # in another process there are no other ranks
 
 
-def _accumulated(dtype: torch.dtype) -> torch.dtype:
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -87,21 +91,19 @@ class _Normalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(y, mean, biased variance, N)`, the last three in double precision, the same on all ranks."""
         channels, dims = x.shape[1], [0, *range(2, x.ndim)]
-        values = x.to(_accumulated(x.dtype))
-        # A row for each rank: adding zeros leaves it as it is, so a sum is a gather.
-        table = torch.zeros(batch_norm_group.world_size, 1 + 2 * channels, dtype=torch.float64, device=x.device)
-        if x.numel() and not batch_norm_group.borrowed:
-            row = table[batch_norm_group.rank]
+        values = x.to(_accumulation_dtype(x.dtype))
+        row = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
+        if x.numel():
             row[0] = x.numel() // channels
             row[1 + channels :], row[1 : 1 + channels] = torch.var_mean(values, dims, correction=0)
-        batch_norm_group.total(table)
+        table = batch_norm_group.gather_statistics(row)  # (W, 1 + 2C)
         count = table[:, 0].sum()
-        if x.device.type == "cpu" and count <= 1:  # a GPU is not asked, since that would make the host wait
+        if x.device.type == "cpu" and count <= 1:  # not read on a GPU, since that would make the host wait
             raise ValueError(
                 f"BatchNorm needs more than 1 value per channel in training; all ranks together have {count:g}: raise "
                 "the global batch"
             )
-        mean, variance = pooled(table[:, 0], *table[:, 1:].chunk(2, dim=1))
+        mean, variance = pooled_statistics(table[:, 0], *table[:, 1:].chunk(2, dim=1))  # (C,)
         shape = [1, channels, *[1] * (x.ndim - 2)]
         centre, inverse = mean.to(values.dtype).view(shape), (variance + eps).rsqrt().to(values.dtype).view(shape)
         normal = (values - centre) * inverse
@@ -120,7 +122,7 @@ class _Normalise(torch.autograd.Function):
         """Gradients of x, weight and bias."""
         x, weight, bias, centre, inverse, count = ctx.saved_tensors
         dims = [0, *range(2, x.ndim)]
-        gradient = ctx.batch_norm_group.counted(gradient.to(centre.dtype))
+        gradient = ctx.batch_norm_group.counted_gradient(gradient.to(centre.dtype))
         normal = (x.to(centre.dtype) - centre) * inverse
         sums = torch.stack([gradient.sum(dims), (gradient * normal).sum(dims)])  # (2, C)
         for_x = None
@@ -136,10 +138,10 @@ class _Normalise(torch.autograd.Function):
 
 
 class SynchronizedBatchNorm(_BatchNorm):
-    """BatchNorm over the samples of all ranks; made of a BatchNorm layer by `synchronise`.
+    """BatchNorm over the samples of all ranks; made of a BatchNorm layer by `convert_sync_batchnorm`.
 
     Output, gradients and running statistics are those of one process with the whole global batch. A rank may have no
-    sample, or borrowed ones, which count nothing. The host never waits for a GPU.
+    sample, or borrowed ones, which count for nothing. The host never waits for a GPU.
     """
 
     batch_norm_group: BatchNormGroup
@@ -147,7 +149,7 @@ class SynchronizedBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.original is not nn.SyncBatchNorm:
-            self.original._check_input_dim(self, input)  # noqa: SLF001 - the rule of the class that it was
+            self.original._check_input_dim(self, input)  # noqa: SLF001 - the rule of its original class
         elif input.ndim < 2:
             raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
 
@@ -157,12 +159,12 @@ class SynchronizedBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self.batch_norm_group)
         if self.track_running_stats:
-            self._follow(mean, variance * (count / (count - 1)))
+            self._update_running_statistics(mean, variance * (count / (count - 1)))
         result: Tensor = output
         return result
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -173,7 +175,7 @@ class SynchronizedBatchNorm(_BatchNorm):
             running.copy_(running.double() * (1 - part) + now * part)
 
 
-def synchronise(module: nn.Module, batch_norm_group: BatchNormGroup) -> None:
+def convert_sync_batchnorm(module: nn.Module, batch_norm_group: BatchNormGroup) -> None:
     """Turn all BatchNorm layers of a module into synchronised ones, in place: parameters, buffers and hooks stay.
 
     Layers with a process group of the user's own and torchmetrics are left alone.
@@ -181,7 +183,7 @@ def synchronise(module: nn.Module, batch_norm_group: BatchNormGroup) -> None:
     Raises:
         ValueError: a lazy layer has not seen its first batch.
     """
-    for layer in own_modules(module):
+    for layer in modules_without_metrics(module):
         if not isinstance(layer, _BatchNorm) or isinstance(layer, SynchronizedBatchNorm):
             continue
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
@@ -193,9 +195,9 @@ def synchronise(module: nn.Module, batch_norm_group: BatchNormGroup) -> None:
             layer.__class__ = SynchronizedBatchNorm
 
 
-def separate(module: nn.Module) -> None:
-    """Make the layers again what they were."""
-    for layer in own_modules(module):
+def revert_sync_batchnorm(module: nn.Module) -> None:
+    """Give the layers their original classes again."""
+    for layer in modules_without_metrics(module):
         if isinstance(layer, SynchronizedBatchNorm):
             layer.__class__ = layer.original  # type: ignore[assignment] # a class that is known at run time only
             del layer.batch_norm_group, layer.original

@@ -18,19 +18,19 @@ TARGETS = {
 }
 """Tasks whose loss is one criterion over one target, by the target's key in the batch."""
 
-OVER_IMAGES = frozenset({"ObjectDetection", "InstanceSegmentation", "BYOL", "SimCLR", "MoCo", "MAE"})
-"""Tasks whose losses are computed inside of the model: the images of a batch are all that can be counted."""
+IMAGE_TASKS = frozenset({"ObjectDetection", "InstanceSegmentation", "BYOL", "SimCLR", "MoCo", "MAE"})
+"""Tasks whose losses are computed inside the model: only the images of a batch can be counted."""
 
-_STATISTICS = frozenset({"SimCLR", "MoCo", "MAE"})
-"""Tasks that take a standard deviation over the samples of a batch; of one sample it is NaN, and stays so."""
+_BATCH_STATISTICS = frozenset({"SimCLR", "MoCo", "MAE"})
+"""Tasks that take a standard deviation over the samples of a batch: of a single sample it is NaN."""
 
 
 def _names(module: nn.Module) -> list[str]:
-    """Names of the TorchGeo classes that a module's class is made of, the nearest first."""
+    """Names of the TorchGeo classes among a module's classes, the most derived first."""
     return [cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torchgeo.")]
 
 
-def kind(name: str) -> str:
+def task_name(name: str) -> str:
     """What TorchGeo 0.10 calls a task that older versions call `name`."""
     return name.removesuffix("Task")
 
@@ -39,14 +39,14 @@ def unchanged_task(module: nn.Module) -> str | None:
     """The name of the TorchGeo class that `module` is of, if it trains as TorchGeo wrote it; else None."""
     step: object = getattr(type(module), "training_step", None)
     if "training_step" in vars(module):
-        # Lightning sets the steps of a compiled module on the instance, and keeps what they were.
+        # Lightning sets the steps of a compiled module on the instance, and keeps the original ones.
         step = (getattr(module, "_compiler_ctx", None) or {}).get("original_training_step")
     if not str(getattr(step, "__module__", "")).startswith("torchgeo."):
         return None
-    known = TARGETS.keys() | OVER_IMAGES
-    return next((name for name in _names(module) if kind(name) in known), None)
+    known = TARGETS.keys() | IMAGE_TASKS
+    return next((name for name in _names(module) if task_name(name) in known), None)
 
 
-def takes_statistics(module: nn.Module) -> bool:
+def uses_batch_statistics(module: nn.Module) -> bool:
     """Whether the task takes statistics over the samples of a batch, besides those of BatchNorm."""
-    return any(kind(name) in _STATISTICS for name in _names(module))
+    return any(task_name(name) in _BATCH_STATISTICS for name in _names(module))

@@ -1,4 +1,4 @@
-"""Global batches in which nothing counts on any rank: said once, since nothing is learnt from them."""
+"""A warning about global batches in which nothing counts on any rank: they train nothing."""
 
 import warnings
 
@@ -11,35 +11,35 @@ class ZeroCountWarning:
 
     Args:
         rule: what is counted, in words.
-        rank: which this is.
+        rank: this rank.
     """
 
     def __init__(self, rule: str, rank: int) -> None:
         self._rule = rule
-        self._silent = rank != 0
+        self._is_silent = rank != 0
         self._on_device: Tensor | None = None
 
-    def look(self, step: int, total: float) -> None:
-        """The loss count of a global batch, as the host knows it."""
+    def check(self, step: int, total: float) -> None:
+        """Warn if the loss count of a global batch is 0."""
         if total == 0:
-            self._say(f"global batch {step}")
+            self._warn(f"global batch {step}")
 
-    def look_on_device(self, total: Tensor) -> None:
-        """The same where only the device knows; it is asked at the end of the epoch, so that no step waits for it."""
-        if not self._silent:
+    def check_on_device(self, total: Tensor) -> None:
+        """For a count that only the device knows; the host reads it at the end of the epoch, so no step waits."""
+        if not self._is_silent:
             found = total == 0
             self._on_device = found if self._on_device is None else torch.logical_or(self._on_device, found)
 
     def end_epoch(self) -> None:
-        """The host may wait for the device now."""
+        """Warn of what was found on the device; the host waits for it here."""
         if self._on_device is not None and bool(self._on_device):
-            self._say("a global batch of this epoch")
+            self._warn("a global batch of this epoch")
         self._on_device = None
 
-    def _say(self, where: str) -> None:
-        if self._silent:
+    def _warn(self, where: str) -> None:
+        if self._is_silent:
             return
-        self._silent = True
+        self._is_silent = True
         self._on_device = None
         warnings.warn(
             f"nothing in {where} counts on any rank ({self._rule}): its gradient is zero and its loss is left out of "

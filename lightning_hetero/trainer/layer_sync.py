@@ -4,14 +4,14 @@ from lightning.pytorch.plugins.layer_sync import LayerSync
 from torch.nn import Module
 from typing_extensions import override
 
-from lightning_hetero.step.sync_batch_norm import BatchNormGroup, separate, synchronise
+from lightning_hetero.step.sync_batch_norm import BatchNormGroup, convert_sync_batchnorm, revert_sync_batchnorm
 
 
 class ExactSyncBatchNorm(LayerSync):
-    """In place of Lightning's plugin.
+    """Converts BatchNorm layers while the module trains.
 
     Args:
-        batch_norm_group: between the layers of all ranks.
+        batch_norm_group: shared by the layers.
     """
 
     def __init__(self, batch_norm_group: BatchNormGroup) -> None:
@@ -19,10 +19,10 @@ class ExactSyncBatchNorm(LayerSync):
 
     @override
     def apply(self, model: Module) -> Module:
-        synchronise(model, self.batch_norm_group)
+        convert_sync_batchnorm(model, self.batch_norm_group)
         return model
 
     @override
     def revert(self, model: Module) -> Module:
-        separate(model)
+        revert_sync_batchnorm(model)
         return model

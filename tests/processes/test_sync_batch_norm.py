@@ -10,7 +10,12 @@ import torch
 from torch import nn
 
 from lightning_hetero.exchange.groups import own_total
-from lightning_hetero.step.sync_batch_norm import BatchNormGroup, SynchronizedBatchNorm, separate, synchronise
+from lightning_hetero.step.sync_batch_norm import (
+    BatchNormGroup,
+    SynchronizedBatchNorm,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
 from tests.ranks import fails_on_ranks, run_ranks
 
 LAYERS = {
@@ -51,11 +56,11 @@ def on_ranks(sizes: list[int], borrows: int | None = None, dtype: torch.dtype = 
     for name, (make, shape) in LAYERS.items():
         torch.manual_seed(1)
         layer = make().to(dtype)
-        synchronise(layer, batch_norm_group)
+        convert_sync_batchnorm(layer, batch_norm_group)
         values, factors = data(shape, sum(sizes), dtype)
         part = slice(start, start + sizes[rank])
-        batch_norm_group.borrowed = rank == borrows
-        if batch_norm_group.borrowed:
+        batch_norm_group.begin_step(borrowed=rank == borrows)
+        if rank == borrows:
             part = slice(0, 2)
         out[name] = passes(layer, values[:, part], factors[:, part])
     return out
@@ -86,7 +91,7 @@ def test_is_batch_norm_of_one_process(sizes: list[int], borrows: int | None) -> 
 def low(sizes: list[int]) -> Any:
     rank = torch.distributed.get_rank()
     layer = nn.BatchNorm2d(3)
-    synchronise(layer, BatchNormGroup(rank, len(sizes), own_total(None)))
+    convert_sync_batchnorm(layer, BatchNormGroup(rank, len(sizes), own_total(None)))
     values, factors = data((4, 4), sum(sizes), torch.bfloat16)
     part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -111,7 +116,7 @@ def test_bfloat16_under_autocast() -> None:
 def one_value() -> None:
     layer = nn.BatchNorm1d(3)
     rank = torch.distributed.get_rank()
-    synchronise(layer, BatchNormGroup(rank, 2, own_total(None)))
+    convert_sync_batchnorm(layer, BatchNormGroup(rank, 2, own_total(None)))
     layer(torch.zeros(1 - rank, 3))
 
 
@@ -126,14 +131,14 @@ def test_layers_are_themselves_again() -> None:
     net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
     before = {name: id(value) for name, value in [*net.named_parameters(), *net.named_buffers()]}
     batch_norm_group = BatchNormGroup()
-    synchronise(net, batch_norm_group)
+    convert_sync_batchnorm(net, batch_norm_group)
     assert [type(layer) for layer in net][1:] == [SynchronizedBatchNorm] * 2
     assert copy.deepcopy(net)[1].batch_norm_group is batch_norm_group
     assert pickle.loads(pickle.dumps(net))[1].batch_norm_group.world_size == 1
     with pytest.raises(ValueError, match="expected 4D"):
         net[1](torch.zeros(2, 3))
     net(torch.randn(2, 2, 4, 4))
-    separate(net)
+    revert_sync_batchnorm(net)
     assert [type(layer) for layer in net][1:] == [nn.BatchNorm2d, nn.SyncBatchNorm]
     assert before == {name: id(value) for name, value in [*net.named_parameters(), *net.named_buffers()]}
     assert not hasattr(net[1], "batch_norm_group")
@@ -142,4 +147,4 @@ def test_layers_are_themselves_again() -> None:
 def test_a_lazy_layer_without_a_batch_is_refused() -> None:
     """It has no statistics to share yet."""
     with pytest.raises(ValueError, match="LazyBatchNorm1d has not seen a batch"):
-        synchronise(nn.LazyBatchNorm1d(), BatchNormGroup())
+        convert_sync_batchnorm(nn.LazyBatchNorm1d(), BatchNormGroup())

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_hetero.step.batch_norm import pooled
+from lightning_hetero.step.batch_norm import pooled_statistics
 
 SIZES = st.lists(st.integers(2, 20), min_size=1, max_size=5)
 
@@ -24,7 +24,7 @@ def test_parts_give_the_whole(sizes: list[int], seed: int, offset: float) -> Non
     """Mean and biased variance of disjoint parts are those of all together, also where means are large."""
     batches = parts(sizes, seed, offset)
     whole = torch.cat(batches)
-    mean, variance = pooled(
+    mean, variance = pooled_statistics(
         torch.tensor(sizes, dtype=torch.float64),
         torch.stack([batch.mean(0) for batch in batches]),
         torch.stack([batch.var(0, unbiased=False) for batch in batches]),
@@ -41,7 +41,7 @@ def test_running_statistics_of_one_step(sizes: list[int], seed: int) -> None:
     for layer, batch in zip(layers, batches, strict=True):
         layer(batch)
     counts = torch.tensor(sizes, dtype=torch.float64)
-    mean, variance = pooled(
+    mean, variance = pooled_statistics(
         counts,
         torch.stack([layer.running_mean for layer in layers]),
         torch.stack([layer.running_var for layer in layers]),
@@ -62,13 +62,15 @@ def test_equal_parts_give_exactly_themselves(sizes: list[int], seed: int) -> Non
     counts = torch.tensor(sizes, dtype=torch.float64)
     lost = counts[:, None] == 0
     means, variances = (torch.where(lost, torch.nan, value.expand(len(sizes), 4)) for value in (mean, variance))
-    got = pooled(counts, means, variances)
+    got = pooled_statistics(counts, means, variances)
     assert torch.equal(got[0], mean)
     assert torch.equal(got[1], variance)
 
 
 def test_an_example_by_hand() -> None:
     """Three samples around 0 and one at 4: mean 1; variance 3/4 · (2 + 1) + 1/4 · 9 = 4.5."""
-    mean, variance = pooled(torch.tensor([3.0, 1.0]), torch.tensor([[0.0], [4.0]]), torch.tensor([[2.0], [0.0]]))
+    mean, variance = pooled_statistics(
+        torch.tensor([3.0, 1.0]), torch.tensor([[0.0], [4.0]]), torch.tensor([[2.0], [0.0]])
+    )
     assert mean.item() == pytest.approx(1.0)
     assert variance.item() == pytest.approx(4.5)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hetero.step.batch_slicing import CannotCutError, halves, joined, part
+from lightning_hetero.step.batch_slicing import CannotSliceError, halves, join_outputs, slice_batch
 
 
 class Pair(NamedTuple):
@@ -44,7 +44,7 @@ def test_everything_that_has_one_entry_a_sample_is_cut() -> None:
         "inside": {"mask": rows(5), "nothing": None},
         "views": [rows(5), rows(5)],
     }
-    cut = part(batch, 5, 1, 3)
+    cut = slice_batch(batch, 5, 1, 3)
     assert torch.equal(cut["image"], batch["image"][1:3])
     assert cut["image"].data_ptr() == batch["image"][1].data_ptr(), "a view"
     assert cut["array"].tolist() == [1, 2]
@@ -61,7 +61,7 @@ def test_everything_that_has_one_entry_a_sample_is_cut() -> None:
     "batch", [[rows(2), torch.arange(2)], (rows(2), torch.arange(2)), Pair(rows(2), torch.arange(2))]
 )
 def test_a_batch_of_two_samples_in_two_fields_is_cut_in_its_fields(batch: Any) -> None:
-    cut = part(batch, 2, 1, 2)
+    cut = slice_batch(batch, 2, 1, 2)
     assert type(cut) is type(batch)
     assert len(cut) == 2
     assert cut[0].tolist() == [[3, 4, 5]]
@@ -69,14 +69,16 @@ def test_a_batch_of_two_samples_in_two_fields_is_cut_in_its_fields(batch: Any) -
 
 
 def test_types_are_kept() -> None:
-    cut = part(Patch(rows(4), list("abcd")), 4, 0, 2)
+    cut = slice_batch(Patch(rows(4), list("abcd")), 4, 0, 2)
     assert isinstance(cut, Patch)
     assert (len(cut.image), cut.names) == (2, ["a", "b"])
-    assert part([[torch.zeros(3, 8, 8)] * 4, [{"boxes": torch.zeros(2, 4)}] * 4], 4, 0, 1)[1][0]["boxes"].shape == (
+    assert slice_batch([[torch.zeros(3, 8, 8)] * 4, [{"boxes": torch.zeros(2, 4)}] * 4], 4, 0, 1)[1][0][
+        "boxes"
+    ].shape == (
         2,
         4,
     )
-    assert part(rows(4), 4, 2, 4).tolist() == rows(4)[2:].tolist()
+    assert slice_batch(rows(4), 4, 2, 4).tolist() == rows(4)[2:].tolist()
 
 
 @pytest.mark.parametrize(
@@ -90,8 +92,8 @@ def test_types_are_kept() -> None:
     ],
 )
 def test_what_can_not_be_cut_for_sure_is_not_cut(batch: Any) -> None:
-    with pytest.raises(CannotCutError):
-        part(batch, 2 if isinstance(batch, dict) and len(batch["a"]) == 2 else 4, 0, 1)
+    with pytest.raises(CannotSliceError):
+        slice_batch(batch, 2 if isinstance(batch, dict) and len(batch["a"]) == 2 else 4, 0, 1)
 
 
 @given(st.integers(1, 40), st.integers(1, 2), st.integers(1, 40))
@@ -104,18 +106,18 @@ def test_halves_of_halves_have_every_sample_once(size: int, smallest: int, fits:
             assert min(two) >= smallest
             waiting += [(start + two[0], stop), (start, start + two[0])]
         else:
-            seen += part(list(range(size)), size, start, stop)
+            seen += slice_batch(list(range(size)), size, start, stop)
     assert seen == list(range(size))
 
 
-def test_outputs_are_joined() -> None:
+def test_outputs_are_join_outputs() -> None:
     loss = torch.tensor(7.0)
-    assert joined([torch.tensor(1.0), torch.tensor(2.0)], [2, 1], loss) is loss
+    assert join_outputs([torch.tensor(1.0), torch.tensor(2.0)], [2, 1], loss) is loss
     outputs = [
         {"loss": torch.tensor(1.0), "out": rows(2), "mean": torch.tensor(3.0), "extra": "a"},
         {"loss": torch.tensor(2.0), "out": rows(1), "mean": torch.tensor(6.0), "extra": "b"},
     ]
-    made = joined(outputs, [2, 1], loss)
+    made = join_outputs(outputs, [2, 1], loss)
     assert made["loss"] is loss
     assert made["out"].tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
     assert float(made["mean"]) == 4.0

@@ -337,7 +337,7 @@ def test_a_rank_whose_system_gives_it_no_more_memory() -> None:
         assert relative_error(out["parameters"], plain["parameters"]) <= EXACT
 
 
-# ---- what is not survived ----
+# ---- what ends the run ----
 
 
 def test_a_global_batch_that_fits_nowhere() -> None:
@@ -362,7 +362,7 @@ def test_a_limit_that_leaves_no_room() -> None:
 def test_one_sample_that_does_not_fit() -> None:
     errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, fits=0)), {})
     assert (
-        "RuntimeError: rank 1 (cpu) ran out of memory at a local batch of 6, and 1 of its samples alone do not fit; "
+        "RankOutOfMemoryError: rank 1 (cpu) ran out of memory at a local batch of 6, and 1 of its samples alone do not fit; "
         "use a smaller global_batch"
     ) in errors[1]
     assert "rank 1 (cpu) failed first" in errors[0]
@@ -393,8 +393,8 @@ def test_unused_parameters_say_so() -> None:
     assert "ran out of memory at a local batch of 6, and with find_unused_parameters a step can't be" in errors[1]
 
 
-def test_memory_that_others_take_later_is_no_surprise_to_survive() -> None:
-    """In step 3 the local batch is no larger than before: nobody is prepared to wait."""
+def test_memory_that_others_take_later_ends_the_run() -> None:
+    """In step 3 the local batch is no larger than before: no rank is prepared to wait."""
     errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, at=3)), {"shares": [1, 1]})
     assert (
         "ran out of memory at a local batch of 6, and it has computed as many samples in an earlier step" in errors[1]

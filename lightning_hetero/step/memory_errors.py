@@ -1,0 +1,58 @@
+"""Errors that say that memory ran out: how they are recognised, and how they are explained to the user."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_MESSAGES = (
+    "can't allocate memory",  # torch's allocator for the CPU
+    "not enough memory",  # the same on Windows
+    "bad_alloc",  # C++
+    "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN and the like
+    "CUDA error: out of memory",  # CUDA itself, past torch's allocator
+)
+
+
+class RankOutOfMemoryError(RuntimeError):
+    """A rank ran out of memory, and the run can't go on; says where, why, and what to do."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on CUDA or on the CPU.
+
+    Lightning's `is_oom_error` knows neither `MemoryError` nor most of the messages, and takes it for one that cuDNN
+    does not support an input.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
+
+
+@contextmanager
+def explained(place: str, local_batch: int | None, reason: str) -> Iterator[None]:
+    """Give an out-of-memory error inside its explanation.
+
+    Args:
+        place: rank and device, such as "rank 1 (cpu)".
+        local_batch: samples of the rank; None if not known.
+        reason: why the run can't go on, as the end of a sentence.
+
+    Raises:
+        RankOutOfMemoryError: memory ran out inside; its cause is the original error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RankOutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        raise explanation(place, local_batch, reason, str(error)) from error
+
+
+def explanation(place: str, local_batch: int | None, reason: str, details: str) -> RankOutOfMemoryError:
+    """The error that ends the run; `details` is the message of the original one, the rest as for `explained`."""
+    samples = f" at a local batch of {local_batch}" if local_batch is not None else ""
+    return RankOutOfMemoryError(
+        f"{place} ran out of memory{samples}, and {reason}; use a smaller global_batch, shares that give this rank "
+        f"less, or a lower memory_limit ({details.splitlines()[0] if details else 'no further details'})"
+    )

@@ -1,0 +1,44 @@
+"""The passes of a training step as Lightning makes them, for steps that go past DDP's wrapper."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor
+
+from lightning_hetero.step.out_of_memory import Passes
+
+
+def make_passes(module: "pl.LightningModule", precision: Precision) -> Passes:
+    """The passes of a module in a Trainer, with the Trainer's precision plugin."""
+    scaler = getattr(precision, "scaler", None)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with precision.train_step_context():
+            return module.training_step(*args, **kwargs)
+
+    def scaled(loss: Tensor) -> Tensor:
+        loss = loss / module.trainer.accumulate_grad_batches  # a callback may change it between epochs
+        return scaler.scale(loss) if scaler is not None else loss
+
+    def backward(loss: Tensor) -> None:
+        precision.backward(loss, module, None)
+
+    @contextmanager
+    def without_logging() -> Iterator[None]:
+        attributes = vars(module)
+        before: dict[str, Any] = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
+        attributes["log"] = attributes["log_dict"] = _log_nothing
+        try:
+            yield
+        finally:
+            del attributes["log"], attributes["log_dict"]
+            attributes.update(before)
+
+    return Passes(forward, scaled, backward, without_logging)
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Stand in for `LightningModule.log` and `log_dict`."""

@@ -15,11 +15,12 @@ from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.failures import BackwardWatch, check_backward
 from lightning_hetero.exchange.groups import PendingRows, RankGroup
 from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, Rows, StepMessage, check, column, weight
+from lightning_hetero.sampling.random_state import RandomState
 from lightning_hetero.sampling.train_sampler import Share
 from lightning_hetero.step.accumulation import AccumulationWindow
 from lightning_hetero.step.gradients import average_gradients, gradients_left_alone, gradients_without_nan
 from lightning_hetero.step.loss_count import LossCounter
-from lightning_hetero.step.snapshot import ModuleSnapshot, RandomState
+from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.step.zero_count import ZeroCountWarning
 
@@ -161,10 +162,6 @@ class TrainingSteps:
         self._fits = min(self._fits or fits, fits) if known >= self.local_batch else max(self._fits, fits, known)
         self._fails = max(min(self._fails or fails, fails), self._fits + 1)
 
-    def remember_random_states(self) -> None:
-        """A borrowed batch is about to be loaded in this process."""
-        self._random = RandomState()
-
     def arrive(self, share: Share | None) -> None:
         """The batch of a step has been loaded; nothing of the user's code has seen it yet."""
         self._share = share
@@ -176,8 +173,8 @@ class TrainingSteps:
         if self._ties is not None:
             self._ties.borrowed = self.borrowed
         self._memory.start(self.local_batch or 0)
-        if self.borrowed:
-            self._random = self._random or RandomState()
+        if share is not None and share.borrowed:
+            self._random = share.random_state or RandomState.current()
             self._state = ModuleSnapshot(self._module)
 
     def begin(self, step: int, batch: Any, *, drawn: int, content: float, stop: bool) -> None:
@@ -393,7 +390,7 @@ class TrainingSteps:
             self._window = AccumulationWindow()
         if self._state is not None:
             self._state.restore()
-        if self._random is not None and self.borrowed:
+        if self._random is not None:
             self._random.restore()
         self._state = self._random = self._share = None
 

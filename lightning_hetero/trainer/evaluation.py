@@ -1,5 +1,4 @@
 """Validation, test and prediction: every rank evaluates its part by itself, and ranks meet at the end only."""
-# ruff: noqa: SLF001 - what is read of a Trainer's loops is guarded by tests
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops import _EvaluationLoop, _PredictionLoop
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from typing_extensions import override
 
@@ -16,37 +14,9 @@ from lightning_hetero.device.step_timer import DeviceClock, device_clock
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.evaluation_split import EvaluationTimes, Measured
 from lightning_hetero.planning.planner import Planner, Shares, learns
-from lightning_hetero.sampling.eval_sampler import EvaluationSampler, Scope
+from lightning_hetero.sampling.eval_sampler import Scope
 from lightning_hetero.trainer.communicating import Communicating
 from lightning_hetero.trainer.torchmetrics import MetricSync
-
-
-def _loop(trainer: "pl.Trainer", mode: RunningStage) -> _EvaluationLoop | _PredictionLoop:
-    """The loop that evaluates in a stage."""
-    if mode == RunningStage.PREDICTING:
-        return trainer.predict_loop
-    if mode == RunningStage.TESTING:
-        return trainer.test_loop
-    return trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == TrainerFn.FITTING else trainer.validate_loop
-
-
-def scope_of(trainer: "pl.Trainer", mode: RunningStage, sampler: EvaluationSampler) -> Scope:
-    """How much of the sampler's loader the run that is about to begin takes; see `Scope`."""
-    loop = _loop(trainer, mode)
-    combined = loop._combined_loader
-    if combined is None:
-        return Scope()
-    samplers = [getattr(loader, "batch_sampler", None) for loader in combined.flattened]
-    numbers = [n for n, own in enumerate(samplers) if sampler in (own, getattr(own, "_batch_sampler", None))]
-    if not numbers:
-        return Scope()
-    number = numbers[0]
-    limit = int(loop.max_batches[number])
-    if combined._mode == "sequential":
-        return Scope(number, limit)
-    finite = [int(batches) for batches in loop.max_batches if batches != float("inf")]
-    steps = min(finite) if combined._mode == "min_size" else max(finite)
-    return Scope(0, limit, steps, cycles=combined._mode == "max_size_cycle")
 
 
 @dataclass

@@ -173,7 +173,11 @@ def quiet() -> None:
 
 
 def fit(
-    data: Any, strategy: dict[str, Any] | None = None, module: Recording | None = None, **options: Any
+    data: Any,
+    strategy: dict[str, Any] | None = None,
+    module: Recording | None = None,
+    ckpt_path: str | None = None,
+    **options: Any,
 ) -> tuple[pl.Trainer, Recording]:
     """Train on this rank; ranks begin with different seeds."""
     from lightning_hetero import HeteroStrategy
@@ -186,7 +190,7 @@ def fit(
     if isinstance(data, pl.LightningDataModule):
         trainer.fit(module, datamodule=data)
     elif data is None:
-        trainer.fit(module)
+        trainer.fit(module, ckpt_path=ckpt_path)
     else:
         trainer.fit(module, data)
     return trainer, module

@@ -1,6 +1,7 @@
 """After a resume from a checkpoint of an epoch's end, the next epoch has the order that it would have had without."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from tests.trainer.loading import Recording, fit
 SIZE = 24
 STEPS = 4
 """Global batches of an epoch: the loader's batches have 3 samples, on two ranks."""
+
+
+ENDS = {"save_on_train_epoch_end": True}
+"""Saves a checkpoint when the training epoch is over, and its number is counted already."""
 
 
 class Shuffled(Recording):
@@ -44,10 +49,10 @@ class Shuffled(Recording):
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     # the module's options, the callback's, the Trainer's, the checkpoint of the first epoch
-    "training epoch's end": ({}, {"save_on_train_epoch_end": True}, {}, "epoch=0-step=4"),
+    "training epoch's end": ({}, ENDS, {}, "epoch=0-step=4"),
     "training epoch's end, before it validation": (
         {"validates": True},
-        {"save_on_train_epoch_end": True},
+        ENDS,
         {},
         "epoch=0-step=4",
     ),
@@ -55,7 +60,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "validation in every second epoch": ({"validates": True}, {}, {"check_val_every_n_epoch": 2}, "epoch=1-step=8"),
     "training epoch's end, validation in every second epoch": (
         {"validates": True},
-        {"save_on_train_epoch_end": True},
+        ENDS,
         {"check_val_every_n_epoch": 2},
         "epoch=0-step=4",
     ),
@@ -63,14 +68,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
     "last batch of an epoch": ({}, {"every_n_train_steps": STEPS}, {}, "epoch=0-step=4"),
     "loaders made anew": (
         {},
-        {"save_on_train_epoch_end": True},
+        ENDS,
         {"reload_dataloaders_every_n_epochs": 1},
-        "epoch=0-step=4",
-    ),
-    "steps": (
-        {},
-        {"save_on_train_epoch_end": True},
-        {"max_steps": 3 * STEPS, "max_epochs": -1},
         "epoch=0-step=4",
     ),
     "steps, last batch of an epoch": (
@@ -79,11 +78,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
         {"max_steps": 3 * STEPS, "max_epochs": -1},
         "epoch=0-step=4",
     ),
-    "steps counted in advance": ({"counts_steps": True}, {"save_on_train_epoch_end": True}, {}, "epoch=0-step=4"),
-    "workers": ({"workers": 1}, {"save_on_train_epoch_end": True}, {}, "epoch=0-step=4"),
+    "steps counted in advance": ({"counts_steps": True}, ENDS, {}, "epoch=0-step=4"),
+    "workers": ({"workers": 1}, ENDS, {}, "epoch=0-step=4"),
     "workers, steps counted in advance": (
         {"workers": 1, "counts_steps": True},
-        {"save_on_train_epoch_end": True},
+        ENDS,
         {},
         "epoch=0-step=4",
     ),
@@ -130,3 +129,36 @@ def test_a_resume_goes_on_with_the_order_of_the_next_epoch(runs: list[dict[str, 
     assert again == whole[-len(again) :]
     for result in runs:
         assert relative_error(result[case][3], result[case][2]) <= 1e-12
+
+
+def resumed_by_steps(folder: str) -> tuple[list[Any], list[Any]]:
+    parts = []
+    for part, ckpt in (("whole", None), ("again", f"{folder}/whole/epoch=0-step=4.ckpt")):
+        callback = ModelCheckpoint(f"{folder}/{part}", filename="{epoch}-{step}", save_top_k=-1, **ENDS)
+        options = {"max_steps": 3 * STEPS, "max_epochs": -1, "callbacks": [callback], "enable_checkpointing": True}
+        parts.append(fit(None, None, Shuffled(), ckpt, **options)[1].seen)
+    return parts[0], parts[1]
+
+
+def test_epochs_keep_their_orders_where_lightning_cuts_one_short(tmp_path: Path) -> None:
+    """With `max_steps` and a checkpoint of a training epoch's end, Lightning takes one batch of the next epoch only.
+
+    It does so in one process too. That batch and all later epochs are those of the uninterrupted run.
+    """
+    results = run_ranks(2, resumed_by_steps, str(tmp_path))
+    whole, again = (merged(result[part] for result in results) for part in (0, 1))
+    assert again[: 1 + STEPS] == [whole[STEPS], *whole[2 * STEPS :]]
+
+
+def resumed_in_the_same_process(folder: str) -> tuple[list[Any], list[Any]]:
+    options = {"max_epochs": 2, "enable_checkpointing": True}
+    callback = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, **ENDS)
+    trainer, module = fit(None, None, Shuffled(), callbacks=[callback], **options)
+    first, module.seen = module.seen, []
+    trainer.fit(module, ckpt_path=f"{folder}/epoch=0.ckpt")
+    return first, module.seen
+
+
+def test_a_resume_in_the_same_process(tmp_path: Path) -> None:
+    for first, again in run_ranks(2, resumed_in_the_same_process, str(tmp_path)):
+        assert again == first[STEPS:]

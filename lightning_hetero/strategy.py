@@ -374,7 +374,7 @@ class HeteroStrategy(Evaluating):
             self._steps.arrive(shares[0] if shares else None)
             if self._merge is not None:
                 self._merge.count(shares[0] if shares else None, batch)
-            self._content = self._loaders.content_number(batch)
+            self._content = self._loaders.content_hash(batch)
             self._batches += 1
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -474,8 +474,8 @@ class HeteroStrategy(Evaluating):
         if self._stop is not None and column(rows, "stop").any():
             self._stop.grant()
         assert self._loaders is not None
-        self._same_data.look(
-            rows, self.lightning_module.trainer.num_training_batches, self._loaders.duplicate_data_remedy
+        self._same_data.check(
+            rows, self.lightning_module.trainer.num_training_batches, self._loaders.duplicate_data_sentence
         )
         if self._planner is None:
             return

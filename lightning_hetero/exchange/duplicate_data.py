@@ -1,4 +1,4 @@
-"""Do ranks train on the same data, where the strategy does not split it?"""
+"""Finds out whether all ranks train on the same data, where the strategy doesn't split it."""
 
 import hashlib
 from typing import Any
@@ -8,61 +8,71 @@ import torch
 
 from lightning_hetero.exchange.messages import Rows, column
 
-_NUMBERS = 65536
-"""As many of a tensor's numbers are hashed: some patches' worth, which takes well under a millisecond."""
+USER_SHARDS = (
+    "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the strategy then gives "
+    "each rank its own share"
+)
+"""The sentence where the user has chosen to shard."""
+
+NO_DATA_LOADER = (
+    "all ranks train on the same data: the training data is an iterable that is no DataLoader, which the strategy "
+    "can't split; give it as a DataLoader, or let the iterable of each rank yield other data than those of the others"
+)
+"""The sentence where the training data can't be split."""
+
+_CONTENT = 2**16
+"""Numbers of each tensor that are looked at: more than enough to distinguish data, and hashed in well under a
+millisecond."""
 
 
-def content_hash(batch: Any) -> str | None:
-    """A hash of the numbers and texts in a batch on the CPU; equal batches have equal hashes on every rank.
+def content_hash(batch: Any, index_hash: str = "") -> float:
+    """A number that stands for a batch, exact as a float; equal for equal batches on all ranks.
 
-    None where there are none: what is in other objects can't be compared.
+    Args:
+        batch: on the CPU.
+        index_hash: of the indices that it was drawn by, where they are known.
+
+    Returns:
+        A number above 0; 0 where the batch holds no tensors, arrays, numbers or texts, which are what is compared.
     """
-    digest, known = hashlib.blake2b(digest_size=6), False
+    digest = hashlib.blake2b(index_hash.encode(), digest_size=6)  # a float holds 53 bits exactly
+    comparable = False
     for leaf in torch.utils._pytree.tree_leaves(batch):  # noqa: SLF001 - there is no public one
         if isinstance(leaf, torch.Tensor):
-            digest.update(leaf.detach().cpu().flatten()[:_NUMBERS].contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(leaf.detach().cpu().flatten()[:_CONTENT].contiguous().view(torch.uint8).numpy().tobytes())
         elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
-            digest.update(leaf.reshape(-1)[:_NUMBERS].tobytes())
+            digest.update(leaf.reshape(-1)[:_CONTENT].tobytes())
         elif isinstance(leaf, int | float | str | bytes):
             digest.update(repr(leaf).encode())
         else:
             continue
-        known = True
-    return digest.hexdigest() if known else None
-
-
-def hash_number(*hashes: str) -> float:
-    """A number above 0 that stands for all of the hashes, exact as a float."""
-    digest = hashlib.blake2b("/".join(hashes).encode(), digest_size=6).digest()
-    return float(int.from_bytes(digest, "big") + 1)
+        comparable = True
+    return float(int.from_bytes(digest.digest(), "big") + 1) if comparable else 0.0
 
 
 class DuplicateDataCheck:
-    """Finds out whether all ranks train on the same data where the strategy does not split it.
-
-    It is for one fit, and looks at the first batches only.
-    """
+    """Compares the first batches of all ranks in one fit."""
 
     WATCHED = 3
-    """So many batches in a row are the same by chance only where they hold no information, such as nothing but 0."""
+    """Steps that are compared: one batch may be the same by chance where there are few samples."""
 
     def __init__(self) -> None:
-        self._same = 0
+        self._duplicates = 0
 
-    def look(self, rows: Rows, last: float, remedy: str) -> None:
-        """Compare the data of a step.
+    def check(self, rows: Rows, steps_in_epoch: float, sentence: str) -> None:
+        """Compare the batches of a step.
 
         Args:
-            rows: all ranks' messages, (W, columns); their content is 0 where there is nothing to compare.
-            last: steps in the epoch.
-            remedy: what the sentence says should be done.
+            rows: of all ranks, (W, columns); a content of 0 is not compared, as that of all later steps.
+            steps_in_epoch: where they are fewer than are compared, they are enough; infinity where not known.
+            sentence: that is raised where all of them are the same; see `USER_SHARDS` and `NO_DATA_LOADER`.
 
         Raises:
-            ValueError: the data of all first steps was the same on all ranks.
+            ValueError: the batches of all steps so far were the same on all ranks, and they were enough.
         """
-        contents = column(rows, "content")  # (W,)
-        if len(contents) == 1 or not contents.all():
+        hashes = column(rows, "content")  # (W,)
+        if len(hashes) == 1 or not hashes.all():
             return
-        self._same += len(set(contents)) == 1
-        if self._same == min(self.WATCHED, last):
-            raise ValueError(remedy)
+        self._duplicates += len(set(hashes)) == 1
+        if self._duplicates == min(self.WATCHED, steps_in_epoch):
+            raise ValueError(sentence)

@@ -110,7 +110,7 @@ class PendingShares:
         share = self._shares.get(step)
         if share is None:
             raise RuntimeError(
-                f"rank {self._rank} trains on global batch {step}, but its loader has handed out "
+                f"rank {self._rank} trains on global batch {step}, but its loader has drawn "
                 f"{sorted(self._shares) or 'none'}: a batch was skipped or fetched behind the strategy's back"
             )
         for earlier in [known for known in self._shares if known < step]:

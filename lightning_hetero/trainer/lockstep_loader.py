@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from lightning_hetero.exchange.duplicate_data import content_hash, hash_number
+from lightning_hetero.exchange.duplicate_data import content_hash
 from lightning_hetero.exchange.groups import RankGroup
 
 
@@ -59,8 +59,9 @@ class LockstepLoader:
         iterator = iter(self._loader)
         end = object()
         ahead = next(iterator, end)
+        compares = not self._compared and ahead is not end
         # One row a rank: whether it has a batch, and a number that stands for its first sample.
-        ready = self._group.start([ahead is not end, 0.0 if ahead is end else _first_sample_number(ahead)])
+        ready = self._group.start([ahead is not end, _first_sample_hash(ahead) if compares else 0.0])
         rows = ready.wait()  # (W, 2)
         if not self._compared:
             vars(self)["_compared"] = True
@@ -80,9 +81,8 @@ class LockstepLoader:
             )
 
 
-def _first_sample_number(batch: Any) -> float:
+def _first_sample_hash(batch: Any) -> float:
     """A number that stands for the first sample of a batch; 0 where nothing can be compared."""
     tree_map = torch.utils._pytree.tree_map  # noqa: SLF001 - there is no public one
     first = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, batch)
-    content = content_hash(first)
-    return hash_number(content) if content is not None else 0.0
+    return content_hash(first)

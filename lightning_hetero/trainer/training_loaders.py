@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash, hash_number
+from lightning_hetero.exchange.duplicate_data import NO_DATA_LOADER, USER_SHARDS, DuplicateDataCheck, content_hash
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.plan import Schedule
 from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping
@@ -56,14 +56,14 @@ class _Together:
         prepared: how many of them so far.
         samplers: of those that the strategy splits.
         hashing: batch samplers of those that the user shards.
-        unsplit: of the iterables that are no DataLoader, their positions and names.
+        unsplit: positions of the iterables that are no DataLoader.
     """
 
     key: object
     prepared: int = 0
     samplers: list[LocalBatchSampler | LocalBatchSizeSampler] = field(default_factory=list)
     hashing: list[HashingBatchSampler] = field(default_factory=list)
-    unsplit: dict[int, str] = field(default_factory=dict)
+    unsplit: list[int] = field(default_factory=list)
 
 
 class TrainingLoaders:
@@ -114,10 +114,9 @@ class TrainingLoaders:
             ValueError: it can't be split, or is not the same on all ranks.
         """
         together = self._loaders_together()
-        position = together.prepared
         together.prepared += 1
         if not isinstance(loader, DataLoader):
-            together.unsplit[position] = name_of(loader)
+            together.unsplit.append(together.prepared - 1)
             return loader
         if self.user_shards and loader.batch_sampler is not None:
             together.hashing.append(HashingBatchSampler(loader.batch_sampler))
@@ -245,8 +244,8 @@ class TrainingLoaders:
         """The last step whose share any loader was given; -1 for none."""
         return max((sampler.pending_shares.last_drawn for sampler in self._together.samplers), default=-1)
 
-    def content_number(self, batch: Any) -> float:
-        """A number that stands for the data of one of the first batches, where ranks may train on the same data.
+    def content_hash(self, batch: Any) -> float:
+        """A number that stands for one of the first batches, where ranks may train on the same data.
 
         Args:
             batch: all of the step's, on the CPU.
@@ -259,10 +258,9 @@ class TrainingLoaders:
             return 0.0
         self._hashed += 1
         drawn = [sampler.hashes.popleft() for sampler in self._together.hashing if sampler.hashes]
-        content = content_hash(batch if self.user_shards else self._parts(batch, unsplit))
-        return hash_number(*drawn, content) if content is not None else 0.0
+        return content_hash(batch if self.user_shards else self._parts(batch, unsplit), "".join(drawn))
 
-    def _parts(self, batch: Any, positions: dict[int, str]) -> list[Any]:
+    def _parts(self, batch: Any, positions: list[int]) -> list[Any]:
         """The parts of a batch that come from the loaders at these positions."""
         combined = self._trainer.fit_loop._combined_loader
         try:
@@ -272,18 +270,9 @@ class TrainingLoaders:
         return [parts[position] for position in positions]
 
     @property
-    def duplicate_data_remedy(self) -> str:
-        """What to do where all ranks train on the same data, as one sentence."""
-        if self.user_shards:
-            return (
-                "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the "
-                "strategy then gives each rank its own share"
-            )
-        return (
-            f"all ranks train on the same batches of a {' and a '.join(self._together.unsplit.values())}, which is no "
-            "DataLoader and so is not split by the strategy: give the Trainer a DataLoader, or let each rank iterate "
-            "over batches of its own, by torch.distributed.get_rank()"
-        )
+    def duplicate_data_sentence(self) -> str:
+        """What is wrong where all ranks train on the same data, and what to do."""
+        return USER_SHARDS if self.user_shards else NO_DATA_LOADER
 
 
 def _proportional(shares: list[Share]) -> bool:

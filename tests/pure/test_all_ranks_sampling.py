@@ -90,7 +90,7 @@ def test_set_epoch_of_samplers_and_batch_samplers(kind):
 @pytest.mark.parametrize("kind", [*SOURCES, "unsized"])
 @pytest.mark.parametrize("ahead", [[0, 0], [3, 1]])
 def test_a_cycled_loader_goes_on_with_another_pass(kind, ahead):
-    """`max_size_cycle` reads a loader again within the epoch: steps go on, orders differ, no rank goes astray."""
+    """`max_size_cycle` reads a loader again within the epoch: steps go on, orders differ, all ranks agree."""
     source = Unsized(10) if kind == "unsized" else SOURCES[kind](10)
     job = Job(source, Grouping(4), (3, 1), ahead=ahead)
     for _ in range(2):
@@ -163,7 +163,7 @@ def test_dropping_the_last_may_leave_nothing():
 
 @given(st.integers(1, 6), st.lists(st.integers(0, 4), min_size=6, max_size=6), st.data())
 def test_a_sampler_that_never_ends(world_size, ahead, data):
-    """It is drawn as it is needed, and nobody's drawing ahead moves it."""
+    """It is drawn as it is needed, and a loader that reads ahead changes nothing."""
     job = Job(Unsized(None), Grouping(7), data.draw(plans(world_size, 7)), ahead=ahead)
     for _ in range(2):
         job.run(stop=5)
@@ -182,6 +182,3 @@ def test_a_length_that_is_far_exceeded_is_where_the_pass_ends():
     job = Job(Forever(10), Grouping(4), (3, 1))
     job.run()
     assert list(map(len, steps(job))) == [4, 4, 2]
-
-
-# ---- fingerprints ----

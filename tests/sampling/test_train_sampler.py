@@ -78,14 +78,14 @@ def test_other_shares_know_no_random_state(loads_in_process, size):
 def test_a_batch_behind_the_strategys_back():
     pending_shares = PendingShares(2)
     pending_shares.add(Share(4, (1, 1), borrowed=False, checksum=0))
-    with pytest.raises(RuntimeError, match=r"rank 2 trains on global batch 3, but its loader has handed out \[4\]"):
+    with pytest.raises(RuntimeError, match=r"rank 2 trains on global batch 3, but its loader has drawn \[4\]"):
         pending_shares.take(3)
     pending_shares.take(4)
     pending_shares.add(Share(5, (1, 1), borrowed=False, checksum=0))
     pending_shares.take(5)
-    with pytest.raises(RuntimeError, match=r"global batch 4, but its loader has handed out \[5\]"):
+    with pytest.raises(RuntimeError, match=r"global batch 4, but its loader has drawn \[5\]"):
         pending_shares.take(4)
-    with pytest.raises(RuntimeError, match="has handed out none"):
+    with pytest.raises(RuntimeError, match="has drawn none"):
         PendingShares(0).take(0)
 
 

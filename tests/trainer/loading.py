@@ -153,13 +153,18 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
 }
 
 
+def borrows(module: pl.LightningModule) -> bool:
+    """Whether this rank computes other ranks' samples in the step that it is in."""
+    steps = getattr(module.trainer.strategy, "_steps", None)  # other strategies have none
+    return steps is not None and steps.borrowed
+
+
 class Recording(Regression):
     """Remembers the samples of each step that count, and draws from the global generators by their number."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        steps = getattr(self.trainer.strategy, "_steps", None)
         indices = batch["index"].tolist()
-        self.seen.append([] if steps is not None and steps.borrowed else indices)
+        self.seen.append([] if borrows(self) else indices)
         torch.rand(len(indices) + 3 * self.global_rank)
         np.random.rand(len(indices))
         random.random()

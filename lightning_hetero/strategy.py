@@ -2,11 +2,10 @@
 # ruff: noqa: SLF001 - a strategy is part of Lightning's inside; what it touches of a Trainer is guarded by a test
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.accelerators import Accelerator
@@ -23,35 +22,33 @@ from lightning_hetero.device import memory
 from lightning_hetero.device.allocator import keep_freed_memory
 from lightning_hetero.device.step_timer import compute_timer
 from lightning_hetero.exchange import consistency, failures
-from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
-from lightning_hetero.exchange.groups import RankGroup, own_total
+from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
+from lightning_hetero.exchange.groups import RankGroup, own_total, total
 from lightning_hetero.exchange.messages import COLUMNS, Rows, column
-from lightning_hetero.planning.memory import MemoryLimits
+from lightning_hetero.planning.memory import Caps
 from lightning_hetero.planning.plan import Plan
-from lightning_hetero.planning.planner import SplitPlanner
-from lightning_hetero.planning.reports import MemoryReports, StepReports
-from lightning_hetero.planning.shares import Shares
-from lightning_hetero.sampling.train_sampler import Position
+from lightning_hetero.planning.planner import Planner, Shares
 from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_norm import smallest_local_batch
-from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
+from lightning_hetero.step.buffers import BufferMerge, broadcast_apart, broadcast_in_forward
 from lightning_hetero.step.gradients import allreduce_mean, masked, until_last_bucket
-from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, StepInParts, find_obstacle
 from lightning_hetero.step.step import TrainingSteps
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.trainer.checks import check_devices, check_job, check_options, check_trainable
-from lightning_hetero.trainer.dataloaders import Context, Loaders
+from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
 from lightning_hetero.trainer.evaluation import Evaluating
+from lightning_hetero.trainer.evaluation_loaders import EvaluationLoaders
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
+from lightning_hetero.trainer.lockstep_loader import LockstepGroups
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 from lightning_hetero.trainer.observer import Observer
-from lightning_hetero.trainer.passes import make_passes
 from lightning_hetero.trainer.patches import StepCallback, StopRequest, TrainerPatches
 from lightning_hetero.trainer.profile_store import ProfileStore, run_folder
 from lightning_hetero.trainer.reporting import device_name
 from lightning_hetero.trainer.results import MetricExchange
 from lightning_hetero.trainer.step_logging import StepLogging
-from lightning_hetero.trainer.unused_parameters import explain_unused_parameters
+from lightning_hetero.trainer.survival import Survival, name_unused
+from lightning_hetero.trainer.training_loaders import TrainingLoaders
 
 
 class HeteroStrategy(Evaluating):
@@ -80,7 +77,7 @@ class HeteroStrategy(Evaluating):
 
     def __init__(
         self,
-        shares: str | Sequence[float] = "auto",
+        shares: Shares = "auto",
         global_batch: int | None = None,
         loss_count: Callable[[Any, Any], Any] | None = None,  # jsonargparse takes no more exact type
         memory_limit: float = 0.9,
@@ -88,18 +85,19 @@ class HeteroStrategy(Evaluating):
         gradient_as_bucket_view: bool = True,
         **ddp_options: Any,
     ) -> None:
-        self._shares = Shares.parse(shares)
-        check_options(global_batch, memory_limit, granularity)
+        check_options(shares, global_batch, memory_limit, granularity)
         self._trainers_accelerator: Accelerator | None = None
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **ddp_options)
+        self._shares = shares
         self._global_batch = global_batch
         self._loss_count = loss_count
         self._memory_limit = memory_limit
         self._granularity = granularity
         self._batches = 0  # training batches begun since the strategy was made
         self._exchange: RankGroup | None = None
-        self._planner: SplitPlanner | None = None
-        self._loaders: Loaders | None = None
+        self._planner: Planner | None = None
+        self._loaders: TrainingLoaders | None = None
+        self._lockstep_groups: LockstepGroups | None = None
         self._attachment: TrainerPatches | None = None
         self._stop: StopRequest | None = None
         self._watch: failures.BackwardWatch | None = None
@@ -114,8 +112,7 @@ class HeteroStrategy(Evaluating):
         self._devices: list[str] = []
         self._on_cpus = False  # all ranks: they know what a step has taken them as soon as it is over
         self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
-        self._recovery: OutOfMemoryRecovery | None = None
-        self._step_in_parts: StepInParts | None = None
+        self._survival: Survival | None = None
         self._launched = False
         self._run = 0  # see `failures.new_run`
         self._learnt: ProfileStore | None = None
@@ -172,6 +169,7 @@ class HeteroStrategy(Evaluating):
                 keep_freed_memory()
             self._clock = compute_timer(self.root_device)
             self._exchange = RankGroup(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
+            self._lockstep_groups = LockstepGroups(self._exchange)
             self._devices = self._exchange.gather(device_name(self.root_device))
             self._on_cpus = set(self._devices) == {"cpu"}
             self._learnt = ProfileStore(self._shares, self._exchange, self.root_device)
@@ -190,16 +188,18 @@ class HeteroStrategy(Evaluating):
         assert self._exchange is not None
         if self._attachment is not None:  # a run that was interrupted may not have been torn down
             self._attachment.remove()
-        context = Context(
-            exchange=self._exchange,
+        assert self._lockstep_groups is not None
+        self._loaders = TrainingLoaders(
+            trainer,
+            self._exchange,
+            self._lockstep_groups,
             seed=seed,
             global_batch=self._global_batch,
-            planner=self._planner_for,
-            evaluation=self._evaluations(self._exchange, self._shares, lambda: self._planner),
-            position=lambda: Position(trainer.current_epoch, self._batches),
-            on_borrow=lambda: self._steps.remember_random_states() if self._steps is not None else None,
+            planners=self,
+            next_step=lambda: self._batches,
         )
-        self._loaders = Loaders(trainer, context)
+        evaluations = self._evaluations(self._exchange, self._shares, lambda: self._planner)
+        evaluation_loaders = EvaluationLoaders(trainer, self._exchange, seed, evaluations)
         talk = MetricExchange(
             self._exchange, self._clock.waiting, self.reduce, trainer.lightning_module, self.root_device
         )
@@ -212,16 +212,15 @@ class HeteroStrategy(Evaluating):
         self._stop = StopRequest(trainer)
         self._attachment = TrainerPatches(
             trainer,
-            prepare_dataloader=self._loaders.prepare,
+            prepare_dataloader=TrainerDataLoaders(trainer, self._loaders, evaluation_loaders).prepare,
             before_batch=self._before_batch,
             stop=self._stop,
             callback=StepCallback(self._batch_over, self._epoch_over, self._merge_buffers),
             more=self._logging.patches(),
         )
 
-    def _planner_for(self, global_batch: int) -> SplitPlanner:
+    def for_global_batch(self, global_batch: int, *, first: bool) -> Planner:
         """The planner for the first training loader's global batch; what was learnt for the same one is kept."""
-        first = self._loaders is None or self._loaders.first_in_round
         assert self.lightning_module is not None
         minimum = smallest_local_batch(self.lightning_module, synchronised=self._ties is not None)
         job = consistency.job(self.lightning_module, self.lightning_module.trainer.precision)
@@ -230,15 +229,17 @@ class HeteroStrategy(Evaluating):
             self._planned = key
             assert self._learnt is not None
             known = self._learnt.find(self.lightning_module, global_batch)
-            self._planner = SplitPlanner(
+            self._planner = Planner(
                 self._shares,
                 self.world_size,
                 global_batch,
                 minimum=minimum,
                 granularity=self._granularity,
-                profile=known,
+                known=known,
                 speeds=self._learnt.probe() if known is None and self._on_cpus else None,
-                memory=MemoryLimits(self._limits, tuple(self._devices)),
+                memory=lambda total, least: Caps(
+                    self._limits, self._devices, total, minimum=least, granularity=self._granularity
+                ),
             )
         return self._planner
 
@@ -252,6 +253,7 @@ class HeteroStrategy(Evaluating):
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_ready = -1
+            self._same_data = DuplicateDataCheck()
             if self._planner is not None:
                 self._planner.forget_memory()
             counter = loss_count.find(
@@ -273,18 +275,13 @@ class HeteroStrategy(Evaluating):
                 self._ties,
             )
             self._steps.fits_in_memory = lambda split: self._planner is not None and self._planner.fits_in_memory(split)
-            self._recovery = OutOfMemoryRecovery(
+            self._survival = Survival(
                 self.lightning_module,
                 self.model,
-                make_passes(self.lightning_module, self.precision_plugin),
+                self.precision_plugin,
+                self._steps,
                 place=f"rank {self.global_rank} ({device_name(self.root_device)})",
-                smallest=smallest_local_batch(self.lightning_module),
-                obstacle=find_obstacle(
-                    self.lightning_module,
-                    self.model,
-                    automatic_optimization=self.lightning_module.automatic_optimization,
-                    custom_hook=self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None,
-                ),
+                hooked=self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None,
             )
 
     @override
@@ -295,9 +292,11 @@ class HeteroStrategy(Evaluating):
             # Set afterwards: older versions of torch take the option for the copy at the start as well.
             wrapped.broadcast_buffers = False
         if broadcasts:
-            exclude_broadcast_from_compute_time(wrapped, self._clock.waiting)
+            broadcast_apart(wrapped, self._clock.waiting)
         else:
-            self._merge = BufferMerge(model, self.root_device, self.global_rank, self.world_size, self._clock.waiting)
+            self._merge = BufferMerge(
+                model, self.root_device, self.global_rank, self.world_size, total, self._clock.waiting
+            )
         return wrapped
 
     def _merge_buffers(self) -> None:
@@ -316,6 +315,8 @@ class HeteroStrategy(Evaluating):
         super().on_train_start()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
+        if self._loaders is not None:
+            self._loaders.begin_training()
         folder = run_folder(trainer)  # all ranks ask together
         if self._planner is not None and self.is_global_zero:
             self._observer = Observer(trainer, self._planner, self._devices, self._granularity, folder)
@@ -350,12 +351,12 @@ class HeteroStrategy(Evaluating):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        self._steps = self._recovery = self._step_in_parts = self._merge = self._observer = None
+        self._steps = self._survival = self._merge = self._observer = None
         super().teardown()
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        explain_unused_parameters(exception)
+        name_unused(exception)
         if not failures.is_secondary_failure(exception):
             failures.publish(self._run, self.global_rank, device_name(self.root_device), exception)
         else:
@@ -371,14 +372,9 @@ class HeteroStrategy(Evaluating):
             assert self._loaders is not None
             shares = self._loaders.take(self._batches)
             self._steps.arrive(shares[0] if shares else None)
-            self._step_in_parts = None
-            if self._recovery is not None and self._steps.risky and self._recovery.can_recover():
-                self._step_in_parts = self._recovery.start(self._steps, too_large=self._steps.too_large)
             if self._merge is not None:
-                self._merge.add_batch(shares[0] if shares else None, batch)
-            self._content = 0.0
-            if self._loaders.user_shards and self._batches < DuplicateDataCheck.WATCHED:
-                self._content = DuplicateDataCheck.number(self._loaders.index_hash(), content_hash(batch))
+                self._merge.count(shares[0] if shares else None, batch)
+            self._content = self._loaders.content_hash(batch)
             self._batches += 1
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -397,7 +393,7 @@ class HeteroStrategy(Evaluating):
         assert self._steps is not None
         assert self._loaders is not None
         assert self._logging is not None
-        assert self._recovery is not None
+        assert self._survival is not None
         if isinstance(args[0], Iterator):
             raise TypeError(
                 "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
@@ -405,14 +401,13 @@ class HeteroStrategy(Evaluating):
         self._steps.begin(
             self._batches - 1,
             args[0],
-            drawn=self._loaders.drawn(),
+            drawn=self._loaders.last_drawn,
             content=self._content,
             stop=self._stop is not None and self._stop.made,
         )
-        explained = self._recovery.explained(self._steps.local_batch, risky=self._steps.risky)
-        with self._steps.logged(self._logging) as returned, explained:
-            if self._step_in_parts is not None:
-                output = self._step_in_parts.training_step(self._logging, *args, **kwargs)
+        with self._steps.logged(self._logging) as returned, self._survival.explained():
+            if (recovery := self._survival.recovery) is not None:
+                output = recovery.training_step(self._logging, *args, **kwargs)
             else:
                 output = super().training_step(*args, **kwargs)
             returned(output)
@@ -428,18 +423,15 @@ class HeteroStrategy(Evaluating):
             and self.model.require_backward_grad_sync
         )
         manual = self.lightning_module is not None and not self.lightning_module.automatic_optimization
-        assert self._recovery is not None
-        assert self.lightning_module is not None
-        parts = self._step_in_parts
+        assert self._survival is not None
+        recovery = self._survival.recovery
         with (
-            self._recovery.explained(self._steps.local_batch, risky=self._steps.risky),
-            self._steps.weighted(closure_loss, averaged=averaged and parts is None, masks_accumulate=manual) as loss,
+            self._survival.explained(),
+            self._steps.weighted(closure_loss, averaged=averaged and recovery is None, masks_accumulate=manual) as loss,
         ):
-            if parts is None:
-                return super().backward(loss, optimizer, *args, **kwargs)
-            scaled = self.precision_plugin.pre_backward(loss, self.lightning_module)
-            parts.backward(scaled, loss, closure_loss, average=self._steps.average if averaged else None)
-            return self.precision_plugin.post_backward(scaled, self.lightning_module)
+            if recovery is not None:
+                return self._survival.backward(recovery, loss, closure_loss, average=averaged)
+            return super().backward(loss, optimizer, *args, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -451,9 +443,9 @@ class HeteroStrategy(Evaluating):
     def _before_batch(self) -> None:
         if self._observer is not None:
             self._observer.begin_batch()
-        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.is_exploring:
+        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.wants_reports_now:
             assert self._loaders is not None
-            self._steps.tell(self._batches, drawn=self._loaders.drawn())
+            self._steps.tell(self._batches, drawn=self._loaders.last_drawn)
         self._clock.start()
 
     def _batch_over(self) -> None:
@@ -463,8 +455,6 @@ class HeteroStrategy(Evaluating):
             not self.lightning_module.trainer.fit_loop._should_accumulate()
             or not self.lightning_module.automatic_optimization
         )
-        if self._step_in_parts is not None and self._step_in_parts.found is not None:
-            self._steps.computed_in_parts(self._step_in_parts.found)
         self._steps.end(stepped=stepped, global_batch=self._planner.global_batch if self._planner is not None else None)
         assert self._logging is not None
         self._logging.batch_over(self._steps.loss_weight)
@@ -478,16 +468,19 @@ class HeteroStrategy(Evaluating):
         self._logging.epoch_over()
         self._pause_observer()
 
-    def _hear(self, step: int, rows: Rows) -> None:
+    def _hear(self, _step: int, rows: Rows) -> None:
         """All ranks' messages of a step."""
         assert self.lightning_module is not None
         if self._stop is not None and column(rows, "stop").any():
             self._stop.grant()
-        self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
+        assert self._loaders is not None
+        self._same_data.check(
+            rows, self.lightning_module.trainer.num_training_batches, self._loaders.duplicate_data_sentence
+        )
         if self._planner is None:
             return
-        news = self._planner.update(_reports(rows))
-        for sentence in news.warnings:
+        news = self._planner.update(rows)
+        for sentence in news.sentences:
             rank_zero_warn(sentence)
         if self._observer is not None:
             self._observer.update(self._planner, rows, news.plans)
@@ -512,16 +505,3 @@ class HeteroStrategy(Evaluating):
             ("hetero_spawn", "The same, with spawned processes", {"start_method": "spawn"}),
         ):
             strategy_registry.register(name, cls, description=description, override=True, **options)
-
-
-def _reports(rows: Rows) -> StepReports:
-    """What the planner takes of all ranks' messages."""
-    return StepReports(
-        step=int(column(rows, "step")[0]),
-        last_drawn=int(column(rows, "drawn").max()),
-        measured_steps=column(rows, "measured").astype(np.int64),
-        compute_seconds=column(rows, "seconds"),
-        sync_seconds=column(rows, "averaging"),
-        averaged_after_backward=column(rows, "apart") > 0,
-        memory=MemoryReports(*(column(rows, name) for name in ("held", "memory", "resting", "fits", "fails"))),
-    )

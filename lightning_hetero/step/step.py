@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hetero.device.peak_memory import PeakMemory
+from lightning_hetero.device.memory import PeakMemory
 from lightning_hetero.device.step_timer import ComputeTimer
-from lightning_hetero.exchange.groups import PendingMessages, RankGroup
-from lightning_hetero.exchange.long_backward import LongBackwardMonitor
-from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
+from lightning_hetero.exchange.failures import BackwardWatch, check_backward
+from lightning_hetero.exchange.groups import PendingRows, RankGroup
+from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, Rows, StepMessage, check, column, weight
+from lightning_hetero.sampling.random_state import RandomState
 from lightning_hetero.sampling.train_sampler import Share
 from lightning_hetero.step.accumulation import AccumulationWindow
 from lightning_hetero.step.gradients import average_gradients, gradients_left_alone, gradients_without_nan
 from lightning_hetero.step.loss_count import LossCounter
-from lightning_hetero.step.loss_weight import loss_weight
-from lightning_hetero.step.snapshot import ModuleSnapshot, RandomState
+from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.step.zero_count import ZeroCountWarning
 
@@ -48,7 +48,7 @@ class TrainingSteps:
         device: of this rank.
         clock: runs while this rank works.
         watch: is told when it goes backward.
-        on_messages: called once a step with all ranks' messages.
+        on_rows: called once a step with all ranks' messages.
         batch_norm_group: of the synchronised layers, where there are any.
     """
 
@@ -62,8 +62,8 @@ class TrainingSteps:
         exchange: RankGroup,
         device: torch.device,
         clock: ComputeTimer,
-        watch: LongBackwardMonitor,
-        on_messages: Callable[[StepMessages], None],
+        watch: BackwardWatch,
+        on_rows: Callable[[int, Rows], None],
         batch_norm_group: BatchNormGroup | None = None,
     ) -> None:
         self._ties = batch_norm_group
@@ -74,7 +74,7 @@ class TrainingSteps:
         self._device = device
         self._clock = clock
         self._watch = watch
-        self._on_messages = on_messages
+        self._on_rows = on_rows
         self._nothing = ZeroCountWarning(counter.rule, exchange.rank)
         self._share: Share | None = None
         self._random: RandomState | None = None
@@ -82,7 +82,7 @@ class TrainingSteps:
         self._step = -1
         self._begun = False
         self._empty = False
-        self._pending: PendingMessages | None = None
+        self._pending: PendingRows | None = None
         self._fault: Exception | None = None
         self._device_counts: tuple[Tensor, Tensor, dist.Work | None] | None = None
         self._hidden: Tensor | None = None
@@ -162,10 +162,6 @@ class TrainingSteps:
         self._fits = min(self._fits or fits, fits) if known >= self.local_batch else max(self._fits, fits, known)
         self._fails = max(min(self._fails or fails, fails), self._fits + 1)
 
-    def remember_random_states(self) -> None:
-        """A borrowed batch is about to be loaded in this process."""
-        self._random = RandomState()
-
     def arrive(self, share: Share | None) -> None:
         """The batch of a step has been loaded; nothing of the user's code has seen it yet."""
         self._share = share
@@ -177,8 +173,8 @@ class TrainingSteps:
         if self._ties is not None:
             self._ties.borrowed = self.borrowed
         self._memory.start(self.local_batch or 0)
-        if self.borrowed:
-            self._random = self._random or RandomState()
+        if share is not None and share.borrowed:
+            self._random = share.random_state or RandomState.current()
             self._state = ModuleSnapshot(self._module)
 
     def begin(self, step: int, batch: Any, *, drawn: int, content: float, stop: bool) -> None:
@@ -208,10 +204,10 @@ class TrainingSteps:
         self._pending = self._send(
             TRAINS,
             drawn,
-            loss_count=known,
-            plan_checksum=self._share.checksum if self._share is not None else 0,
-            content_hash=content,
-            stop_requested=stop,
+            count=known,
+            checksum=self._share.checksum if self._share is not None else 0,
+            content=content,
+            stop=stop,
         )
 
     def tell(self, step: int, *, drawn: int) -> None:
@@ -220,39 +216,39 @@ class TrainingSteps:
         Nothing is told between the micro-batches of an optimizer step.
 
         Raises:
-            RuntimeError: see `StepMessages.check`.
+            RuntimeError: see `weighting.check`.
         """
         if self._earlier:
             return
         self._step = step
-        messages = self._receive(self._send(FETCHES, drawn))
-        messages.check()
-        self._pass_on(messages)
+        rows = self._receive(self._send(FETCHES, drawn))
+        check(rows)
+        self._pass_on(rows)
 
-    def _send(self, kind: int, drawn: int, **more: float) -> PendingMessages:
+    def _send(self, kind: int, drawn: int, **more: float) -> PendingRows:
         news: dict[str, float] = {}
         if self._finished and self._finished[0].known():
             news = self._finished.popleft().measured()
         message = StepMessage(
             kind=kind,
             step=self._step,
-            last_drawn=drawn,
+            drawn=drawn,
             **news,
             **more,
-            peak_memory=self._peak,
-            local_batch=self._held,
-            resting_memory=self._memory.resting,
+            memory=self._peak,
+            held=self._held,
+            resting=self._memory.resting,
             fits=self._fits,
             fails=self._fails,
         )
-        return self._exchange.start_messages(message)
+        return self._exchange.start(message.row())
 
-    def _receive(self, pending: PendingMessages) -> StepMessages:
-        return pending.wait(partial(self._watch.check_others, self._step))
+    def _receive(self, pending: PendingRows) -> Rows:
+        return pending.wait(partial(check_backward, self._exchange.rank, self._exchange.world_size, self._step))
 
-    def _pass_on(self, messages: StepMessages) -> None:
-        self._largest = tuple(map(max, self._largest, messages.local_batches.tolist()))
-        self._on_messages(messages)
+    def _pass_on(self, rows: Rows) -> None:
+        self._largest = tuple(map(max, self._largest, column(rows, "held").astype(int).tolist()))
+        self._on_rows(int(column(rows, "step")[0]), rows)
 
     def _add_up_on_device(self, count: float | Tensor) -> None:
         """On CUDA counts are added up on the device: reading them would make the host wait for it."""
@@ -268,31 +264,31 @@ class TrainingSteps:
         """The weight of this rank's loss; waits for the other ranks' messages the first time in a step.
 
         Raises:
-            RuntimeError, ValueError: see `StepMessages.check`; or what counting the batch raised on this rank.
+            RuntimeError, ValueError: see `weighting.check`; or what counting the batch raised on this rank.
         """
         if self._pending is None:
             return self._weight
         pending, self._pending = self._pending, None
         with self._clock.waiting():
-            messages = self._receive(pending)
+            rows = self._receive(pending)
             if self._device_counts is not None and (work := self._device_counts[2]) is not None:
                 work.wait()  # orders the streams, so that the device waits here; the host goes on
         if self._fault is not None:
             raise self._fault
-        messages.check()
+        check(rows)
         if self._device_counts is not None:
             own, total, _ = self._device_counts
             self._device_counts = None
             self._nothing.look_on_device(total)
             self._weight = torch.where(total > 0, self._exchange.world_size * own / total, 0.0)
         else:
-            self._nothing.look(self._step, float(messages.loss_counts.sum()))
-            self._weight = loss_weight(messages.loss_counts, self._exchange.rank)
+            self._nothing.look(self._step, float(column(rows, "count").sum()))
+            self._weight = weight(column(rows, "count"), self._exchange.rank)
         self.loss_weight = self._count
         if self._share is not None:
-            uniform = self._hidden is None and tuple(messages.loss_counts.tolist()) == tuple(self._share.counts)
+            uniform = self._hidden is None and tuple(column(rows, "count").tolist()) == tuple(self._share.counts)
             self.loss_weight = None if uniform else self._weight * sum(self._share.counts) / self._exchange.world_size
-        self._pass_on(messages)
+        self._pass_on(rows)
         return self._weight
 
     @contextmanager
@@ -394,7 +390,7 @@ class TrainingSteps:
             self._window = AccumulationWindow()
         if self._state is not None:
             self._state.restore()
-        if self._random is not None and self.borrowed:
+        if self._random is not None:
             self._random.restore()
         self._state = self._random = self._share = None
 
@@ -405,4 +401,4 @@ class TrainingSteps:
             RuntimeError: another rank has.
         """
         self._nothing.end_epoch()
-        self._exchange.start_messages(StepMessage(LEFT_EPOCH, step)).wait().check()
+        check(self._exchange.start(StepMessage(LEFT_EPOCH, step).row()).wait())

@@ -1,5 +1,4 @@
 """Validation, test and prediction: every rank evaluates its part by itself, and ranks meet at the end only."""
-# ruff: noqa: SLF001 - what is read of a Trainer's loops is guarded by tests
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,47 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops import _EvaluationLoop, _PredictionLoop
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_hetero.device.step_timer import DeviceClock, device_clock
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.planning.evaluation_split import BatchTimes, EvaluationTimes
-from lightning_hetero.planning.planner import SplitPlanner
-from lightning_hetero.planning.shares import Shares
-from lightning_hetero.sampling.eval_sampler import EvaluationSampler, Scope
+from lightning_hetero.planning.evaluation_split import EvaluationTimes, Measured
+from lightning_hetero.planning.planner import Planner, Shares, learns
+from lightning_hetero.sampling.eval_sampler import Scope
 from lightning_hetero.trainer.communicating import Communicating
 from lightning_hetero.trainer.torchmetrics import MetricSync
-
-
-def _loop(trainer: "pl.Trainer", mode: RunningStage) -> _EvaluationLoop | _PredictionLoop:
-    """The loop that evaluates in a stage."""
-    if mode == RunningStage.PREDICTING:
-        return trainer.predict_loop
-    if mode == RunningStage.TESTING:
-        return trainer.test_loop
-    return trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == TrainerFn.FITTING else trainer.validate_loop
-
-
-def scope_of(trainer: "pl.Trainer", mode: RunningStage, sampler: EvaluationSampler) -> Scope:
-    """How much of the sampler's loader the run that is about to begin takes; see `Scope`."""
-    loop = _loop(trainer, mode)
-    combined = loop._combined_loader
-    if combined is None:
-        return Scope()
-    samplers = [getattr(loader, "batch_sampler", None) for loader in combined.flattened]
-    numbers = [n for n, own in enumerate(samplers) if sampler in (own, getattr(own, "_batch_sampler", None))]
-    if not numbers:
-        return Scope()
-    number = numbers[0]
-    limit = int(loop.max_batches[number])
-    if combined._mode == "sequential":
-        return Scope(number, limit)
-    finite = [int(batches) for batches in loop.max_batches if batches != float("inf")]
-    steps = min(finite) if combined._mode == "min_size" else max(finite)
-    return Scope(0, limit, steps, cycles=combined._mode == "max_size_cycle")
 
 
 @dataclass
@@ -97,7 +66,7 @@ class Evaluation:
 
     def begin(self, mode: RunningStage, scope: Scope, sizes: Sequence[int]) -> None:
         """This rank begins with a loader."""
-        new = _Pass((mode.dataloader_prefix or "", scope.number), sizes, [self._marks.now()])
+        new = _Pass((mode.dataloader_prefix or "", scope.number), sizes, [self._marks.mark()])
         if self._passes and len(self._passes[-1].marks) == 1:
             self._passes.pop()  # it was looked at only, or goes side by side with this one
         self._passes.append(new)
@@ -105,7 +74,7 @@ class Evaluation:
     def step_over(self) -> None:
         """This rank has evaluated a batch."""
         if self._passes:
-            self._passes[-1].marks.append(self._marks.now())
+            self._passes[-1].marks.append(self._marks.mark())
 
     def end(self, *, learn: bool = True) -> None:
         """The evaluation is over, on all ranks.
@@ -118,15 +87,13 @@ class Evaluation:
             return
         measured: dict[Hashable, list[tuple[int, float]]] = {}
         for one in passes:
-            points = [
-                mark for mark in one.marks if self._marks.has_passed(mark)
-            ]  # the host does not wait for the device
+            points = [mark for mark in one.marks if self._marks.known(mark)]  # the host does not wait for the device
             for size, start, end in zip(one.sizes, points, points[1:], strict=False):
                 seconds = self._marks.seconds(start, end)
                 if seconds > 0:
                     measured.setdefault(one.key, []).append((size, seconds))
-        times: BatchTimes = measured
-        self._times.update(self._exchange.gather(times))
+        told: Measured = measured
+        self._times.update(self._exchange.gather(told))
 
 
 class Evaluating(Communicating):
@@ -140,18 +107,16 @@ class Evaluating(Communicating):
         self._evaluation: Evaluation | None = None
         self._apart = ""  # the evaluation step that this rank is in
 
-    def _evaluations(
-        self, exchange: RankGroup, shares: Shares, planner: Callable[[], SplitPlanner | None]
-    ) -> Evaluation:
+    def _evaluations(self, exchange: RankGroup, shares: Shares, planner: Callable[[], Planner | None]) -> Evaluation:
         """What all runs of this strategy evaluate with."""
         if self._evaluation is None:
-            given = shares.proportions_for(self.world_size)
+            given = [1.0] * self.world_size if isinstance(shares, str) else [float(share) for share in shares]
 
             def proportions() -> Sequence[float]:
-                now = planner() if shares.adaptive else None
+                now = planner() if learns(shares) else None
                 return now.schedule.newest.local_batches if now is not None else given
 
-            times = EvaluationTimes(self.world_size, adaptive=shares.adaptive)
+            times = EvaluationTimes(self.world_size, learns=learns(shares))
             metrics = MetricSync(exchange, lambda: bool(self._apart))
             self._evaluation = Evaluation(exchange, device_clock(self.root_device), times, proportions, metrics)
         return self._evaluation

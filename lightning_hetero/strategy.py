@@ -44,8 +44,6 @@ from lightning_hetero.trainer.observer import Observer
 from lightning_hetero.trainer.patches import StepCallback, StopRequest, TrainerPatches
 from lightning_hetero.trainer.profile_store import ProfileStore, run_folder
 from lightning_hetero.trainer.reporting import device_name
-from lightning_hetero.trainer.results import MetricExchange
-from lightning_hetero.trainer.step_logging import StepLogging
 from lightning_hetero.trainer.survival import Survival, name_unused
 
 
@@ -99,7 +97,7 @@ class HeteroStrategy(Evaluating):
         self._stop: StopRequest | None = None
         self._watch: failures.BackwardWatch | None = None
         self._steps: TrainingSteps | None = None
-        self._logging: StepLogging | None = None
+        self._metrics: MetricSynchronizer | None = None
         self._merge: BufferMerge | None = None
         self._ties: BatchNormGroup | None = None
         self._same_data = DuplicateDataCheck()
@@ -183,7 +181,7 @@ class HeteroStrategy(Evaluating):
     def _attach(self, trainer: "pl.Trainer", seed: int) -> None:
         assert self._exchange is not None
         if self._attachment is not None:  # a run that was interrupted may not have been torn down
-            self._attachment.remove()
+            self._attachment.restore()
         context = Context(
             exchange=self._exchange,
             seed=seed,
@@ -194,23 +192,22 @@ class HeteroStrategy(Evaluating):
             on_borrow=lambda: self._steps.remember_random_states() if self._steps is not None else None,
         )
         self._loaders = Loaders(trainer, context)
-        talk = MetricExchange(
-            self._exchange, self._clock.waiting, self.reduce, trainer.lightning_module, self.root_device
+        self._metrics = MetricSynchronizer(
+            trainer,
+            self._exchange,
+            self._clock,
+            self.root_device,
+            loss_count=self._loss_count,
+            in_evaluation_batch=self._in_evaluation_batch,
         )
-        truth = (
-            MetricSynchronizer(trainer, talk, self._loss_count, self._take_over_metrics)
-            if self.world_size > 1
-            else None
-        )
-        self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, truth)
         self._stop = StopRequest(trainer)
         self._attachment = TrainerPatches(
             trainer,
+            self._metrics,
             prepare_dataloader=self._loaders.prepare,
             before_batch=self._before_batch,
-            stop=self._stop,
-            callback=StepCallback(self._batch_over, self._epoch_over, self._merge_buffers),
-            more=self._logging.patches(),
+            on_sigterm=self._stop.handle,
+            callbacks=[StepCallback(self._batch_over, self._epoch_over, self._merge_buffers)],
         )
 
     def _planner_for(self, global_batch: int) -> Planner:
@@ -338,7 +335,7 @@ class HeteroStrategy(Evaluating):
     @override
     def teardown(self) -> None:
         if self._attachment is not None:
-            self._attachment.remove()
+            self._attachment.restore()
             self._attachment = None
         if self._watch is not None:
             self._watch.stop()
@@ -386,7 +383,7 @@ class HeteroStrategy(Evaluating):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._steps is not None
         assert self._loaders is not None
-        assert self._logging is not None
+        assert self._metrics is not None
         assert self._survival is not None
         if isinstance(args[0], Iterator):
             raise TypeError(
@@ -399,9 +396,9 @@ class HeteroStrategy(Evaluating):
             content=self._content,
             stop=self._stop is not None and self._stop.made,
         )
-        with self._steps.logged(self._logging) as returned, self._survival.explained():
+        with self._steps.logged(self._metrics.step_logging) as returned, self._survival.explained():
             if (recovery := self._survival.recovery) is not None:
-                output = recovery.training_step(self._logging, *args, **kwargs)
+                output = recovery.training_step(self._metrics.step_logging, *args, **kwargs)
             else:
                 output = super().training_step(*args, **kwargs)
             returned(output)
@@ -450,16 +447,16 @@ class HeteroStrategy(Evaluating):
             or not self.lightning_module.automatic_optimization
         )
         self._steps.end(stepped=stepped, global_batch=self._planner.global_batch if self._planner is not None else None)
-        assert self._logging is not None
-        self._logging.batch_over(self._steps.loss_weight)
+        assert self._metrics is not None
+        self._metrics.batch_over(self._steps.loss_weight)
         if self._observer is not None:
             self._observer.end_batch(self._batches - 1, stepped=stepped)
 
     def _epoch_over(self) -> None:
         assert self._steps is not None
         self._steps.leave_epoch(self._batches)
-        assert self._logging is not None
-        self._logging.epoch_over()
+        assert self._metrics is not None
+        self._metrics.epoch_over()
         self._pause_observer()
 
     def _hear(self, step: int, rows: Rows) -> None:

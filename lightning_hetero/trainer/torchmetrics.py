@@ -4,7 +4,7 @@ torchmetrics gathers each tensor in a list state by itself. Where a metric keeps
 different numbers of images would issue different numbers of gathers, and wait for each other for ever; a rank without
 any can't tell the shape and type of what it gathers; and one that computes before it was updated warns.
 """
-# ruff: noqa: SLF001 - torchmetrics has no public way to say how list states are gathered
+# ruff: noqa: SLF001 - torchmetrics has no public way to say how states are gathered
 
 from collections.abc import Callable, Iterable
 from typing import Any, Self
@@ -41,6 +41,7 @@ class _SynchronizedMetric:
         self._timer = timer
         self._in_evaluation_batch = in_evaluation_batch
         self._compute = metric.compute
+        self._is_users = metric.dist_sync_fn is not None or metric.process_group is not None  # gathered in another way
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SynchronizedMetric":
         # A copy of a metric (`Metric.clone`, MetricTracker) has this for itself. torchmetrics gives copies a `compute`
@@ -56,7 +57,7 @@ class _SynchronizedMetric:
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """In place of `Metric.compute`."""
         metric = self.metric
-        if not metric._to_sync or metric._is_synced or metric._computed is not None:
+        if self._is_users or not metric._to_sync or metric._is_synced or metric._computed is not None:
             return self._compute(*args, **kwargs)
         if self._in_evaluation_batch():
             metric._to_sync = False
@@ -73,7 +74,10 @@ class _SynchronizedMetric:
     def __call__(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """In place of `Metric._sync_dist`: list states of any length, in the order of the ranks."""
         with self._timer.waiting():
-            self._gather_states(dist_sync_fn, process_group)
+            if self._is_users:
+                type(self.metric)._sync_dist(self.metric, dist_sync_fn, process_group)
+            else:
+                self._gather_states(dist_sync_fn, process_group)
 
     def _gather_states(self, dist_sync_fn: Any, process_group: Any) -> None:
         metric = self.metric
@@ -126,20 +130,14 @@ class MetricSync:
         self._synchronized: list[_SynchronizedMetric] = []
 
     def attach(self, module: torch.nn.Module) -> Self:
-        """Take over the metrics that are not yet; those that the user gathers in another way are left alone."""
+        """Take over the metrics that are not yet; of those that the user gathers in another way only the time counts."""
         if self._group.world_size == 1:
             return self
         present = {id(metric) for metric in module.modules()}
         self._synchronized = [one for one in self._synchronized if id(one.metric) in present]  # hooks may replace some
         known = {id(one.metric) for one in self._synchronized}
         for metric in module.modules():
-            if (
-                isinstance(metric, Metric)
-                and metric._reductions
-                and id(metric) not in known
-                and metric.dist_sync_fn is None
-                and metric.process_group is None
-            ):
+            if isinstance(metric, Metric) and metric._reductions and id(metric) not in known:
                 one = _SynchronizedMetric(metric, self._group, self._timer, self._in_evaluation_batch)
                 vars(metric).update(_sync_dist=one, compute=one.compute)
                 self._synchronized.append(one)

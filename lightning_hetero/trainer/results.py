@@ -29,7 +29,7 @@ from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.trainer.logged_values import LoggedKey, Numbers, combined, is_zero, on_host, union
 
 _COLUMNS = 4
-"""Numbers that a rank tells of a key; see `SynchronizedResults._epoch_row` and `TrainingResults._step_row`."""
+"""Numbers that a rank sends of a key; see `SynchronizedResults._epoch_row` and `TrainingResults._step_row`."""
 
 
 @dataclass(frozen=True)

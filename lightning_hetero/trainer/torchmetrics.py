@@ -130,7 +130,7 @@ class MetricSync:
         self._synchronized: list[_SynchronizedMetric] = []
 
     def attach(self, module: torch.nn.Module) -> Self:
-        """Take over the metrics that are not yet; of those that the user gathers in another way only the time counts."""
+        """Take over the metrics that are not yet; those that the user gathers in another way only leave the timer."""
         if self._group.world_size == 1:
             return self
         present = {id(metric) for metric in module.modules()}

@@ -149,8 +149,8 @@ def takes_long(function: Any) -> Any:
 
 def fit_all() -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    # In this process, which ends with the test: waiting for messages, for the gradients of the others, and for what else
-    # they have to give, takes long.
+    # In this process, which ends with the test: waiting for messages, for the gradients of the others, and for whatever
+    # is gathered, takes long.
     step_timer.perf_counter = lambda: Clock.now
     PendingRows.wait = takes_long(PendingRows.wait)
     step_timer.ComputeTimer.gradients_ready = takes_long(step_timer.ComputeTimer.gradients_ready)

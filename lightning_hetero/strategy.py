@@ -22,12 +22,13 @@ from lightning_hetero.device import memory
 from lightning_hetero.device.allocator import keep_freed_memory
 from lightning_hetero.device.step_timer import compute_timer
 from lightning_hetero.exchange import consistency, failures
-from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
+from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
 from lightning_hetero.exchange.groups import RankGroup, own_total, total
 from lightning_hetero.exchange.messages import COLUMNS, Rows, column
 from lightning_hetero.planning.memory import Caps
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.planner import Planner, Shares
+from lightning_hetero.sampling.train_sampler import Position
 from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.step.buffers import BufferMerge, broadcast_apart, broadcast_in_forward
@@ -35,20 +36,15 @@ from lightning_hetero.step.gradients import allreduce_mean, masked, until_last_b
 from lightning_hetero.step.step import TrainingSteps
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.trainer.checks import check_devices, check_job, check_options, check_trainable
-from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
+from lightning_hetero.trainer.dataloaders import Context, Loaders
 from lightning_hetero.trainer.evaluation import Evaluating
-from lightning_hetero.trainer.evaluation_loaders import EvaluationLoaders
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
-from lightning_hetero.trainer.lockstep_loader import LockstepGroups
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 from lightning_hetero.trainer.observer import Observer
 from lightning_hetero.trainer.patches import StepCallback, StopRequest, TrainerPatches
 from lightning_hetero.trainer.profile_store import ProfileStore, run_folder
 from lightning_hetero.trainer.reporting import device_name
-from lightning_hetero.trainer.results import MetricExchange
-from lightning_hetero.trainer.step_logging import StepLogging
 from lightning_hetero.trainer.survival import Survival, name_unused
-from lightning_hetero.trainer.training_loaders import TrainingLoaders
 
 
 class HeteroStrategy(Evaluating):
@@ -96,13 +92,12 @@ class HeteroStrategy(Evaluating):
         self._batches = 0  # training batches begun since the strategy was made
         self._exchange: RankGroup | None = None
         self._planner: Planner | None = None
-        self._loaders: TrainingLoaders | None = None
-        self._lockstep_groups: LockstepGroups | None = None
+        self._loaders: Loaders | None = None
         self._attachment: TrainerPatches | None = None
         self._stop: StopRequest | None = None
         self._watch: failures.BackwardWatch | None = None
         self._steps: TrainingSteps | None = None
-        self._logging: StepLogging | None = None
+        self._metrics: MetricSynchronizer | None = None
         self._merge: BufferMerge | None = None
         self._ties: BatchNormGroup | None = None
         self._same_data = DuplicateDataCheck()
@@ -169,7 +164,6 @@ class HeteroStrategy(Evaluating):
                 keep_freed_memory()
             self._clock = compute_timer(self.root_device)
             self._exchange = RankGroup(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
-            self._lockstep_groups = LockstepGroups(self._exchange)
             self._devices = self._exchange.gather(device_name(self.root_device))
             self._on_cpus = set(self._devices) == {"cpu"}
             self._learnt = ProfileStore(self._shares, self._exchange, self.root_device)
@@ -187,40 +181,38 @@ class HeteroStrategy(Evaluating):
     def _attach(self, trainer: "pl.Trainer", seed: int) -> None:
         assert self._exchange is not None
         if self._attachment is not None:  # a run that was interrupted may not have been torn down
-            self._attachment.remove()
-        assert self._lockstep_groups is not None
-        self._loaders = TrainingLoaders(
-            trainer,
-            self._exchange,
-            self._lockstep_groups,
+            self._attachment.restore()
+        context = Context(
+            exchange=self._exchange,
             seed=seed,
             global_batch=self._global_batch,
-            planners=self,
-            next_step=lambda: self._batches,
+            planner=self._planner_for,
+            evaluation=self._evaluations(self._exchange, self._shares, lambda: self._planner),
+            position=lambda: Position(trainer.current_epoch, self._batches),
+            on_borrow=lambda: self._steps.remember_random_states() if self._steps is not None else None,
         )
-        evaluations = self._evaluations(self._exchange, self._shares, lambda: self._planner)
-        evaluation_loaders = EvaluationLoaders(trainer, self._exchange, seed, evaluations)
-        talk = MetricExchange(
-            self._exchange, self._clock.waiting, self.reduce, trainer.lightning_module, self.root_device
+        self._loaders = Loaders(trainer, context)
+        self._metrics = MetricSynchronizer(
+            trainer,
+            self._exchange,
+            self._clock,
+            self.root_device,
+            loss_count=self._loss_count,
+            in_evaluation_batch=self._in_evaluation_batch,
         )
-        truth = (
-            MetricSynchronizer(trainer, talk, self._loss_count, self._take_over_metrics)
-            if self.world_size > 1
-            else None
-        )
-        self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, truth)
         self._stop = StopRequest(trainer)
         self._attachment = TrainerPatches(
             trainer,
-            prepare_dataloader=TrainerDataLoaders(trainer, self._loaders, evaluation_loaders).prepare,
+            self._metrics,
+            prepare_dataloader=self._loaders.prepare,
             before_batch=self._before_batch,
-            stop=self._stop,
-            callback=StepCallback(self._batch_over, self._epoch_over, self._merge_buffers),
-            more=self._logging.patches(),
+            on_sigterm=self._stop.handle,
+            callbacks=[StepCallback(self._batch_over, self._epoch_over, self._merge_buffers)],
         )
 
-    def for_global_batch(self, global_batch: int, *, first: bool) -> Planner:
+    def _planner_for(self, global_batch: int) -> Planner:
         """The planner for the first training loader's global batch; what was learnt for the same one is kept."""
+        first = self._loaders is None or self._loaders.first_in_round
         assert self.lightning_module is not None
         minimum = smallest_local_batch(self.lightning_module, synchronised=self._ties is not None)
         job = consistency.job(self.lightning_module, self.lightning_module.trainer.precision)
@@ -253,7 +245,6 @@ class HeteroStrategy(Evaluating):
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self._last_ready = -1
-            self._same_data = DuplicateDataCheck()
             if self._planner is not None:
                 self._planner.forget_memory()
             counter = loss_count.find(
@@ -315,8 +306,6 @@ class HeteroStrategy(Evaluating):
         super().on_train_start()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        if self._loaders is not None:
-            self._loaders.begin_training()
         folder = run_folder(trainer)  # all ranks ask together
         if self._planner is not None and self.is_global_zero:
             self._observer = Observer(trainer, self._planner, self._devices, self._granularity, folder)
@@ -346,7 +335,7 @@ class HeteroStrategy(Evaluating):
     @override
     def teardown(self) -> None:
         if self._attachment is not None:
-            self._attachment.remove()
+            self._attachment.restore()
             self._attachment = None
         if self._watch is not None:
             self._watch.stop()
@@ -374,7 +363,9 @@ class HeteroStrategy(Evaluating):
             self._steps.arrive(shares[0] if shares else None)
             if self._merge is not None:
                 self._merge.count(shares[0] if shares else None, batch)
-            self._content = self._loaders.content_hash(batch)
+            self._content = 0.0
+            if self._loaders.user_shards and self._batches < DuplicateDataCheck.WATCHED:
+                self._content = DuplicateDataCheck.number(self._loaders.index_hash(), content_hash(batch))
             self._batches += 1
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -392,7 +383,7 @@ class HeteroStrategy(Evaluating):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._steps is not None
         assert self._loaders is not None
-        assert self._logging is not None
+        assert self._metrics is not None
         assert self._survival is not None
         if isinstance(args[0], Iterator):
             raise TypeError(
@@ -401,13 +392,13 @@ class HeteroStrategy(Evaluating):
         self._steps.begin(
             self._batches - 1,
             args[0],
-            drawn=self._loaders.last_drawn,
+            drawn=self._loaders.drawn(),
             content=self._content,
             stop=self._stop is not None and self._stop.made,
         )
-        with self._steps.logged(self._logging) as returned, self._survival.explained():
+        with self._steps.logged(self._metrics.step_logging) as returned, self._survival.explained():
             if (recovery := self._survival.recovery) is not None:
-                output = recovery.training_step(self._logging, *args, **kwargs)
+                output = recovery.training_step(self._metrics.step_logging, *args, **kwargs)
             else:
                 output = super().training_step(*args, **kwargs)
             returned(output)
@@ -445,7 +436,7 @@ class HeteroStrategy(Evaluating):
             self._observer.begin_batch()
         if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.wants_reports_now:
             assert self._loaders is not None
-            self._steps.tell(self._batches, drawn=self._loaders.last_drawn)
+            self._steps.tell(self._batches, drawn=self._loaders.drawn())
         self._clock.start()
 
     def _batch_over(self) -> None:
@@ -456,27 +447,24 @@ class HeteroStrategy(Evaluating):
             or not self.lightning_module.automatic_optimization
         )
         self._steps.end(stepped=stepped, global_batch=self._planner.global_batch if self._planner is not None else None)
-        assert self._logging is not None
-        self._logging.batch_over(self._steps.loss_weight)
+        assert self._metrics is not None
+        self._metrics.batch_over(self._steps.loss_weight)
         if self._observer is not None:
             self._observer.end_batch(self._batches - 1, stepped=stepped)
 
     def _epoch_over(self) -> None:
         assert self._steps is not None
         self._steps.leave_epoch(self._batches)
-        assert self._logging is not None
-        self._logging.epoch_over()
+        assert self._metrics is not None
+        self._metrics.epoch_over()
         self._pause_observer()
 
-    def _hear(self, _step: int, rows: Rows) -> None:
+    def _hear(self, step: int, rows: Rows) -> None:
         """All ranks' messages of a step."""
         assert self.lightning_module is not None
         if self._stop is not None and column(rows, "stop").any():
             self._stop.grant()
-        assert self._loaders is not None
-        self._same_data.check(
-            rows, self.lightning_module.trainer.num_training_batches, self._loaders.duplicate_data_sentence
-        )
+        self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
         news = self._planner.update(rows)

@@ -16,7 +16,6 @@ from lightning_hetero.planning.evaluation_split import EvaluationTimes, Measured
 from lightning_hetero.planning.planner import Planner, Shares, learns
 from lightning_hetero.sampling.eval_sampler import Scope
 from lightning_hetero.trainer.communicating import Communicating
-from lightning_hetero.trainer.torchmetrics import MetricSync
 
 
 @dataclass
@@ -42,7 +41,6 @@ class Evaluation:
         marks: points in time on the rank's device.
         times: what is known of all ranks.
         proportions: what the ranks do in training, W numbers; until evaluations have told.
-        metrics: of the module that is evaluated.
     """
 
     def __init__(
@@ -51,14 +49,12 @@ class Evaluation:
         marks: DeviceClock,
         times: EvaluationTimes,
         proportions: Callable[[], Sequence[float]],
-        metrics: MetricSync,
     ) -> None:
         self._exchange = exchange
         self._marks = marks
         self._times = times
         self._proportions = proportions
         self._passes: list[_Pass] = []
-        self.metrics = metrics
 
     def seconds(self, mode: RunningStage, scope: Scope, batch: int) -> tuple[float, ...]:
         """What a batch of the loader takes on each rank; W numbers, of which only the ratios matter."""
@@ -117,9 +113,11 @@ class Evaluating(Communicating):
                 return now.schedule.newest.local_batches if now is not None else given
 
             times = EvaluationTimes(self.world_size, learns=learns(shares))
-            metrics = MetricSync(exchange, lambda: bool(self._apart))
-            self._evaluation = Evaluation(exchange, device_clock(self.root_device), times, proportions, metrics)
+            self._evaluation = Evaluation(exchange, device_clock(self.root_device), times, proportions)
         return self._evaluation
+
+    def _in_evaluation_batch(self) -> bool:
+        return bool(self._apart)
 
     @contextmanager
     def _by_itself(self, step: str) -> Iterator[None]:
@@ -152,25 +150,6 @@ class Evaluating(Communicating):
     # ---- before and after ----
 
     @override
-    def setup(self, trainer: "pl.Trainer") -> None:
-        super().setup(trainer)
-        self._take_over_metrics()
-
-    def _take_over_metrics(self) -> None:
-        if self._evaluation is not None and self.lightning_module is not None and self.world_size > 1:
-            self._evaluation.metrics.attach(self.lightning_module)
-
-    @override
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        self._take_over_metrics()
-
-    @override
-    def on_test_start(self) -> None:
-        super().on_test_start()
-        self._take_over_metrics()
-
-    @override
     def on_validation_end(self) -> None:
         super().on_validation_end()
         self._evaluated()
@@ -188,12 +167,6 @@ class Evaluating(Communicating):
     def _evaluated(self) -> None:
         if self._evaluation is not None and self.lightning_module is not None:
             self._evaluation.end(learn=not self.lightning_module.trainer.sanity_checking)
-
-    @override
-    def teardown(self) -> None:
-        if self._evaluation is not None:
-            self._evaluation.metrics.detach()
-        super().teardown()
 
     # ---- exchanges, which no evaluation step can have ----
 

@@ -15,19 +15,19 @@ def messages(step: int, *hashes: float) -> StepMessages:
 @pytest.mark.parametrize("sentence", [USER_SHARDS, NO_DATA_LOADER])
 def test_the_same_data_in_all_of_the_first_steps_ends_the_run(sentence: str) -> None:
     """With the sentence that fits the reason why the strategy doesn't split the data."""
-    check = DuplicateDataCheck(sentence)
-    check.check(messages(0, 5, 5), float("inf"))
-    check.check(messages(1, 6, 6), float("inf"))
+    check = DuplicateDataCheck()
+    check.check(messages(0, 5, 5), float("inf"), sentence)
+    check.check(messages(1, 6, 6), float("inf"), sentence)
     with pytest.raises(ValueError, match="all ranks") as error:
-        check.check(messages(2, 7, 7), float("inf"))
+        check.check(messages(2, 7, 7), float("inf"), sentence)
     assert str(error.value) == sentence
 
 
 def test_an_epoch_that_is_shorter_is_enough() -> None:
     check = DuplicateDataCheck()
-    check.check(messages(0, 5, 5), 2)
+    check.check(messages(0, 5, 5), 2, USER_SHARDS)
     with pytest.raises(ValueError, match="same patches"):
-        check.check(messages(1, 6, 6), 2)
+        check.check(messages(1, 6, 6), 2, USER_SHARDS)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_an_epoch_that_is_shorter_is_enough() -> None:
 def test_other_data_is_no_error(hashes: list[tuple[float, ...]]) -> None:
     check = DuplicateDataCheck()
     for step, row in enumerate(hashes):
-        check.check(messages(step, *row), float("inf"))
+        check.check(messages(step, *row), float("inf"), USER_SHARDS)
 
 
 def test_a_hash_stands_for_numbers_and_indices() -> None:

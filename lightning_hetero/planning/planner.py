@@ -120,8 +120,9 @@ class SplitPlanner:
         self.world_size = world_size
         self.global_batch = global_batch
         self.minimum = max(1, min(minimum, global_batch // world_size))
+        self.granularity = granularity
         # A multiple of the granularity that reaches the minimum is the least that a plan can give.
-        self._least, self._granularity = -(-self.minimum // granularity) * granularity, granularity
+        self._least = -(-self.minimum // granularity) * granularity
         self._reason = "equal" if shares.proportions is None else "shares"
         self._memory = memory
         self.caps = self._fresh_caps()
@@ -137,13 +138,13 @@ class SplitPlanner:
     def _fresh_caps(self) -> Caps | None:
         if self._memory is None:
             return None
-        return Caps(self._memory, self.global_batch, minimum=self._least, granularity=self._granularity)
+        return Caps(self._memory, self.global_batch, minimum=self._least, granularity=self.granularity)
 
     def _fresh_balancer(self, profile: Mapping[str, Any] | None) -> Balancer | None:
         if not self._adaptive:
             return None
         return Balancer(
-            self.world_size, self.global_batch, minimum=self._least, granularity=self._granularity, state=profile
+            self.world_size, self.global_batch, minimum=self._least, granularity=self.granularity, state=profile
         )
 
     def _first_plan(self, profile: Mapping[str, Any] | None, speeds: Sequence[float] | None) -> Plan:
@@ -246,7 +247,7 @@ class SplitPlanner:
 
     def _proportional(self, shares: Sequence[float], maximum: Sequence[int] | None = None) -> tuple[int, ...]:
         return proportional(
-            self.global_batch, shares, minimum=self._least, maximum=maximum, granularity=self._granularity
+            self.global_batch, shares, minimum=self._least, maximum=maximum, granularity=self.granularity
         )
 
     def _append(

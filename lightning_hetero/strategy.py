@@ -2,10 +2,12 @@
 # ruff: noqa: SLF001 - a strategy is part of Lightning's inside; what it touches of a Trainer is guarded by a test
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.accelerators import Accelerator
@@ -20,19 +22,25 @@ from typing_extensions import override
 
 from lightning_hetero.device import memory
 from lightning_hetero.device.allocator import keep_freed_memory
+from lightning_hetero.device.name import device_name
+from lightning_hetero.device.speed_test import speed
 from lightning_hetero.device.step_timer import compute_timer
 from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
 from lightning_hetero.exchange.groups import RankGroup, own_total, total
 from lightning_hetero.exchange.messages import COLUMNS, Rows, column
-from lightning_hetero.planning.memory import Caps
+from lightning_hetero.planning.balancer import STATE_VERSION
+from lightning_hetero.planning.memory import MemoryLimits
 from lightning_hetero.planning.plan import Plan
-from lightning_hetero.planning.planner import Planner, Shares
+from lightning_hetero.planning.planner import SplitPlanner
+from lightning_hetero.planning.reports import MemoryReports, StepReports
+from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.train_sampler import Position
 from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.step.buffers import BufferMerge, broadcast_apart, broadcast_in_forward
 from lightning_hetero.step.gradients import allreduce_mean, masked, until_last_bucket
+from lightning_hetero.step.input_shape import input_shape
 from lightning_hetero.step.step import TrainingSteps
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.trainer.checks import check_devices, check_job, check_options, check_trainable
@@ -40,10 +48,12 @@ from lightning_hetero.trainer.dataloaders import Context, Loaders
 from lightning_hetero.trainer.evaluation import Evaluating
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
-from lightning_hetero.trainer.observer import Observer
 from lightning_hetero.trainer.patches import StepCallback, StopRequest, TrainerPatches
-from lightning_hetero.trainer.profile_store import ProfileStore, run_folder
-from lightning_hetero.trainer.reporting import device_name
+from lightning_hetero.trainer.profiles import ProfileStore
+from lightning_hetero.trainer.reporting import SilentReporter, make_reporter
+from lightning_hetero.trainer.results import MetricExchange
+from lightning_hetero.trainer.run_folder import run_folder
+from lightning_hetero.trainer.step_logging import StepLogging
 from lightning_hetero.trainer.survival import Survival, name_unused
 
 
@@ -73,7 +83,7 @@ class HeteroStrategy(Evaluating):
 
     def __init__(
         self,
-        shares: Shares = "auto",
+        shares: str | Sequence[float] = "auto",
         global_batch: int | None = None,
         loss_count: Callable[[Any, Any], Any] | None = None,  # jsonargparse takes no more exact type
         memory_limit: float = 0.9,
@@ -81,29 +91,32 @@ class HeteroStrategy(Evaluating):
         gradient_as_bucket_view: bool = True,
         **ddp_options: Any,
     ) -> None:
-        check_options(shares, global_batch, memory_limit, granularity)
+        self._shares = Shares.parse(shares)
+        check_options(global_batch, memory_limit, granularity)
         self._trainers_accelerator: Accelerator | None = None
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **ddp_options)
-        self._shares = shares
         self._global_batch = global_batch
         self._loss_count = loss_count
         self._memory_limit = memory_limit
         self._granularity = granularity
         self._batches = 0  # training batches begun since the strategy was made
         self._exchange: RankGroup | None = None
-        self._planner: Planner | None = None
+        self._planner: SplitPlanner | None = None
         self._loaders: Loaders | None = None
         self._attachment: TrainerPatches | None = None
         self._stop: StopRequest | None = None
         self._watch: failures.BackwardWatch | None = None
         self._steps: TrainingSteps | None = None
-        self._metrics: MetricSynchronizer | None = None
+        self._logging: StepLogging | None = None
         self._merge: BufferMerge | None = None
         self._ties: BatchNormGroup | None = None
         self._same_data = DuplicateDataCheck()
         self._content = 0.0
         self._last_ready = -1
-        self._observer: Observer | None = None  # on the first rank, while it trains
+        self._reporter = SilentReporter()
+        self._reported: SplitPlanner | None = None
+        self._folder: Path | None = None
+        self._input_shape = ""
         self._devices: list[str] = []
         self._on_cpus = False  # all ranks: they know what a step has taken them as soon as it is over
         self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
@@ -166,7 +179,7 @@ class HeteroStrategy(Evaluating):
             self._exchange = RankGroup(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
             self._on_cpus = set(self._devices) == {"cpu"}
-            self._learnt = ProfileStore(self._shares, self._exchange, self.root_device)
+            self._learnt = ProfileStore(self._exchange, self.root_device)
             if type(self._layer_sync) is TorchSyncBatchNorm and self.world_size > 1:
                 self._ties = BatchNormGroup(
                     self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting
@@ -181,7 +194,7 @@ class HeteroStrategy(Evaluating):
     def _attach(self, trainer: "pl.Trainer", seed: int) -> None:
         assert self._exchange is not None
         if self._attachment is not None:  # a run that was interrupted may not have been torn down
-            self._attachment.restore()
+            self._attachment.remove()
         context = Context(
             exchange=self._exchange,
             seed=seed,
@@ -192,25 +205,26 @@ class HeteroStrategy(Evaluating):
             on_borrow=lambda: self._steps.remember_random_states() if self._steps is not None else None,
         )
         self._loaders = Loaders(trainer, context)
-        self._metrics = MetricSynchronizer(
-            trainer,
-            self._exchange,
-            self._clock,
-            self.root_device,
-            loss_count=self._loss_count,
-            in_evaluation_batch=self._in_evaluation_batch,
+        talk = MetricExchange(
+            self._exchange, self._clock.waiting, self.reduce, trainer.lightning_module, self.root_device
         )
+        truth = (
+            MetricSynchronizer(trainer, talk, self._loss_count, self._take_over_metrics)
+            if self.world_size > 1
+            else None
+        )
+        self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, truth)
         self._stop = StopRequest(trainer)
         self._attachment = TrainerPatches(
             trainer,
-            self._metrics,
             prepare_dataloader=self._loaders.prepare,
             before_batch=self._before_batch,
-            on_sigterm=self._stop.handle,
-            callbacks=[StepCallback(self._batch_over, self._epoch_over, self._merge_buffers)],
+            stop=self._stop,
+            callback=StepCallback(self._batch_over, self._epoch_over, self._merge_buffers),
+            more=self._logging.patches(),
         )
 
-    def _planner_for(self, global_batch: int) -> Planner:
+    def _planner_for(self, global_batch: int) -> SplitPlanner:
         """The planner for the first training loader's global batch; what was learnt for the same one is kept."""
         first = self._loaders is None or self._loaders.first_in_round
         assert self.lightning_module is not None
@@ -220,18 +234,19 @@ class HeteroStrategy(Evaluating):
         if self._planner is None or (first and self._planned != key):
             self._planned = key
             assert self._learnt is not None
-            known = self._learnt.find(self.lightning_module, global_batch)
-            self._planner = Planner(
+            assert self._exchange is not None
+            facts, folder = {**self._planned, "version": STATE_VERSION}, run_folder(self.lightning_module.trainer)
+            profile = self._learnt.load(self._shares, folder, facts)
+            probes = profile is None and self._shares.adaptive and self._on_cpus and self.world_size > 1
+            self._planner = SplitPlanner(
                 self._shares,
                 self.world_size,
                 global_batch,
                 minimum=minimum,
                 granularity=self._granularity,
-                known=known,
-                speeds=self._learnt.probe() if known is None and self._on_cpus else None,
-                memory=lambda total, least: Caps(
-                    self._limits, self._devices, total, minimum=least, granularity=self._granularity
-                ),
+                profile=profile.state if profile is not None else None,
+                speeds=self._exchange.gather(speed()) if probes else None,
+                memory=MemoryLimits(self._limits, tuple(self._devices)),
             )
         return self._planner
 
@@ -306,41 +321,43 @@ class HeteroStrategy(Evaluating):
         super().on_train_start()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        folder = run_folder(trainer)  # all ranks ask together
-        if self._planner is not None and self.is_global_zero:
-            self._observer = Observer(trainer, self._planner, self._devices, self._granularity, folder)
+        self._folder = run_folder(trainer)
+        self._report_planner()
+
+    def _report_planner(self) -> None:
+        if self._planner is not None and self._planner is not self._reported:
+            assert self.lightning_module is not None
+            self._reported = self._planner
+            self._reporter = make_reporter(self.lightning_module.trainer, self._planner, self._devices, self._folder)
 
     @override
     def on_validation_start(self) -> None:
         super().on_validation_start()
-        self._pause_observer()
+        self._reporter.pause()
 
     @override
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(*args, **kwargs)
-        self._pause_observer()
-
-    def _pause_observer(self) -> None:
-        if self._observer is not None:
-            self._observer.pause()
+        self._reporter.pause()
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self._observer is not None:
-            self._observer.end_run()
-        if self._learnt is not None and self.lightning_module is not None:
-            self._learnt.keep(self.lightning_module.trainer, self._planner)
+        self._reporter.end_run()
+        if self._learnt is not None and self._planner is not None:
+            facts = {**self._planned, "version": STATE_VERSION}
+            self._learnt.save(self._folder, facts, self._planner.state_dict(), self._input_shape)
 
     @override
     def teardown(self) -> None:
         if self._attachment is not None:
-            self._attachment.restore()
+            self._attachment.remove()
             self._attachment = None
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        self._steps = self._survival = self._merge = self._observer = None
+        self._steps = self._survival = self._merge = None
+        self._reporter, self._reported = SilentReporter(), None
         super().teardown()
 
     @override
@@ -360,6 +377,7 @@ class HeteroStrategy(Evaluating):
         if self._steps is not None and self._is_new_batch():
             assert self._loaders is not None
             shares = self._loaders.take(self._batches)
+            self._input_shape = self._input_shape or input_shape(batch)
             self._steps.arrive(shares[0] if shares else None)
             if self._merge is not None:
                 self._merge.count(shares[0] if shares else None, batch)
@@ -383,7 +401,7 @@ class HeteroStrategy(Evaluating):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._steps is not None
         assert self._loaders is not None
-        assert self._metrics is not None
+        assert self._logging is not None
         assert self._survival is not None
         if isinstance(args[0], Iterator):
             raise TypeError(
@@ -396,9 +414,9 @@ class HeteroStrategy(Evaluating):
             content=self._content,
             stop=self._stop is not None and self._stop.made,
         )
-        with self._steps.logged(self._metrics.step_logging) as returned, self._survival.explained():
+        with self._steps.logged(self._logging) as returned, self._survival.explained():
             if (recovery := self._survival.recovery) is not None:
-                output = recovery.training_step(self._metrics.step_logging, *args, **kwargs)
+                output = recovery.training_step(self._logging, *args, **kwargs)
             else:
                 output = super().training_step(*args, **kwargs)
             returned(output)
@@ -432,9 +450,8 @@ class HeteroStrategy(Evaluating):
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     def _before_batch(self) -> None:
-        if self._observer is not None:
-            self._observer.begin_batch()
-        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.wants_reports_now:
+        self._reporter.begin_batch()
+        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.is_exploring:
             assert self._loaders is not None
             self._steps.tell(self._batches, drawn=self._loaders.drawn())
         self._clock.start()
@@ -447,17 +464,16 @@ class HeteroStrategy(Evaluating):
             or not self.lightning_module.automatic_optimization
         )
         self._steps.end(stepped=stepped, global_batch=self._planner.global_batch if self._planner is not None else None)
-        assert self._metrics is not None
-        self._metrics.batch_over(self._steps.loss_weight)
-        if self._observer is not None:
-            self._observer.end_batch(self._batches - 1, stepped=stepped)
+        assert self._logging is not None
+        self._logging.batch_over(self._steps.loss_weight)
+        self._reporter.end_batch(self._batches - 1, stepped=stepped)
 
     def _epoch_over(self) -> None:
         assert self._steps is not None
         self._steps.leave_epoch(self._batches)
-        assert self._metrics is not None
-        self._metrics.epoch_over()
-        self._pause_observer()
+        assert self._logging is not None
+        self._logging.epoch_over()
+        self._reporter.pause()
 
     def _hear(self, step: int, rows: Rows) -> None:
         """All ranks' messages of a step."""
@@ -467,11 +483,11 @@ class HeteroStrategy(Evaluating):
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
-        news = self._planner.update(rows)
-        for sentence in news.sentences:
+        self._report_planner()
+        update = self._planner.update(_reports(rows))
+        for sentence in update.warnings:
             rank_zero_warn(sentence)
-        if self._observer is not None:
-            self._observer.update(self._planner, rows, news.plans)
+        self._reporter.update(update)
 
     @override
     def _register_ddp_hooks(self) -> None:
@@ -493,3 +509,16 @@ class HeteroStrategy(Evaluating):
             ("hetero_spawn", "The same, with spawned processes", {"start_method": "spawn"}),
         ):
             strategy_registry.register(name, cls, description=description, override=True, **options)
+
+
+def _reports(rows: Rows) -> StepReports:
+    """What the planner takes of all ranks' messages."""
+    return StepReports(
+        step=int(column(rows, "step")[0]),
+        last_drawn=int(column(rows, "drawn").max()),
+        measured_steps=column(rows, "measured").astype(np.int64),
+        compute_seconds=column(rows, "seconds"),
+        sync_seconds=column(rows, "averaging"),
+        averaged_after_backward=column(rows, "apart") > 0,
+        memory=MemoryReports(*(column(rows, name) for name in ("held", "memory", "resting", "fits", "fails"))),
+    )

@@ -112,6 +112,26 @@ def until_last_bucket(hook: Hook, timer: ComputeTimer, *, may_wait: bool) -> Hoo
     return timed
 
 
+class GradientMask:
+    """Which gradients of this rank count in the backward pass at hand, where only the device knows."""
+
+    def __init__(self) -> None:
+        self._keep: Tensor | None = None
+
+    def current(self) -> Tensor | None:
+        """A truth value on the device; None for no mask."""
+        return self._keep
+
+    @contextmanager
+    def applied(self, keep: Tensor) -> Iterator[None]:
+        """A backward pass inside is masked."""
+        self._keep = keep
+        try:
+            yield
+        finally:
+            self._keep = None
+
+
 def masked(hook: Hook, mask: Callable[[], torch.Tensor | None]) -> Hook:
     """Wrap a DDP communication hook so that this rank's gradients are exact zeros where its mask is false.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -17,6 +18,11 @@ def input_shape(batch: Any) -> str:
     tensors = (tensor for tensor in _tensors(batch) if tensor.ndim > 0)
     texts = (f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape[1:])}" for tensor in tensors)
     return ", ".join(dict.fromkeys(texts))
+
+
+def shape_number(shape: str) -> int:
+    """A number that stands for an input shape in messages, exact as a float; 0 for an unknown one."""
+    return crc32(shape.encode())
 
 
 def _tensors(batch: Any) -> Iterator[torch.Tensor]:

@@ -29,7 +29,7 @@ class LockstepGroups:
         """The group of the training loader at a position; all ranks have to ask for it together."""
         if position not in self._made:
             group = self._group
-            self._made[position] = RankGroup(group.rank, group.world_size, 2, group.timeout)
+            self._made[position] = RankGroup(group.rank, group.world_size, group.timeout)
         return self._made[position]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.step.loss_count import find, sample_count
+from lightning_hetero.step.loss_count import find
 from lightning_hetero.trainer.logger_connector import SynchronizedLoggerConnector
 from lightning_hetero.trainer.results import EvaluationResults, MetricExchange
 from lightning_hetero.trainer.step_logging import StepLogging
@@ -52,7 +52,7 @@ class MetricSynchronizer:
         module = trainer.lightning_module
 
         def count(batch: Any) -> float | Tensor:  # the rule is found each time, since criteria may change
-            return find(module, loss_count, sample_count)(module, batch)
+            return find(module, loss_count)(module, batch)
 
         self._trainer = trainer
         self._group = group

@@ -2,7 +2,6 @@
 
 Each is an attribute that Lightning reads on one object; a test fails when Lightning no longer has one of them.
 """
-# ruff: noqa: SLF001 - that is what this file is for
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -10,71 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
-from lightning.pytorch.trainer.states import TrainerFn
-from typing_extensions import override
 
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
-
-
-class StepCallback(Callback):
-    """Is called at the end of batches and epochs, and when results are looked at, before the user's callbacks are.
-
-    Args:
-        on_batch_end: a training batch is over.
-        on_epoch_end: this rank has no more batches in this epoch.
-        on_look: a validation begins, or training is over: on all ranks.
-    """
-
-    def __init__(
-        self, on_batch_end: Callable[[], None], on_epoch_end: Callable[[], None], on_look: Callable[[], None]
-    ) -> None:
-        self._on_batch_end = on_batch_end
-        self._on_epoch_end = on_epoch_end
-        self._on_look = on_look
-
-    @override
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        self._on_batch_end()
-
-    @override
-    def on_train_epoch_end(self, *_: Any, **__: Any) -> None:
-        self._on_epoch_end()
-
-    @override
-    def on_validation_start(self, *_: Any, **__: Any) -> None:
-        self._on_look()
-
-    @override
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._on_look()
-
-
-class StopRequest:
-    """A signal that asks this rank to stop, until all ranks know of it.
-
-    Lightning's own handler, and its check before each batch, are blocking broadcasts: a rank that meets one alone hangs
-    there. Here the handler sets a flag; it travels with the next step's message, and all ranks stop after that step.
-
-    Args:
-        trainer: whose; between ranks only training has messages, so other runs stop by themselves.
-    """
-
-    def __init__(self, trainer: "pl.Trainer") -> None:
-        self._trainer = trainer
-        self.made = False
-
-    def handle(self, signum: int, _: object) -> None:
-        """The handler of SIGTERM."""
-        launcher = self._trainer.strategy.launcher
-        if not self.made and launcher is not None:
-            launcher.kill(signum)
-        self.made = True
-        if self._trainer.state.fn != TrainerFn.FITTING:
-            self.grant()
-
-    def grant(self) -> None:
-        """All ranks know: Lightning stops at the end of the step."""
-        self._trainer._signal_connector.received_sigterm = True
 
 
 class TrainerPatches:
@@ -84,7 +20,7 @@ class TrainerPatches:
         trainer: whose.
         metrics: of the run; closed when the Trainer is restored.
         prepare_dataloader: in place of Lightning's, which injects samplers.
-        before_batch: called before a batch is fetched, in place of a broadcast; see `StopRequest`.
+        before_batch: called before a batch is fetched, in place of a broadcast; see `signals.StopRequest`.
         on_sigterm: the handler of SIGTERM.
         callbacks: called before the user's.
 

@@ -113,9 +113,9 @@ def steps_of(first: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return steps
 
 
-def own_work(steps: Sequence[Mapping[str, Any]], split: Split) -> list[float]:
+def compute_times(steps: Sequence[Mapping[str, Any]], split: Split) -> list[float]:
     """The median of each rank's own work in the last steps of a split; [] where nothing is known."""
-    known = [step["own"] for step in steps if "own" in step and tuple(step["split"]) == split]
+    known = [step["compute"] for step in steps if "compute" in step and tuple(step["split"]) == split]
     return [median(column) for column in zip(*known[-_LAST:], strict=True)]
 
 

@@ -101,7 +101,7 @@ class Competitor:
         (self._on.set if on else self._on.clear)()
 
     def _work(self) -> None:
-        stream = torch.cuda.GlobalBatches()
+        stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             matrix = torch.randn(self._side, self._side, device="cuda")
             while True:

@@ -36,8 +36,10 @@ from torch.utils.data import DataLoader
 from validating import evaluate
 
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.exchange.messages import StepMessages
+from lightning_hetero.device import allocator as device_allocator
 from lightning_hetero.planning.plan import Plan
+from lightning_hetero.planning.planner import PlanUpdate, SplitPlanner
+from lightning_hetero.planning.reports import StepReports
 
 _TIMEOUT = timedelta(hours=1)
 _LIBRARIES = {"resnet18": "torchvision.models", "unet": "segmentation_models_pytorch", "fcn": "torchgeo.models"}
@@ -81,46 +83,62 @@ class Joined(ClusterEnvironment):
         return 0
 
 
-class Observed(HeteroStrategy):
-    """Writes down what the strategy hears of all ranks, for which there is no public name; changes nothing."""
+class Observer:
+    """Writes down what all ranks report to a planner, and what it plans; changes nothing.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    Args:
+        planner: of the run.
+        next_step: the number of the next global batch.
+        log: the run's `plan.jsonl`.
+    """
+
+    def __init__(self, planner: SplitPlanner, next_step: Callable[[], int], log: Path) -> None:
+        self._planner = planner
+        self._next_step = next_step
+        self._log = log
         self._notes: list[dict[str, Any]] = []
-        self._splits_told = 0
+        self._splits_reported = 0
+        update = planner.update
 
-    def _hear(self, messages: StepMessages) -> None:
-        assert self._planner is not None
-        schedule = self._planner.schedule
-        before = schedule.newest
-        super()._hear(messages)
-        reports = messages.reports()
-        measured = set(reports.measured_steps.tolist())
-        if len(measured) > 1 or measured == {-1}:
-            return
-        (told,) = measured
-        note = {"step": told, "own": reports.compute_seconds.tolist()}
-        new = schedule.newest
-        if new is not before:
-            note["then"] = {"split": new.local_batches, "from": new.first_step, "reason": new.reason}
-            note["then"]["predicted"] = new.predicted_seconds
-        self._notes.append(note)
+        def observed(reports: StepReports) -> PlanUpdate:
+            result = update(reports)
+            for step in result.measured:
+                self._notes.append({"step": step.step, "compute": list(step.compute_seconds)})
+            if result.measured and result.plans:
+                new = result.plans[-1]
+                self._notes[-1]["then"] = {
+                    "split": new.local_batches,
+                    "from": new.first_step,
+                    "reason": new.reason,
+                    "predicted": new.predicted_seconds,
+                }
+            return result
 
-    def told(self) -> dict[str, Any]:
-        """What was written down since it was last asked for, and the split of each step since then."""
-        assert self._planner is not None
+        planner.update = observed  # type: ignore[method-assign] # a planner has no other way to be observed
+
+    def report(self) -> dict[str, Any]:
+        """What was written down since this was last called, and the split of each step since then."""
         notes, self._notes = self._notes, []
-        steps = range(self._splits_told, self._batches)
-        self._splits_told = self._batches
+        steps = range(self._splits_reported, self._next_step())
+        self._splits_reported = self._next_step()
         splits = [self._planner.schedule.at(step).local_batches for step in steps]
-        return {"observed": notes, "splits": splits, "outlook": self._outlook()}
+        return {"observed": notes, "splits": splits, "paying": self._paying()}
 
-    def _outlook(self) -> dict[str, Any] | None:
+    def _paying(self) -> dict[str, Any] | None:
         """Which ranks do not pay, as the strategy has written it into the run's folder; None before it does."""
-        assert self.lightning_module is not None
-        log = Path(self.lightning_module.trainer.default_root_dir) / "hetero" / "plan.jsonl"
-        events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return next((event for event in events if event["event"] == "outlook"), None)
+        events = [json.loads(line) for line in self._log.read_text().splitlines()] if self._log.exists() else []
+        return next((event for event in events if event["event"] == "paying"), None)
+
+
+def observer_of(trainer: pl.Trainer) -> Observer | None:
+    """The observer of a run that begins to train; None where it is not one of `hetero`."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, HeteroStrategy):
+        return None
+    planner = strategy.job.planners.current
+    assert isinstance(planner, SplitPlanner)
+    log = Path(trainer.default_root_dir) / "hetero" / "plan.jsonl"
+    return Observer(planner, strategy.job.batches.next_step, log)
 
 
 class Pace(Callback):
@@ -137,8 +155,10 @@ class Pace(Callback):
         self._mark: int | None = None
         self._last = 0.0
         self._cpu = 0.0
+        self._observer: Observer | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._observer = observer_of(trainer)
         self._connection.send(("ready", None))
         self._sleep(trainer)
 
@@ -151,8 +171,8 @@ class Pace(Callback):
         if len(self._seconds) == self._steps:
             answer = {"seconds": self._seconds, "observed": [], "splits": []}
             answer |= {"cpu": time.process_time() - self._cpu, "peak": _peak_memory()}
-            if isinstance(trainer.strategy, Observed):
-                answer |= trainer.strategy.told()
+            if self._observer is not None:
+                answer |= self._observer.report()
             self._connection.send(("done", answer))
             self._seconds = []
             self._sleep(trainer)
@@ -170,9 +190,9 @@ class Pace(Callback):
 
 def change_split(strategy: Any, split: Split) -> None:
     """Another fixed split from the next step on; one run for all of them saves starting a new one for each."""
-    planner = strategy._planner
-    first = max(strategy._loaders.drawn() + 1, planner.schedule.newest.first_step)
-    planner.schedule.append(Plan(first, split, reason="shares"))
+    schedule = strategy.job.planners.current.schedule
+    first = max(strategy.run.loaders.last_drawn + 1, schedule.newest.first_step)
+    schedule.append(Plan(first, split, reason="shares"))
 
 
 def _peak_memory() -> int:
@@ -190,8 +210,8 @@ def set_allocator(allocator: str) -> bool:
         whether freed memory is kept.
     """
     if allocator == "kept":
-        return allocator.keep_freed_memory()
-    told = allocator.keep_freed_memory
+        return device_allocator.keep_freed_memory()
+    told = device_allocator.keep_freed_memory
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "lightning_hetero" and getattr(module, "keep_freed_memory", None) is told:
             module.keep_freed_memory = lambda: False  # type: ignore[attr-defined] # for whoever imported it by name too
@@ -235,9 +255,9 @@ def _train(kind: str, world_size: int, task: Task, workers: int, connection: Con
     if kind == "ddp":
         strategy: Any = "ddp"
     elif kind == "hetero":
-        strategy = Observed(global_batch=task.global_batch)
+        strategy = HeteroStrategy(global_batch=task.global_batch)
     elif kind == "fixed":
-        strategy = Observed(shares="equal", global_batch=task.global_batch)
+        strategy = HeteroStrategy(shares="equal", global_batch=task.global_batch)
     else:
         strategy = "auto"
     if task.evaluation is not None:
@@ -305,9 +325,9 @@ class Side:
     ) -> None:
         self.kind = kind
         self.steps: list[dict[str, Any]] = []
-        """All steps that it has trained: see `steps_of`; with each rank's `own` work, known one step later, and `then`,
-        the plan that was made of that."""
-        self.outlook: dict[str, Any] | None = None
+        """All steps that it has trained: see `steps_of`; with each rank's `compute` time, known one step later, and
+        `then`, the plan that was made of that."""
+        self.paying: dict[str, Any] | None = None
         """What hetero says of ranks that do not pay, as of the last turn."""
         self.peaks: list[int] = []
         """The most memory in bytes that each rank has had, as of the last turn."""
@@ -380,7 +400,7 @@ class Side:
         self.steps += steps_of(len(self.steps), answers[0])
         for note in answers[0]["observed"]:
             self.steps[note["step"]] |= note
-        self.outlook = answers[0].get("outlook")
+        self.paying = answers[0].get("paying")
         self.peaks = [answer["peak"] for answer in answers]
         return {"seconds": answers[0]["seconds"], "foreign": max(0.0, *parts)}
 

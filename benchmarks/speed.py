@@ -191,12 +191,12 @@ class Comparison:
             "solo_seconds": self._solo,
             "disturbance": self._stage.disturbance(),
             "fixed_splits": [
-                {"split": split, "seconds": seconds, "own_seconds": figures.own_work(self._fixed.steps, split)}
+                {"split": split, "seconds": seconds, "compute_seconds": figures.compute_times(self._fixed.steps, split)}
                 for split, seconds in sorted(times.items())
             ],
             "hetero": {
                 "plans": plans,
-                "outlook": self._hetero.outlook,
+                "paying": self._hetero.paying,
                 "settled_after_steps": figures.settled(plans, times),
                 "steps": self._hetero.steps,
             },
@@ -206,9 +206,9 @@ class Comparison:
 def tell(step: dict[str, Any]) -> str:
     """A step of hetero in a line."""
     text = f"hetero step {step['step']}: {step['seconds'] * 1000:.0f} ms, split {show_split(step['split'])}"
-    if "own" in step:
-        own = ", ".join(f"{seconds * 1000:.0f}" for seconds in step["own"])
-        text += f", own work {own}"
+    if "compute" in step:
+        compute = ", ".join(f"{seconds * 1000:.0f}" for seconds in step["compute"])
+        text += f", compute time {compute}"
         if then := step.get("then"):
             predicted = ", ".join(f"{seconds * 1000:.0f}" for seconds in then["predicted"])
             text += f"; then {show_split(then['split'])} from step {then['from']} on ({then['reason']})"
@@ -239,19 +239,20 @@ def table(report: dict[str, Any]) -> str:
         f"plans of hetero: {plans}",
         "within 5% of the best fixed split: " + ("not to the end" if settled is None else f"from step {settled} on"),
     ]
-    if outlook := report["hetero"].get("outlook"):
-        lines.append(said(outlook))
+    if paying := report["hetero"].get("paying"):
+        lines.append(who_pays(paying))
     if others["median"] > DISTURBED:
         lines.append("others were using the cores nearly all the time: this is no result, measure again")
     return "\n".join(lines)
 
 
-def said(outlook: dict[str, Any]) -> str:
+def who_pays(paying: dict[str, Any]) -> str:
     """What hetero has said of ranks that do not pay."""
-    if not outlook["left_out"]:
+    if not paying["not_paying"]:
         return "hetero says that all ranks pay"
-    times = f"{outlook['predicted_seconds_without'] * 1000:.0f} instead of {outlook['predicted_seconds'] * 1000:.0f} ms"
-    ranks = ", ".join(f"rank {each['rank']} (pays from {each['pays_from'] or 'never'})" for each in outlook["left_out"])
+    times = f"{paying['predicted_seconds_without'] * 1000:.0f} instead of {paying['predicted_seconds'] * 1000:.0f} ms"
+    others = paying["not_paying"]
+    ranks = ", ".join(f"rank {each['rank']} (pays from {each['pays_from'] or 'never'})" for each in others)
     return f"hetero says what does not pay: {ranks}; without: {times}"
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
 
-from figures import Split, best_of, middle, own_work, show_split, steady
+from figures import Split, best_of, compute_times, middle, show_split, steady
 from quotas import Hierarchy, Quotas, idle_seconds, place
 from reports import say
 from searching import Search
@@ -109,8 +109,10 @@ class Stage:
 
         def measure(split: Split, number: int, goes_on: bool) -> list[float]:
             times = self.take(fixed, number, split, warm_up=1)
-            own = ", ".join(f"{seconds * 1000:.0f}" for seconds in own_work(fixed.steps, split))
-            say(f"split {show_split(split)}: {median(times) * 1000:.0f} ms (own work {own}){' again' * goes_on}")
+            compute = ", ".join(f"{seconds * 1000:.0f}" for seconds in compute_times(fixed.steps, split))
+            say(
+                f"split {show_split(split)}: {median(times) * 1000:.0f} ms (compute time {compute}){' again' * goes_on}"
+            )
             return times
 
         return Search(measure, steps)

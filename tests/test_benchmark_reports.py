@@ -54,7 +54,7 @@ def test_a_report_is_written_shown_and_drawn(tmp_path):
 
 
 def test_a_report_has_a_line_for_each_step(tmp_path):
-    steps = [{"step": step, "seconds": 0.1, "split": (60, 4), "own": [0.1, 0.09]} for step in range(30)]
+    steps = [{"step": step, "seconds": 0.1, "split": (60, 4), "compute": [0.1, 0.09]} for step in range(30)]
     report = {"best": (60, 4), "runs": [{"plans": [(0, (32, 32)), (4, (60, 4))], "steps": steps}] * 2}
     path = tmp_path / "report.json"
     load("reports").write(report, path)

@@ -58,12 +58,13 @@ def test_a_turn_is_remembered_step_by_step():
     assert figures.steps_of(0, {"seconds": [0.5], "splits": [], "observed": []}) == [{"step": 0, "seconds": 0.5}]
 
 
-def test_own_work_is_that_of_the_last_steps_of_the_split():
+def test_compute_times_are_those_of_the_last_steps_of_the_split():
     figures = load("figures")
-    old = [{"split": (3, 1), "own": [9.0, 9.0]}] * 10
-    new = [{"split": (3, 1), "own": [1.0, 2.0]}] * 10
-    assert figures.own_work([*old, *new, {"split": (2, 2), "own": [5.0, 5.0]}, {"split": (3, 1)}], (3, 1)) == [1.0, 2.0]
-    assert figures.own_work([], (3, 1)) == []
+    old = [{"split": (3, 1), "compute": [9.0, 9.0]}] * 10
+    new = [{"split": (3, 1), "compute": [1.0, 2.0]}] * 10
+    others = [{"split": (2, 2), "compute": [5.0, 5.0]}, {"split": (3, 1)}]
+    assert figures.compute_times([*old, *new, *others], (3, 1)) == [1.0, 2.0]
+    assert figures.compute_times([], (3, 1)) == []
 
 
 def test_settled_is_the_step_from_which_the_split_stays_good():

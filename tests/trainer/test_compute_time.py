@@ -18,7 +18,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from lightning_hetero import HeteroStrategy
 from lightning_hetero.device import step_timer
 from lightning_hetero.exchange.groups import PendingRows, RankGroup
-from lightning_hetero.exchange.messages import StepMessages
+from lightning_hetero.planning.planner import PlanUpdate
+from lightning_hetero.planning.reports import StepReports
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 
@@ -101,18 +102,22 @@ class Saves(Callback):
         Clock.now += OTHER
 
 
-class Listening(HeteroStrategy):
-    """Keeps what all ranks tell of their own work."""
+class Reports(Callback):
+    """Keeps what all ranks report of their compute time."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self) -> None:
         self.heard: list[tuple[list[float], list[float]]] = []
 
-    def _hear(self, messages: StepMessages) -> None:
-        super()._hear(messages)
-        reports = messages.reports()
-        if reports.measured_steps.max() >= 0:
-            self.heard.append((reports.measured_steps.tolist(), reports.compute_seconds.tolist()))
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        planner = trainer.strategy.job.planners.current
+        update = planner.update
+
+        def observed(reports: StepReports) -> PlanUpdate:
+            if reports.measured_steps.max() >= 0:
+                self.heard.append((reports.measured_steps.tolist(), reports.compute_seconds.tolist()))
+            return update(reports)
+
+        planner.update = observed
 
 
 def waiting_mean(state: Any, bucket: Any) -> Any:
@@ -161,14 +166,16 @@ def fit_all() -> dict[str, Any]:
     heard = {}
     for name, (module, options) in FITS.items():
         of_ddp = {key: value for key, value in options.items() if key in ("ddp_comm_hook", "broadcast_buffers")}
-        strategy = Listening(shares=[3, 1], global_batch=8, bucket_cap_mb=1e-4, **of_ddp)
+        strategy = HeteroStrategy(shares=[3, 1], global_batch=8, bucket_cap_mb=1e-4, **of_ddp)
         more = {key: value for key, value in options.items() if key not in of_ddp}
+        reports = Reports()
+        more["callbacks"] = [*more.get("callbacks", []), reports]
         trainer = make_trainer(strategy, 2, **{"max_epochs": 1, "num_sanity_val_steps": 0} | more)
         loaders = {"train_dataloaders": DataLoader(Loading(8 * 6), batch_size=4)}
         if "val_check_interval" in options:
             loaders["val_dataloaders"] = DataLoader(Numbers(4), batch_size=2)
         trainer.fit(module(), **loaders)
-        heard[name] = strategy.heard
+        heard[name] = reports.heard
     return heard
 
 

@@ -107,8 +107,7 @@ def fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
 
     chosen = HeteroStrategy(**({"shares": "equal"} | strategy))
     out = fit_here(recipe, chosen, torch.distributed.get_world_size(), recipe.batch_size)
-    assert chosen._planner is not None
-    plans = [(plan.first_step, plan.local_batches, plan.reason) for plan in chosen._planner.schedule.plans]
+    plans = [(plan.first_step, plan.local_batches, plan.reason) for plan in chosen.job.planners.current.schedule.plans]
     return out | {"plans": plans}
 
 
@@ -362,8 +361,8 @@ def test_a_limit_that_leaves_no_room() -> None:
 def test_one_sample_that_does_not_fit() -> None:
     errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, fits=0)), {})
     assert (
-        "RankOutOfMemoryError: rank 1 (cpu) ran out of memory at a local batch of 6, and 1 of its samples alone do not fit; "
-        "use a smaller global_batch"
+        "RankOutOfMemoryError: rank 1 (cpu) ran out of memory at a local batch of 6, and 1 of its samples alone do not "
+        "fit; use a smaller global_batch"
     ) in errors[1]
     assert "rank 1 (cpu) failed first" in errors[0]
 

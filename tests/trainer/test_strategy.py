@@ -206,7 +206,7 @@ def again_in_this_process(folder: str) -> int:
     trainer = make_trainer(strategy, 2, **options)
     trainer.fit(Regression(), shuffled())
     trainer.fit(Regression(), shuffled(), ckpt_path=path)
-    return strategy._batches
+    return strategy.job.batches.next_step()
 
 
 def test_a_fit_that_begins_where_the_last_one_ended_counts_its_first_batch(tmp_path: Path) -> None:

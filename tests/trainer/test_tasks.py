@@ -45,7 +45,7 @@ def test_what_the_documentation_says(case: Case) -> None:
     """The rule that is found, and the gradient: exact where the table says so, and not where it says why not."""
     counted, exact = table()[case.task, case.loss]
     module = case.make()
-    counter = find(module, None, sample_count)
+    counter = find(module, None)
     rule = re.match(r"valid targets|target elements|images|samples", counter.rule)
     assert rule is not None
     assert counted.startswith(rule[0])
@@ -72,7 +72,7 @@ def test_batches_of_boxes_count_images() -> None:
     module = detection.make()
     batch = collate([Images(3, "boxes")[i] for i in range(3)])
     assert sample_count(batch) != 3
-    assert find(module, None, sample_count)(module, batch) == 3
+    assert find(module, None)(module, batch) == 3
 
 
 @pytest.mark.parametrize("synchronised", [False, True])

@@ -100,7 +100,7 @@ class SplitPlanner:
     """
 
     FUTILE_MESSAGES = 8
-    """Messages in a row without a complete step after which it no longer explores: every batch may be a short one, which
+    """Messages in a row without a complete step after which it stops exploring: every batch may be a short one, which
     is not measured. Chosen."""
 
     def __init__(

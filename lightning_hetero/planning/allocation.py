@@ -141,7 +141,7 @@ def _filled(units: int, weights: _Floats, least: _Ints, most: _Ints) -> _Floats:
             continue
         quota = np.where(free, rest * weights / scale, quota)
         kept = np.clip(quota, least, most)
-        # Where limits take more than they give, the lower ones hold for sure, and the other way round.
+        # Where limits take more than they give, the lower ones hold in any case, and the other way round.
         too_much = float((kept - quota)[free].sum())
         held = free & (quota < least if too_much > 0 else quota > most if too_much < 0 else kept != quota)
         if not held.any():
@@ -196,7 +196,7 @@ def _upper_limits(low: _Ints, total: int, maximum: int | Sequence[int] | None, g
         rank = int(np.argmax(caps < low))
         raise ValueError(
             f"rank {rank}: no multiple of granularity {granularity} lies between its minimum and its maximum"
-            f" ({low[rank] - caps[rank]} samples apart, rounded to the granularity)"
+            f" ({low[rank] - caps[rank]} samples between them, rounded to the granularity)"
         )
     if (most := int(caps.sum())) < total:
         raise ValueError(

@@ -51,8 +51,8 @@ _ERROR_OF_MEDIAN = 1.2533
 _ENOUGH_DEVIATIONS = 8
 _ASSUMED_NOISE = 0.03
 
-# Local batches within this ratio are too close together to tell a slope from noise. Then this part of the time is taken
-# to be fixed: chosen; an error makes the next plan less good, and the measurements of that plan make up for it.
+# Local batches within this ratio are too close together to separate a slope from noise. Then this part of the time is
+# taken to be fixed: chosen; an error makes the next plan less good, and the measurements of that plan make up for it.
 _TOO_CLOSE = 4 / 3
 _ASSUMED_FIXED_PART = 0.25
 

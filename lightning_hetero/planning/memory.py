@@ -33,7 +33,7 @@ class MemoryModel:
     def fit(cls, peaks: Mapping[int, float], resting: float = 0.0) -> "MemoryModel":
         """The least-squares line, raised until no observation lies above it.
 
-        One local batch alone tells nothing of the slope: then all that is held beyond `resting` counts for samples.
+        One local batch alone does not show the slope: then all that is held beyond `resting` counts for samples.
 
         Args:
             peaks: from local batches, at least 1, to the most bytes seen with them; not empty.

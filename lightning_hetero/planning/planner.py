@@ -33,7 +33,7 @@ class Planner(Protocol):
 
     @property
     def global_batch(self) -> int | None:
-        """Samples of a step over all ranks; None where the user shards, since nobody knows."""
+        """Samples of a step over all ranks; None where the user shards: it is not known."""
 
     @property
     def is_exploring(self) -> bool:
@@ -100,8 +100,8 @@ class SplitPlanner:
     """
 
     FUTILE_MESSAGES = 8
-    """Messages in a row without a complete step after which it asks for no more before each batch: every batch may be a
-    short one, which is not measured. Chosen."""
+    """Messages in a row without a complete step after which it stops exploring: every batch may be a short one, which
+    is not measured. Chosen."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class SplitPlanner:
         self._balancer = self._fresh_balancer(profile)
         self._has_profile = self._balancer is not None and profile is not None
         self._discards_profile = False  # with the next update
-        self._drawn_ahead: int | None = None  # steps that loaders have drawn beyond that of the last messages
+        self._next_is_undrawn = False  # the batch after that of the last messages, by all loaders
         self._futile_messages = 0  # in a row without a complete step
         self.schedule = Schedule(self._first_plan(profile, speeds))
 
@@ -176,9 +176,8 @@ class SplitPlanner:
 
         It would while it looks for the right plan, where loaders have not drawn that batch.
         """
-        undrawn = self._drawn_ahead is not None and self._drawn_ahead <= 0
-        hopeful = self._futile_messages < self.FUTILE_MESSAGES
-        return undrawn and hopeful and self._balancer is not None and self._balancer.is_exploring
+        in_time = self._next_is_undrawn and self._futile_messages < self.FUTILE_MESSAGES
+        return in_time and self._balancer is not None and self._balancer.is_exploring
 
     def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
         """Whether W local batches are known to fit on all ranks; see `memory.Caps.fits_in_memory`."""
@@ -191,7 +190,7 @@ class SplitPlanner:
             ValueError: the global batch does not fit into the memory of all ranks together.
         """
         drawn = reports.last_drawn
-        self._drawn_ahead = drawn - reports.step
+        self._next_is_undrawn = drawn <= reports.step
         restarted = self._plan_anew(drawn) if self._discards_profile else None
         warnings = self.caps.update(reports.memory) if self.caps is not None else ()
         within = self._keep_to_caps(drawn)
@@ -213,7 +212,7 @@ class SplitPlanner:
         return self._balancer.state_dict() if self._balancer is not None and self._balancer.models() else None
 
     def _plan_anew(self, drawn: int) -> Plan:
-        """Forget the profile: equal shares, and a balancer that knows nothing."""
+        """Forget the profile: equal shares, and a balancer without measurements."""
         self._balancer = self._fresh_balancer(None)
         self._has_profile = self._discards_profile = False
         return self._append(drawn, self._proportional(self._proportions), None, self._reason)

@@ -1,6 +1,6 @@
 """What ranks report of their steps, and the steps that every rank has reported.
 
-A rank reports its measurements with the messages of a later step, and ranks may be some steps apart in that.
+A rank reports its measurements with the messages of a later step, and some ranks later than others.
 """
 
 from dataclasses import dataclass
@@ -80,8 +80,8 @@ class MeasurementJoin:
     """
 
     PATIENCE = 64
-    """Steps after which a measurement that not all ranks have reported is given up. Ranks are a few steps apart: this
-    only bounds memory."""
+    """Steps after which a measurement that not all ranks have reported is given up. Ranks are a few steps behind each
+    other at most: this only bounds memory."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size

@@ -106,8 +106,8 @@ class StepTimeModel:
 
         far = next((i for i in range(1, len(x)) if x[i] >= _SPAN * x[0]), len(x) - 1)
         fixed = t[0] - x[0] * (t[far] - t[0]) / (x[far] - x[0])
-        # The nearest rise to the left of the end. A curve that is flat all over does not tell where its flat part ends:
-        # more than in proportion it should not cost, so that is the cautious guess.
+        # The nearest rise to the left of the end. A curve that is flat all over does not show where its flat part ends:
+        # more than in proportion it should not cost, so that is the cautious choice.
         near = [i for i in reversed(range(len(x) - 1)) if x[-1] >= _SPAN * x[i]] or [0]
         rises = ((t[-1] - t[i]) / (x[-1] - x[i]) for i in near if t[-1] - t[i] > _FLAT * t[i])
         return cls((0, *x), (min(max(fixed, 0.0), t[0]), *t), next(rises, t[-1] / x[-1]))

@@ -112,6 +112,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
     "CombinedLoader": ("lightning", lambda: CombinedLoader([]), ["_mode"]),
     "_ResultCollection": ("lightning", lambda: _ResultCollection(training=True), ["_forked_name", "_get_cache"]),
     "_ResultMetric": ("lightning", result_metric, ["_computed", "_forward_cache", "_update_count"]),
+    "_Metadata": ("lightning", lambda: _Metadata("training_step", "loss"), ["_sync"]),
     "_Sync": ("lightning", _Sync, ["_fn", "_should"]),
     "ModelCheckpoint": ("lightning", ModelCheckpoint, ["_every_n_train_steps", "_train_time_interval"]),
     "LightningModule": ("lightning", pl.LightningModule, ["_compiler_ctx", "_trainer"]),

@@ -1,7 +1,8 @@
 """A logged value as ranks describe it to each other, and how one value is made of all theirs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -28,44 +29,25 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
 class LoggedKey:
     """What all ranks have to know of a logged value, also those that have not logged it.
 
-    The fields are those of Lightning's metadata, but for what belongs to a process.
+    Attributes:
+        key: of the collection.
+        meta: Lightning's, without what belongs to a process.
+        reduction: see `REDUCTIONS`.
+        is_tensor: it is no torchmetric.
+        sync_dist: as the user has it.
     """
 
     key: str
-    fx: str
-    name: str
-    prog_bar: bool
-    logger: bool
-    on_step: bool
-    on_epoch: bool
+    meta: _Metadata
     reduction: str
-    enable_graph: bool
-    add_dataloader_idx: bool
-    dataloader_idx: int | None
-    metric_attribute: str | None
     is_tensor: bool
     sync_dist: bool
 
     @classmethod
     def of(cls, key: str, metric: _ResultMetric) -> "LoggedKey":
         """What this rank has registered under a key."""
-        meta = metric.meta
-        return cls(
-            key=key,
-            fx=meta.fx,
-            name=meta.name,
-            prog_bar=meta.prog_bar,
-            logger=meta.logger,
-            on_step=meta.on_step,
-            on_epoch=meta.on_epoch,
-            reduction=next(name for name, function in REDUCTIONS.items() if function is meta.reduce_fx),
-            enable_graph=meta.enable_graph,
-            add_dataloader_idx=meta.add_dataloader_idx,
-            dataloader_idx=meta.dataloader_idx,
-            metric_attribute=meta.metric_attribute,
-            is_tensor=metric.is_tensor,
-            sync_dist=meta.sync.should,
-        )
+        reduction = next(name for name, function in REDUCTIONS.items() if function is metric.meta.reduce_fx)
+        return cls(key, replace(metric.meta, _sync=None), reduction, metric.is_tensor, metric.meta.sync.should)
 
     def make_metric(self, reduce: Callable[..., Any]) -> _ResultMetric:
         """What Lightning would have registered on a rank that logs the key, so that this one still may.
@@ -73,28 +55,17 @@ class LoggedKey:
         Args:
             reduce: the strategy's.
         """
-        meta = _Metadata(
-            fx=self.fx,
-            name=self.name,
-            prog_bar=self.prog_bar,
-            logger=self.logger,
-            on_step=self.on_step,
-            on_epoch=self.on_epoch,
-            reduce_fx=REDUCTIONS[self.reduction],
-            enable_graph=self.enable_graph,
-            add_dataloader_idx=self.add_dataloader_idx,
-            dataloader_idx=self.dataloader_idx,
-            metric_attribute=self.metric_attribute,
-        )
+        meta = replace(self.meta, reduce_fx=REDUCTIONS[self.reduction])
         meta.sync = _Sync(_should=self.sync_dist, fn=reduce)
         return _ResultMetric(meta, self.is_tensor)
 
     def difference(self, other: "LoggedKey") -> str | None:
         """Why another rank's values under the same key can't be put together with these; None if they can."""
-        for field in ("is_tensor", "on_step", "on_epoch", "reduction", "dataloader_idx"):
-            mine, others = getattr(self, field), getattr(other, field)
+        for field in ("is_tensor", "meta.on_step", "meta.on_epoch", "reduction", "meta.dataloader_idx"):
+            mine, others = map(attrgetter(field), (self, other))
             if mine != others:
-                return f"{field}={mine!r} and {field}={others!r}"
+                name = field.removeprefix("meta.")
+                return f"{name}={mine!r} and {name}={others!r}"
         return None
 
 
@@ -113,7 +84,7 @@ def union(keys: Sequence[Sequence[LoggedKey]]) -> list[LoggedKey]:
             earlier, same = first.setdefault(key.key, (rank, key))
             if difference := same.difference(key):
                 raise ValueError(
-                    f"ranks {earlier} and {rank} log {key.name!r} in different ways ({difference}): call self.log "
+                    f"ranks {earlier} and {rank} log {key.meta.name!r} in different ways ({difference}): call self.log "
                     "with the same arguments on all ranks, or under another name"
                 )
     return [key for _, key in first.values()]

@@ -67,7 +67,7 @@ class SynchronizedLoggerConnector(_LoggerConnector):
         results = self.trainer._results
         if self._values_used and isinstance(results, TrainingResults) and not self.trainer.interrupted:
             # Only the first time nobody knows whether a rank logs values there.
-            logged = any(key.on_step and key.fx == "on_train_batch_end" for key in results.logged_keys)
+            logged = any(key.meta.on_step and key.meta.fx == "on_train_batch_end" for key in results.logged_keys)
             if not self._hooks_known or logged:
                 results.exchange_steps()
             self._hooks_known = True

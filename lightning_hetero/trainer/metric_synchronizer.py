@@ -34,7 +34,7 @@ class MetricSynchronizer:
         in_evaluation_batch: whether the rank is in an evaluation step, which other ranks may not have.
 
     Attributes:
-        step_logging: what a training step tells of itself.
+        step_logging: for the training steps.
         evaluation_results: collections of the loops that validate in a fit, validate, and test.
         connector: in place of the Trainer's.
     """

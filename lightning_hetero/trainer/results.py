@@ -8,6 +8,7 @@ metrics never communicates.
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _METRICS,
+    _Metadata,
     _ResultCollection,
     _ResultMetric,
     _Sync,
@@ -83,7 +85,7 @@ class SynchronizedResults(_ResultCollection):
         """
         rank = self._exchange.group.rank
         metrics = []
-        for key, rows in self._exchange_rows(lambda key: key.on_epoch, self._epoch_row):  # rows: (W, 4)
+        for key, rows in self._exchange_rows(lambda key: key.meta.on_epoch, self._epoch_row):  # (W, 4)
             if not rows[:, 0].any():
                 continue
             metric = self._registered(key)
@@ -139,7 +141,7 @@ class SynchronizedResults(_ResultCollection):
     def _epoch_row(self, key: LoggedKey) -> list[Tensor | float]:
         """Whether it is not exchanged yet; bytes of a number, 0 for none; sum (for metrics: updated); weight."""
         metric = self.get(key.key)
-        if metric is None or metric.has_reset or not key.on_epoch:
+        if metric is None or metric.has_reset or not key.meta.on_epoch:
             return [0.0] * _COLUMNS
         stale = float(metric._computed is None)
         if not key.is_tensor:
@@ -154,25 +156,23 @@ class SynchronizedResults(_ResultCollection):
         if key.key not in self:
             metric = key.make_metric(self._exchange.reduce)
             if not key.is_tensor:
-                metric.value = self._find(key)
+                metric.value = self._find(key.meta)
             self[key.key] = metric
             if key.is_tensor:
                 metric.to(self._exchange.device)
         found: _ResultMetric = self[key.key]
         return found
 
-    def _find(self, key: LoggedKey) -> Metric:
+    def _find(self, meta: _Metadata) -> Metric:
         found = None
-        if key.metric_attribute is not None:
-            try:
-                found = self._exchange.module.get_submodule(key.metric_attribute)
-            except AttributeError:
-                found = None
+        if meta.metric_attribute is not None:
+            with suppress(AttributeError):
+                found = self._exchange.module.get_submodule(meta.metric_attribute)
         if not isinstance(found, Metric):
             raise TypeError(
-                f"rank {self._exchange.group.rank} ({self._exchange.device}) has to compute the metric {key.name!r}, "
-                f"which other ranks have logged, but its module has no metric under {key.metric_attribute!r}: make the "
-                "same metrics on all ranks"
+                f"rank {self._exchange.group.rank} ({self._exchange.device}) has to compute the metric {meta.name!r}, "
+                f"which other ranks have logged, but its module has no metric under {meta.metric_attribute!r}: make "
+                "the same metrics on all ranks"
             )
         return found
 
@@ -289,7 +289,7 @@ class TrainingResults(SynchronizedResults):
             ValueError: ranks mean different things by one key.
         """
         self._exchanged_step = self._step
-        for key, rows in self._exchange_rows(lambda key: key.on_step and key.is_tensor, self._step_row):  # rows: (W, 4)
+        for key, rows in self._exchange_rows(lambda key: key.meta.on_step and key.is_tensor, self._step_row):  # (W, 4)
             if not rows[:, 1].any():
                 continue
             # A key that is logged now and then keeps its last value, and only those who logged it last have that one.
@@ -379,7 +379,7 @@ class EvaluationResults(SynchronizedResults):
 
     @override
     def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:
-        if logged or key.dataloader_idx is None:
+        if logged or key.meta.dataloader_idx is None:
             return self._loader_states.get(key.key)
         metric = self._registered(key).value
         current = ModuleSnapshot(metric)  # it may hold what another loader has added

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
@@ -47,20 +48,7 @@ def test_a_mean_of_equal_values_is_exactly_that_value(value: float, weights: lis
 
 
 KEY = LoggedKey(
-    key="training_step.loss",
-    fx="training_step",
-    name="loss",
-    prog_bar=False,
-    logger=True,
-    on_step=True,
-    on_epoch=True,
-    reduction="mean",
-    enable_graph=False,
-    add_dataloader_idx=True,
-    dataloader_idx=None,
-    metric_attribute=None,
-    is_tensor=True,
-    sync_dist=False,
+    "training_step.loss", _Metadata("training_step", "loss", on_step=True), "mean", is_tensor=True, sync_dist=False
 )
 
 
@@ -68,12 +56,12 @@ KEY = LoggedKey(
     ("change", "difference"),
     [
         ({}, None),
-        ({"prog_bar": True}, None),
+        ({"meta": replace(KEY.meta, prog_bar=True)}, None),
         ({"sync_dist": True}, None),
         ({"reduction": "max"}, "reduction='mean' and reduction='max'"),
-        ({"on_epoch": False}, "on_epoch=True and on_epoch=False"),
+        ({"meta": replace(KEY.meta, on_epoch=False)}, "on_epoch=True and on_epoch=False"),
         ({"is_tensor": False}, "is_tensor=True and is_tensor=False"),
-        ({"dataloader_idx": 1}, "dataloader_idx=None and dataloader_idx=1"),
+        ({"meta": replace(KEY.meta, dataloader_idx=1)}, "dataloader_idx=None and dataloader_idx=1"),
     ],
 )
 def test_what_makes_values_under_one_key_different(change: dict[str, Any], difference: str | None) -> None:
@@ -253,11 +241,13 @@ def training_on_ranks() -> Any:
         before = logged(logging, on_step=True)
         logging.results.exchange_steps()
         seen.append((before, logged(logging, on_step=True)))
+    logging.begin(borrowed=False, empty=False, samples=3, count=None)
     logging.results.log("training_step", "bar", torch.tensor(1.0 + rank), prog_bar=True, on_step=True, on_epoch=False)
+    logging.batch_over(None)
     shown = logging.results.metrics(on_step=True)["pbar"]
     unknown = logged(logging, on_step=False)
     logging.results.exchange_epoch()
-    return seen, shown, unknown, logged(logging, on_step=False), [key.name for key in logging.results.logged_keys]
+    return seen, shown, unknown, logged(logging, on_step=False), [key.meta.name for key in logging.results.logged_keys]
 
 
 def test_training_values_are_those_of_all_ranks_after_an_exchange() -> None:

@@ -177,6 +177,8 @@ class Leaves(Regression):
                 return None
             if self.way == "raises":
                 raise ArithmeticError("my own mistake")
+            if self.way == "words":
+                raise RuntimeError("DataLoader timed out after 30 seconds: /data/igloo/tile.tif")
         return super().training_step(batch, batch_idx)
 
 
@@ -186,6 +188,11 @@ class Leaves(Regression):
         ("leaves", r"rank 0 (trains on|fetches) global batch 2; rank 1 left the epoch", r"rank 1 left the epoch"),
         ("stops", r"rank 0 (trains on|fetches) global batch 3; rank 1 left the epoch", r"rank 1 left the epoch"),
         ("none", r"rank 1 \(cpu\) failed first: RuntimeError: Skipping the `training_step`", r"Skipping the"),
+        (
+            "words",
+            r"rank 1 \(cpu\) failed first: RuntimeError: DataLoader timed",
+            r"RuntimeError: DataLoader timed out",
+        ),
         ("raises", r"rank 1 \(cpu\) failed first: ArithmeticError: my own mistake", r"ArithmeticError: my own"),
     ],
 )

@@ -45,6 +45,7 @@ class HashingBatchSampler:
         self.hashes: deque[str] = deque()
 
     def __iter__(self) -> Iterator[Any]:
+        self.hashes.clear()
         for number, batch in enumerate(self._batch_sampler):
             if number < DuplicateDataCheck.WATCHED:
                 self.hashes.append(index_hash([batch]))

@@ -65,7 +65,7 @@ class Net(nn.Module):
             x = Limited.apply(x.clone().requires_grad_())
         out = self(x)
         valid = batch["valid"]
-        loss = ((out - y)[valid] ** 2).mean()  # NaN where nothing is valid
+        loss = ((out - y) ** 2 * valid).sum() / valid.sum()  # NaN, as its gradients, where nothing is valid
         if self.is_logging:
             self.logged.append(float(loss.detach()))
         return {"loss": loss, "out": out}

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import plot_overview
 from command_line import parser_of
+from configurations import MODELS, allocator_of, name_of
 from figures import show_split
-from plot_speed import MODELS
 
 Report = Mapping[str, Any]
 
@@ -44,23 +45,6 @@ def _order(report: Report) -> tuple[Any, ...]:
     model = list(MODELS).index(configuration["model"]) if "model" in configuration else -1
     sizes = configuration.get("size", 0), len(quotas), mildest_first, configuration.get("global_batch", 0)
     return (model, *sizes, allocator_of(report))
-
-
-def allocator_of(report: Report) -> str:
-    """How the C library's allocator was set; reports from before there was a choice had it as it is."""
-    return str(report["configuration"].get("allocator", "default"))
-
-
-def name_of(report: Report) -> str:
-    """A configuration in words."""
-    configuration = report["configuration"]
-    if "filters" in configuration:
-        return f"FCN, {configuration['size']} px, B {configuration['global_batch']}, {report['hardware']['gpu']}"
-    if "model" not in configuration:
-        return f"{configuration['ranks']} ranks"
-    quotas = "/".join(map(str, configuration["quotas"]))
-    words = f"{MODELS[configuration['model']]}, {configuration['size']} px, {quotas}, B {configuration['global_batch']}"
-    return words + (", allocator as it is" if allocator_of(report) == "default" else "")
 
 
 def _times(gain: Mapping[str, float] | None) -> str:
@@ -203,8 +187,6 @@ def main() -> None:
     reports = read(options.results)
     print(overview(reports))
     if options.plot and reports["speed"]:
-        import plot_overview
-
         print(f"\n{plot_overview.draw(reports['speed'], options.results / 'overview.png')}")
 
 

@@ -4,8 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
+from configurations import MODELS
 from figures import LATE, show_split
-from plot_speed import FAINT, MODELS, OURS, TEXT
+from plot_speed import FAINT, OURS, TEXT
 
 
 def draw(path: Path) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from overview import name_of
+from configurations import name_of
 from plot_speed import OURS, QUIET, TEXT
 
 _PANELS = (

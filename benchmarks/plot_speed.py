@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from configurations import MODELS
 from figures import show_split
 
 _NAMES = {
@@ -14,7 +15,6 @@ _NAMES = {
     "best": "best fixed split\nby search",
     "hetero": "hetero\nlearnt by itself",
 }
-MODELS = {"resnet18": "ResNet-18", "unet": "U-Net", "fcn": "FCN"}
 QUIET, OURS, TEXT, FAINT = "#b8c0cc", "#d1495b", "#222222", "#667080"
 
 

@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from validating import evaluate
 
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.exchange.messages import Rows, column
+from lightning_hetero.exchange.messages import StepMessages
 from lightning_hetero.planning.plan import Plan
 
 _TIMEOUT = timedelta(hours=1)
@@ -89,16 +89,17 @@ class Observed(HeteroStrategy):
         self._notes: list[dict[str, Any]] = []
         self._splits_told = 0
 
-    def _hear(self, step: int, rows: Rows) -> None:
+    def _hear(self, messages: StepMessages) -> None:
         assert self._planner is not None
         schedule = self._planner.schedule
         before = schedule.newest
-        super()._hear(step, rows)
-        measured = set(column(rows, "measured").astype(int).tolist())
+        super()._hear(messages)
+        reports = messages.reports()
+        measured = set(reports.measured_steps.tolist())
         if len(measured) > 1 or measured == {-1}:
             return
         (told,) = measured
-        note = {"step": told, "own": column(rows, "seconds").tolist()}
+        note = {"step": told, "own": reports.compute_seconds.tolist()}
         new = schedule.newest
         if new is not before:
             note["then"] = {"split": new.local_batches, "from": new.first_step, "reason": new.reason}

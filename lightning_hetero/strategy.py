@@ -1,8 +1,8 @@
-"""The Lightning strategy: wires the rooms into Lightning's hooks, and holds no logic of its own."""
-# ruff: noqa: SLF001 - a strategy is part of Lightning's inside; what it touches of a Trainer is guarded by a test
+"""The Lightning strategy: each of Lightning's hooks in a few lines."""
+# ruff: noqa: SLF001 - a strategy is a part of Lightning's inside; `tests/test_private_names.py` guards what it touches
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -18,48 +19,32 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from lightning_hetero.device import memory
-from lightning_hetero.device.allocator import keep_freed_memory
-from lightning_hetero.device.step_timer import compute_timer
 from lightning_hetero.exchange import consistency, failures
-from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
-from lightning_hetero.exchange.groups import RankGroup, own_total
-from lightning_hetero.exchange.messages import COLUMNS, Rows, column
-from lightning_hetero.planning.memory import Caps
 from lightning_hetero.planning.plan import Plan
-from lightning_hetero.planning.planner import Planner, Shares
-from lightning_hetero.sampling.train_sampler import Position
-from lightning_hetero.step import loss_count
-from lightning_hetero.step.batch_norm import smallest_local_batch
+from lightning_hetero.planning.shares import Shares
 from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
-from lightning_hetero.step.gradients import allreduce_mean, masked, until_last_bucket
-from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, StepInParts, find_obstacle
-from lightning_hetero.step.step import TrainingSteps
-from lightning_hetero.step.sync_batch_norm import BatchNormGroup
-from lightning_hetero.trainer.checks import check_devices, check_job, check_options, check_trainable
-from lightning_hetero.trainer.dataloaders import Context, Loaders
-from lightning_hetero.trainer.evaluation import Evaluating
+from lightning_hetero.step.gradients import averaging_hook, masked, until_last_bucket
+from lightning_hetero.trainer.evaluation import batch_hook, exchange_error
+from lightning_hetero.trainer.fit import Fit
+from lightning_hetero.trainer.hooks import Hooks
+from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
-from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
-from lightning_hetero.trainer.observer import Observer
-from lightning_hetero.trainer.passes import make_passes
-from lightning_hetero.trainer.patches import StepCallback, StopRequest, TrainerPatches
-from lightning_hetero.trainer.profile_store import ProfileStore, run_folder
-from lightning_hetero.trainer.reporting import device_name
-from lightning_hetero.trainer.results import MetricExchange
-from lightning_hetero.trainer.step_logging import StepLogging
+from lightning_hetero.trainer.options import Options, check_devices, check_trainable
+from lightning_hetero.trainer.passes import make_recovery
+from lightning_hetero.trainer.planners import NO_PLAN
+from lightning_hetero.trainer.run import Run
 from lightning_hetero.trainer.unused_parameters import explain_unused_parameters
 
 
-class HeteroStrategy(Evaluating):
+class HeteroStrategy(DDPStrategy):
     """Data parallelism on unequal devices: every global batch is split so that all devices finish together.
 
     The averaged gradient is the gradient of the global batch, however unevenly it is split, and which samples make up
     global batch k depends neither on the number of devices nor on their speeds.
 
     Args:
-        shares: ``"auto"`` learns how much each device can do, and begins with what an earlier run of the same job in
-            the run's folder has learnt; the path of a ``profile.json`` begins with that one; ``"equal"`` splits as
+        shares: ``"auto"`` measures how much each device can do, and begins with what an earlier run of the same job in
+            the run's folder has measured; the path of a ``profile.json`` begins with that one; ``"equal"`` splits as
             plain DDP does; one number a rank, such as ``[4, 1]``, is a fixed proportion.
         global_batch: samples in a step over all ranks; None means the loader's ``batch_size`` times the number of
             ranks, what DDP would use. With several training loaders it holds for each of them.
@@ -77,7 +62,7 @@ class HeteroStrategy(Evaluating):
 
     def __init__(
         self,
-        shares: Shares = "auto",
+        shares: str | Sequence[float] = "auto",
         global_batch: int | None = None,
         loss_count: Callable[[Any, Any], Any] | None = None,  # jsonargparse takes no more exact type
         memory_limit: float = 0.9,
@@ -85,38 +70,14 @@ class HeteroStrategy(Evaluating):
         gradient_as_bucket_view: bool = True,
         **ddp_options: Any,
     ) -> None:
-        check_options(shares, global_batch, memory_limit, granularity)
+        self._options = Options(Shares.parse(shares), global_batch, loss_count, memory_limit, granularity)
         self._trainers_accelerator: Accelerator | None = None
         super().__init__(gradient_as_bucket_view=gradient_as_bucket_view, **ddp_options)
-        self._shares = shares
-        self._global_batch = global_batch
-        self._loss_count = loss_count
-        self._memory_limit = memory_limit
-        self._granularity = granularity
-        self._batches = 0  # training batches begun since the strategy was made
-        self._exchange: RankGroup | None = None
-        self._planner: Planner | None = None
-        self._loaders: Loaders | None = None
-        self._attachment: TrainerPatches | None = None
-        self._stop: StopRequest | None = None
-        self._watch: failures.BackwardWatch | None = None
-        self._steps: TrainingSteps | None = None
-        self._logging: StepLogging | None = None
-        self._merge: BufferMerge | None = None
-        self._ties: BatchNormGroup | None = None
-        self._same_data = DuplicateDataCheck()
-        self._content = 0.0
-        self._last_ready = -1
-        self._observer: Observer | None = None  # on the first rank, while it trains
-        self._devices: list[str] = []
-        self._on_cpus = False  # all ranks: they know what a step has taken them as soon as it is over
-        self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
-        self._recovery: OutOfMemoryRecovery | None = None
-        self._step_in_parts: StepInParts | None = None
         self._launched = False
-        self._run = 0  # see `failures.new_run`
-        self._learnt: ProfileStore | None = None
-        self._planned: dict[str, Any] = {}  # the job that the planner is for
+        self._job: Job | None = None  # from the first run's setup on
+        self._run: Run | None = None  # while the Trainer runs
+        self._fit: Fit | None = None  # while it trains
+        self._buffers: BufferMerge | None = None  # of the wrapped module; None where DDP copies rank 0's
 
     @property
     def plan(self) -> Plan:
@@ -125,11 +86,40 @@ class HeteroStrategy(Evaluating):
         Raises:
             RuntimeError: there is none before the training loader is set up, nor where the user shards.
         """
-        if self._planner is None:
-            raise RuntimeError(
-                "there is no plan: it is made with the training loader, and stays in the process that trains"
-            )
-        return self._planner.schedule.at(max(0, self._batches - 1))
+        return self.job.planners.plan_at(max(0, self.job.batches.next_step() - 1))
+
+    @property
+    def job(self) -> Job:
+        """What this process keeps from run to run.
+
+        Raises:
+            RuntimeError: no run has begun in this process.
+        """
+        if self._job is None:
+            raise RuntimeError(NO_PLAN)
+        return self._job
+
+    @property
+    def run(self) -> Run:
+        """The call of the Trainer at hand.
+
+        Raises:
+            RuntimeError: the Trainer does not run.
+        """
+        if self._run is None:
+            raise RuntimeError("the strategy belongs to a running Trainer: call fit, validate, test or predict")
+        return self._run
+
+    @property
+    def fit(self) -> Fit:
+        """The training at hand.
+
+        Raises:
+            RuntimeError: the Trainer does not train.
+        """
+        if self._fit is None:
+            raise RuntimeError("training_step, backward and optimizer_step of the strategy belong to Trainer.fit")
+        return self._fit
 
     # ---- before and after a run ----
 
@@ -151,159 +141,108 @@ class HeteroStrategy(Evaluating):
         self._launched = True
         warning = check_devices(self.parallel_devices or [])
         # Whoever starts the processes elsewhere may have given each of them a core of its own already.
-        if (
-            warning
-            and self.cluster_environment is not None
-            and not self.cluster_environment.creates_processes_externally
-        ):
+        starts_processes = self.cluster_environment and not self.cluster_environment.creates_processes_externally
+        if warning and starts_processes:
             rank_zero_warn(warning)
-        check_job(self._shares, self._global_batch, self.world_size)
+        self._options.check_world_size(self.world_size)
         super()._configure_launcher()
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        assert self.lightning_module is not None
-        if self._exchange is None:
-            if self.root_device.type == "cpu":
-                keep_freed_memory()
-            self._clock = compute_timer(self.root_device)
-            self._exchange = RankGroup(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
-            self._devices = self._exchange.gather(device_name(self.root_device))
-            self._on_cpus = set(self._devices) == {"cpu"}
-            self._learnt = ProfileStore(self._shares, self._exchange, self.root_device)
-            if type(self._layer_sync) is TorchSyncBatchNorm and self.world_size > 1:
-                self._ties = BatchNormGroup(
-                    self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting
-                )
-                self._layer_sync = ExactSyncBatchNorm(self._ties)
-            rooms = self._exchange.gather(memory.memory_capacity(self.root_device))
-            self._limits = memory.limits(rooms, self._memory_limit)
-        seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
-        seed, self._run = self._exchange.broadcast((seed, failures.new_run()))
-        self._attach(self.lightning_module.trainer, seed % 2**32)
-
-    def _attach(self, trainer: "pl.Trainer", seed: int) -> None:
-        assert self._exchange is not None
-        if self._attachment is not None:  # a run that was interrupted may not have been torn down
-            self._attachment.remove()
-        context = Context(
-            exchange=self._exchange,
-            seed=seed,
-            global_batch=self._global_batch,
-            planner=self._planner_for,
-            evaluation=self._evaluations(self._exchange, self._shares, lambda: self._planner),
-            position=lambda: Position(trainer.current_epoch, self._batches),
-            on_borrow=lambda: self._steps.remember_random_states() if self._steps is not None else None,
-        )
-        self._loaders = Loaders(trainer, context)
-        talk = MetricExchange(
-            self._exchange, self._clock.waiting, self.reduce, trainer.lightning_module, self.root_device
-        )
-        truth = (
-            MetricSynchronizer(trainer, talk, self._loss_count, self._take_over_metrics)
-            if self.world_size > 1
-            else None
-        )
-        self._logging = StepLogging(trainer.fit_loop.epoch_loop._results, truth)
-        self._stop = StopRequest(trainer)
-        self._attachment = TrainerPatches(
-            trainer,
-            prepare_dataloader=self._loaders.prepare,
-            before_batch=self._before_batch,
-            stop=self._stop,
-            callback=StepCallback(self._batch_over, self._epoch_over, self._merge_buffers),
-            more=self._logging.patches(),
-        )
-
-    def _planner_for(self, global_batch: int) -> Planner:
-        """The planner for the first training loader's global batch; what was learnt for the same one is kept."""
-        first = self._loaders is None or self._loaders.first_in_round
-        assert self.lightning_module is not None
-        minimum = smallest_local_batch(self.lightning_module, synchronised=self._ties is not None)
-        job = consistency.job(self.lightning_module, self.lightning_module.trainer.precision)
-        key = {**job, "global batch": global_batch, "minimum": minimum}
-        if self._planner is None or (first and self._planned != key):
-            self._planned = key
-            assert self._learnt is not None
-            known = self._learnt.find(self.lightning_module, global_batch)
-            self._planner = Planner(
-                self._shares,
+        if self._job is None:
+            sync_batch_norm = type(self._layer_sync) is TorchSyncBatchNorm
+            self._job = Job.start(
+                self._options,
+                self.global_rank,
                 self.world_size,
-                global_batch,
-                minimum=minimum,
-                granularity=self._granularity,
-                known=known,
-                speeds=self._learnt.probe() if known is None and self._on_cpus else None,
-                memory=lambda total, least: Caps(
-                    self._limits, self._devices, total, minimum=least, granularity=self._granularity
-                ),
+                self.root_device,
+                self._timeout,
+                sync_batch_norm=sync_batch_norm,
             )
-        return self._planner
+            if self._job.batch_norm_group is not None:
+                self._layer_sync = ExactSyncBatchNorm(self._job.batch_norm_group)
+        if self._run is not None:  # one that was interrupted may not have been torn down
+            self._run.end()
+        if self.lightning_module is None:
+            raise RuntimeError("Lightning connects the module before it sets up the environment")
+        hooks = Hooks(
+            before_batch=self._before_batch,
+            end_batch=self._end_batch,
+            end_epoch=self._end_epoch,
+            merge_buffers=self._merge_buffers,
+            begin_evaluation=self._begin_evaluation,
+            end_evaluation=self._end_evaluation,
+        )
+        self._run = Run(self._job, self.lightning_module.trainer, hooks)
 
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
-        assert self.lightning_module is not None
-        assert self._exchange is not None
         if trainer.state.fn == TrainerFn.FITTING:
-            check_trainable(self.lightning_module)
-            consistency.require(self._exchange, consistency.facts(self.lightning_module, trainer.precision), "the job")
+            check_trainable(trainer.lightning_module)
+            consistency.require(
+                self.job.group, consistency.facts(trainer.lightning_module, trainer.precision), "the job"
+            )
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._last_ready = -1
-            if self._planner is not None:
-                self._planner.forget_memory()
-            counter = loss_count.find(
-                self.lightning_module,
-                self._loss_count,
-                lambda batch: loss_count.sample_count(batch, self._steps.samples if self._steps is not None else None),
-            )
-            if counter.advice:
-                rank_zero_warn(counter.advice)
-            self._watch = failures.BackwardWatch(self.global_rank)
-            self._steps = TrainingSteps(
-                self.lightning_module,
-                counter,
-                self._exchange,
-                self.root_device,
-                self._clock,
-                self._watch,
-                self._hear,
-                self._ties,
-            )
-            self._steps.fits_in_memory = lambda split: self._planner is not None and self._planner.fits_in_memory(split)
-            self._recovery = OutOfMemoryRecovery(
-                self.lightning_module,
-                self.model,
-                make_passes(self.lightning_module, self.precision_plugin),
-                place=f"rank {self.global_rank} ({device_name(self.root_device)})",
-                smallest=smallest_local_batch(self.lightning_module),
-                obstacle=find_obstacle(
-                    self.lightning_module,
-                    self.model,
-                    automatic_optimization=self.lightning_module.automatic_optimization,
-                    custom_hook=self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None,
-                ),
-            )
 
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
-        wrapped = super()._setup_model(model)
+        wrapped, job = super()._setup_model(model), self.job
         broadcasts = broadcast_in_forward(self._ddp_kwargs)
         if broadcasts is None:
             # Set afterwards: older versions of torch take the option for the copy at the start as well.
             wrapped.broadcast_buffers = False
         if broadcasts:
-            exclude_broadcast_from_compute_time(wrapped, self._clock.waiting)
+            exclude_broadcast_from_compute_time(wrapped, job.timer.waiting)
         else:
-            self._merge = BufferMerge(model, self.root_device, self.global_rank, self.world_size, self._clock.waiting)
+            self._buffers = BufferMerge(model, job.device, job.group.rank, job.group.world_size, job.timer.waiting)
         return wrapped
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        if self.world_size == 1 or not isinstance(self.model, DistributedDataParallel):
+            return
+        hook = self._ddp_comm_hook or averaging_hook(self.job.gradient_errors)
+        if self._ddp_comm_wrapper is not None:
+            hook = self._ddp_comm_wrapper(hook)
+        hook = masked(hook, self.job.mask.current)
+        hook = until_last_bucket(hook, self.job.timer, may_wait=self._has_custom_hook)
+        self.model.register_comm_hook(self._ddp_comm_state, hook)
+
+    @property
+    def _has_custom_hook(self) -> bool:
+        """Whether the user gave DDP a communication hook, or a wrapper for one."""
+        return self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None
+
+    @override
+    def teardown(self) -> None:
+        if self._fit is not None:
+            self._fit.close()
+        if self._run is not None:
+            self._run.end()
+        self._fit = self._run = self._buffers = None
+        super().teardown()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        explain_unused_parameters(exception)
+        if self._run is not None:
+            job = self._run.job
+            device = job.devices[self.global_rank]
+            failures.explain(
+                exception, run=self._run.number, rank=self.global_rank, device=device, averaging=job.gradient_errors
+            )
+
+    # ---- buffers, which are merged before anybody looks at them ----
 
     def _merge_buffers(self) -> None:
         # A rank that fails may save a checkpoint, while the others sit in another exchange.
-        module = self.lightning_module
-        if self._merge is not None and module is not None and not module.trainer.interrupted:
-            self._merge.merge()
+        if self._buffers is not None and not self._is_interrupted():
+            self._buffers.merge()
+
+    def _is_interrupted(self) -> bool:
+        """Whether this rank fails, or its user interrupts it: it runs hooks that others don't."""
+        return self._run is not None and self._run.trainer.interrupted
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -311,196 +250,151 @@ class HeteroStrategy(Evaluating):
         return super().lightning_module_state_dict()
 
     @override
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        folder = run_folder(trainer)  # all ranks ask together
-        if self._planner is not None and self.is_global_zero:
-            self._observer = Observer(trainer, self._planner, self._devices, self._granularity, folder)
-
-    @override
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        self._pause_observer()
-
-    @override
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(*args, **kwargs)
-        self._pause_observer()
+        if self._fit is not None:
+            self._fit.pause()
 
-    def _pause_observer(self) -> None:
-        if self._observer is not None:
-            self._observer.pause()
+    # ---- training ----
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        recovery = make_recovery(
+            self.run.trainer.lightning_module,
+            self.model,
+            self.precision_plugin,
+            place=self.job.place,
+            custom_hook=self._has_custom_hook,
+        )
+        self._fit = Fit(self.run, recovery, self._buffers)
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self._observer is not None:
-            self._observer.end_run()
-        if self._learnt is not None and self.lightning_module is not None:
-            self._learnt.keep(self.lightning_module.trainer, self._planner)
+        self.fit.end()
+        self.fit.close()
+        self._fit = None
 
-    @override
-    def teardown(self) -> None:
-        if self._attachment is not None:
-            self._attachment.remove()
-            self._attachment = None
-        if self._watch is not None:
-            self._watch.stop()
-            self._watch = None
-        self._steps = self._recovery = self._step_in_parts = self._merge = self._observer = None
-        super().teardown()
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        explain_unused_parameters(exception)
-        if not failures.is_secondary_failure(exception):
-            failures.publish(self._run, self.global_rank, device_name(self.root_device), exception)
-        else:
-            exception.args = (
-                f"{failures.first_failure(self._run)} (rank {self.global_rank} then lost the connection)",
-            )
-
-    # ---- a training step ----
+    def _before_batch(self) -> None:
+        self.fit.before_batch()
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if self._steps is not None and self._is_new_batch():
-            assert self._loaders is not None
-            shares = self._loaders.take(self._batches)
-            self._steps.arrive(shares[0] if shares else None)
-            self._step_in_parts = None
-            if self._recovery is not None and self._steps.risky and self._recovery.can_recover():
-                self._step_in_parts = self._recovery.start(self._steps, too_large=self._steps.too_large)
-            if self._merge is not None:
-                self._merge.add_batch(shares[0] if shares else None, batch)
-            self._content = 0.0
-            if self._loaders.user_shards and self._batches < DuplicateDataCheck.WATCHED:
-                self._content = DuplicateDataCheck.number(self._loaders.index_hash(), content_hash(batch))
-            self._batches += 1
+        # A module may move further data by itself: what the training loop has fetched is counted, and nothing else.
+        if self._fit is not None and self._is_fetched_batch():
+            self._fit.load(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
-    def _is_new_batch(self) -> bool:
-        """Whether the training loop has just fetched a batch; a module may move further data by itself."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        ready = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        if trainer.state.stage != RunningStage.TRAINING or ready == self._last_ready:
-            return False
-        self._last_ready = ready
-        return True
+    def _is_fetched_batch(self) -> bool:
+        trainer = self.run.trainer
+        hook = trainer.lightning_module._current_fx_name
+        return trainer.state.stage == RunningStage.TRAINING and hook == "batch_to_device"
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._steps is not None
-        assert self._loaders is not None
-        assert self._logging is not None
-        assert self._recovery is not None
-        if isinstance(args[0], Iterator):
-            raise TypeError(
-                "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
-            )
-        self._steps.begin(
-            self._batches - 1,
-            args[0],
-            drawn=self._loaders.drawn(),
-            content=self._content,
-            stop=self._stop is not None and self._stop.made,
-        )
-        explained = self._recovery.explained(self._steps.local_batch, risky=self._steps.risky)
-        with self._steps.logged(self._logging) as returned, explained:
-            if self._step_in_parts is not None:
-                output = self._step_in_parts.training_step(self._logging, *args, **kwargs)
-            else:
-                output = super().training_step(*args, **kwargs)
-            returned(output)
-        return output
+        return self.fit.training_step(super().training_step, *args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        assert self._steps is not None
+        def compute(loss: Tensor) -> Tensor:
+            return super(HeteroStrategy, self).backward(loss, optimizer, *args, **kwargs)
+
         averaged = (
             self.world_size > 1
             and self._ddp_comm_hook is None  # a user's may not wait for the other ranks
             and isinstance(self.model, DistributedDataParallel)
             and self.model.require_backward_grad_sync
         )
-        manual = self.lightning_module is not None and not self.lightning_module.automatic_optimization
-        assert self._recovery is not None
-        assert self.lightning_module is not None
-        parts = self._step_in_parts
-        with (
-            self._recovery.explained(self._steps.local_batch, risky=self._steps.risky),
-            self._steps.weighted(closure_loss, averaged=averaged and parts is None, masks_accumulate=manual) as loss,
-        ):
-            if parts is None:
-                return super().backward(loss, optimizer, *args, **kwargs)
-            scaled = self.precision_plugin.pre_backward(loss, self.lightning_module)
-            parts.backward(scaled, loss, closure_loss, average=self._steps.average if averaged else None)
-            return self.precision_plugin.post_backward(scaled, self.lightning_module)
+        return self.fit.backward(compute, closure_loss, averaged=averaged)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         if isinstance(getattr(optimizer, "_optimizer", optimizer), LBFGS):
-            assert self._steps is not None
-            closure = self._steps.global_loss(closure, self.reduce)
+            closure = self.fit.global_loss(closure, self.reduce)
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
-    def _before_batch(self) -> None:
-        if self._observer is not None:
-            self._observer.begin_batch()
-        if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.wants_reports_now:
-            assert self._loaders is not None
-            self._steps.tell(self._batches, drawn=self._loaders.drawn())
-        self._clock.start()
+    def _end_batch(self) -> None:
+        self.fit.end_batch()
 
-    def _batch_over(self) -> None:
-        assert self._steps is not None
-        assert self.lightning_module is not None
-        stepped = (
-            not self.lightning_module.trainer.fit_loop._should_accumulate()
-            or not self.lightning_module.automatic_optimization
-        )
-        if self._step_in_parts is not None and self._step_in_parts.found is not None:
-            self._steps.computed_in_parts(self._step_in_parts.found)
-        self._steps.end(stepped=stepped, global_batch=self._planner.global_batch if self._planner is not None else None)
-        assert self._logging is not None
-        self._logging.batch_over(self._steps.loss_weight)
-        if self._observer is not None:
-            self._observer.end_batch(self._batches - 1, stepped=stepped)
+    def _end_epoch(self) -> None:
+        self.fit.end_epoch()
 
-    def _epoch_over(self) -> None:
-        assert self._steps is not None
-        self._steps.leave_epoch(self._batches)
-        assert self._logging is not None
-        self._logging.epoch_over()
-        self._pause_observer()
-
-    def _hear(self, step: int, rows: Rows) -> None:
-        """All ranks' messages of a step."""
-        assert self.lightning_module is not None
-        if self._stop is not None and column(rows, "stop").any():
-            self._stop.grant()
-        self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
-        if self._planner is None:
-            return
-        news = self._planner.update(rows)
-        for sentence in news.sentences:
-            rank_zero_warn(sentence)
-        if self._observer is not None:
-            self._observer.update(self._planner, rows, news.plans)
+    # ---- evaluation: past DDP's wrapper, which may exchange buffers; each rank by itself ----
 
     @override
-    def _register_ddp_hooks(self) -> None:
-        assert isinstance(self.model, DistributedDataParallel)
-        hook = self._ddp_comm_hook or allreduce_mean
-        if self._ddp_comm_wrapper is not None:
-            hook = self._ddp_comm_wrapper(hook)
-        if self.world_size > 1:
-            users = self._ddp_comm_hook is not None or self._ddp_comm_wrapper is not None
-            hook = masked(hook, lambda: self._steps.mask if self._steps is not None else None)
-            self.model.register_comm_hook(self._ddp_comm_state, until_last_bucket(hook, self._clock, may_wait=users))
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.val_step_context():
+            return self._evaluate(self.run.trainer.lightning_module.validation_step, *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return self._evaluate(self.run.trainer.lightning_module.test_step, *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return self._evaluate(self.run.trainer.lightning_module.predict_step, *args, **kwargs)
+
+    def _evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        self.job.evaluation.end_batch()
+        return output
+
+    def _begin_evaluation(self) -> None:
+        if self._fit is not None:
+            self._fit.pause()
+        self.run.begin_evaluation()
+
+    def _end_evaluation(self) -> None:
+        self.run.end_evaluation()
+
+    # ---- what Lightning and the user's code exchange: no compute time, and nothing for one rank alone ----
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return self._job.timer.waiting() if self._job is not None else nullcontext()
+
+    def _require_all_ranks(self, call: str) -> None:
+        """Raise in a hook of an evaluation batch: ranks have different numbers of them."""
+        hook = batch_hook(self.lightning_module)
+        if hook is not None and self.world_size > 1:
+            raise exchange_error(call, hook, self.job.place)
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        self._require_all_ranks("reduce")
+        if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg") and not tensor.is_floating_point():
+            # Lightning averages the sample counts of logged values as whole numbers, rounded down: 55 on 3 ranks is 18.
+            tensor = tensor.double()
+        with self._waiting():
+            return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        # A rank that fails runs hooks with barriers in them, while the others sit in another exchange.
+        if self._is_interrupted():
+            return
+        self._require_all_ranks("barrier")
+        with self._waiting():
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self._run is not None and src == 0 and obj in self._run.log_dirs and batch_hook(self.lightning_module):
+            return self._run.log_dirs[obj]
+        self._require_all_ranks("broadcast")
+        with self._waiting():
+            result = super().broadcast(obj, src)
+        if self._run is not None and src == 0:
+            self._run.log_dirs.add(obj, result)
+        return result
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        self._require_all_ranks("all_gather")
+        with self._waiting():
+            return super().all_gather(tensor, group, sync_grads)
 
     @classmethod
     @override

@@ -1,5 +1,6 @@
 """What benchmarks do beside measuring: arguments, reports, and control groups that are always cleaned up."""
 
+import ast
 import errno
 import importlib
 import subprocess
@@ -293,3 +294,17 @@ def test_what_is_not_idle_is_work(tmp_path):
     quotas = load("quotas")
     ticks = quotas.os.sysconf("SC_CLK_TCK")
     assert quotas.idle_seconds(stat) == {0: 910 / ticks, 1: 9 / ticks}
+
+
+def test_no_script_imports_itself_through_others():
+    """Functions' own imports count too: they hide a circle, and do not break it."""
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    imports = {}
+    for name in names:
+        tree = ast.parse((BENCHMARKS / f"{name}.py").read_text())
+        plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imports[name] = names & (plain | {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)})
+    free = set()
+    while ready := {name for name in names - free if imports[name] <= free}:
+        free |= ready
+    assert names - free == set()

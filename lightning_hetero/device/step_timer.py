@@ -1,4 +1,4 @@
-"""How long a rank works on a step by itself: never the time that it waits for other ranks."""
+"""How long a rank computes in a step: never the time that it waits for other ranks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,160 +12,153 @@ import torch
 class DeviceClock(Protocol):
     """Points in time on a device."""
 
-    def mark(self) -> Any:
-        """Now."""
+    def now(self) -> Any:
+        """The end of what the device has been given to do so far."""
 
-    def known(self, mark: Any) -> bool:
-        """Whether the device has come to that point."""
+    def has_passed(self, point: Any) -> bool:
+        """Whether the device has come to that point; does not wait."""
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Between two known points."""
+        """Between two points that the device has passed."""
 
 
 class HostClock:
     """Points in time of a device that works while the host calls: the CPU."""
 
-    def mark(self) -> float:
-        """Now."""
+    def now(self) -> float:
         return perf_counter()
 
-    def known(self, mark: float) -> bool:  # noqa: ARG002 - the host's time is known at once
-        """Always."""
+    def has_passed(self, point: float) -> bool:  # noqa: ARG002 - the host is always past its own points
         return True
 
     def seconds(self, start: float, end: float) -> float:
-        """Between two points."""
         return end - start
 
 
 class CudaClock:
     """Points in a CUDA stream: the host runs ahead of it, so they are read when the device has passed them."""
 
-    def mark(self) -> torch.cuda.Event:
+    def now(self) -> torch.cuda.Event:
         """The end of what has been queued so far on the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def known(self, mark: torch.cuda.Event) -> bool:
-        """Whether the device has passed it; does not wait."""
-        return bool(mark.query())
+    def has_passed(self, point: torch.cuda.Event) -> bool:
+        return bool(point.query())
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Between two points that the device has passed."""
         return float(start.elapsed_time(end)) / 1000
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """A rank's own work in one step: the stretches between its waits.
+    """What a rank has measured in one step.
 
     Args:
-        marks: reads the points.
-        stretches: pairs of points, in order.
-        averaging: pairs of points too: from the last local gradient to the averaged ones, for each backward pass.
+        clock: reads the points.
+        compute: pairs of points, in order: the stretches between the rank's waits.
+        sync: pairs of points, from the last local gradient to the averaged ones, one for each backward pass.
     """
 
-    marks: DeviceClock
-    stretches: Sequence[tuple[Any, Any]]
-    averaging: Sequence[tuple[Any, Any]] = ()
+    clock: DeviceClock
+    compute: Sequence[tuple[Any, Any]]
+    sync: Sequence[tuple[Any, Any]] = ()
 
-    def known(self) -> bool:
-        """Whether the device has come to the end of the step."""
-        return self.marks.known(self.stretches[-1][1])
+    def has_passed(self) -> bool:
+        """Whether the device has come to the end of the step; only then can seconds be asked for."""
+        return self.clock.has_passed(self.compute[-1][1])
 
-    def seconds(self) -> float:
-        """Seconds of own work.
+    def compute_seconds(self) -> float:
+        """Seconds of compute time.
 
         Raises:
             RuntimeError: the clock went back.
         """
-        return self._sum(self.stretches)
+        return self._sum(self.compute)
 
-    def averaging_seconds(self) -> float:
+    def sync_seconds(self) -> float:
         """Seconds between this rank's last gradient and the averaged ones: it waits for others, and communicates.
 
         Raises:
             RuntimeError: the clock went back.
         """
-        return self._sum(self.averaging)
+        return self._sum(self.sync)
 
     def _sum(self, pairs: Sequence[tuple[Any, Any]]) -> float:
-        parts = [self.marks.seconds(start, end) for start, end in pairs]
+        parts = [self.clock.seconds(start, end) for start, end in pairs]
         if min(parts, default=0.0) < 0:
             raise RuntimeError(f"the clock went back by {-min(parts)} s during a step")
         return sum(parts)
 
 
 class ComputeTimer:
-    """A stopwatch for a rank's own work; it is stopped wherever the rank waits for others.
+    """Measures a rank's compute time; it is stopped wherever the rank waits for others.
 
     Args:
-        marks: points in time on the rank's device.
+        clock: of the rank's device.
     """
 
-    def __init__(self, marks: DeviceClock) -> None:
-        self._marks = marks
-        self._since: Any = None
-        self._stretches: list[tuple[Any, Any]] = []
-        self._averaging: list[tuple[Any, Any]] = []
+    def __init__(self, clock: DeviceClock) -> None:
+        self._clock = clock
+        self._in_step = False
+        self._since: Any = None  # None while the rank waits, and outside a step
+        self._compute: list[tuple[Any, Any]] = []
+        self._sync: list[tuple[Any, Any]] = []
         self._ready: Any = None
-        self._open = False
 
     def start(self) -> None:
-        """Begin a step, with data loading; a step that was not finished is forgotten."""
-        self._stretches, self._averaging, self._ready = [], [], None
-        self._since, self._open = self._marks.mark(), True
-
-    def pause(self) -> None:
-        """The rank begins to wait for others."""
-        if self._since is not None:
-            self._stretches.append((self._since, self._marks.mark()))
-            self._since = None
-
-    def resume(self) -> None:
-        """The rank works again; outside a step nothing happens."""
-        if self._open and self._since is None:
-            self._since = self._marks.mark()
-
-    def gradients_ready(self) -> None:
-        """The last local gradient of a backward pass is there: from now on the rank waits, or communicates."""
-        self.pause()
-        if self._open:
-            self._ready = self._stretches[-1][1]
-
-    def backward_over(self) -> None:
-        """The backward pass has ended, with averaged gradients where they were to be averaged."""
-        self.resume()
-        if self._ready is not None:
-            self._averaging.append((self._ready, self._since))
-            self._ready = None
+        """Begin a step, with data loading; a step that was not finished is dropped."""
+        self._compute, self._sync, self._ready = [], [], None
+        self._since, self._in_step = self._clock.now(), True
 
     def stop(self) -> StepTiming | None:
         """The step is over; None where none was begun."""
-        if not self._open:
+        if not self._in_step:
             return None
-        self.pause()
-        self._open = False
-        return StepTiming(self._marks, self._stretches, self._averaging)
+        self._pause()
+        self._in_step = False
+        return StepTiming(self._clock, self._compute, self._sync)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Leave out what happens inside; nests."""
         was_running = self._since is not None
-        self.pause()
+        self._pause()
         try:
             yield
         finally:
             if was_running:
-                self.resume()
+                self._resume()
+
+    def gradients_ready(self) -> None:
+        """The last local gradient of a backward pass is there: from now on the rank waits, or communicates."""
+        self._pause()
+        if self._in_step:
+            self._ready = self._compute[-1][1]
+
+    def backward_over(self) -> None:
+        """The backward pass has ended, with averaged gradients where they were to be averaged."""
+        self._resume()
+        if self._ready is not None:
+            self._sync.append((self._ready, self._since))
+            self._ready = None
+
+    def _pause(self) -> None:
+        if self._since is not None:
+            self._compute.append((self._since, self._clock.now()))
+            self._since = None
+
+    def _resume(self) -> None:
+        if self._in_step and self._since is None:
+            self._since = self._clock.now()
 
 
 def device_clock(device: torch.device) -> DeviceClock:
-    """Points in time on a device."""
+    """The clock of a device."""
     return CudaClock() if device.type == "cuda" else HostClock()
 
 
 def compute_timer(device: torch.device) -> ComputeTimer:
-    """The clock of a device."""
+    """A timer on the clock of a device."""
     return ComputeTimer(device_clock(device))

@@ -1,4 +1,4 @@
-"""What must be equal on all ranks at the start; what differs is listed, instead of hanging later."""
+"""Checks that all ranks agree on the job when it starts: what differs is listed, where ranks would hang later."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from lightning_hetero.exchange.groups import RankGroup
 
 
 def release() -> str:
-    """The version of this package; "(not installed)" where it runs from a source tree, which is no reason to stop."""
+    """The version of this package; "(not installed)" in a source tree that was not installed."""
     try:
         return version("lightning-hetero")
     except PackageNotFoundError:
@@ -32,13 +32,13 @@ def facts(module: nn.Module, precision: str) -> dict[str, Any]:
 
 
 def job(module: nn.Module, precision: str) -> dict[str, Any]:
-    """What has to be the same for another run's step times to hold, beside the devices and the global batch."""
+    """What has to be the same for another run's step times to be valid here, beside devices and the global batch."""
     shapes = repr([(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()])
     return {"module": type(module).__name__, "parameters": crc32(shapes.encode()), "precision": precision}
 
 
 def machine(device: torch.device) -> list[Any]:
-    """What tells a rank's device from others."""
+    """What distinguishes a rank's device from others."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return [platform.node(), name, torch.get_num_threads()]
 
@@ -64,12 +64,17 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def require(exchange: RankGroup, facts: Mapping[str, Any], topic: str) -> None:
+def require(group: RankGroup, facts: Mapping[str, Any], topic: str) -> None:
     """Compare `facts` over all ranks.
+
+    Args:
+        group: of all ranks, which have to call this together.
+        facts: from what is compared to this rank's value.
+        topic: what they are about, for the error.
 
     Raises:
         ValueError: they differ; the same sentence on every rank.
     """
-    lines = differences(exchange.gather(dict(facts)))
+    lines = differences(group.gather(dict(facts)))
     if lines:
         raise ValueError(f"the ranks don't agree on {topic}; " + "; ".join(lines) + ". Make them equal on every rank.")

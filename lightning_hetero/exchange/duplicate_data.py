@@ -1,53 +1,78 @@
-"""Do ranks train on the same data, where the user shards?"""
+"""Finds out whether all ranks train on the same data, where the strategy doesn't split it."""
 
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 
-from lightning_hetero.exchange.messages import Rows, column
+from lightning_hetero.exchange.messages import StepMessages
+
+USER_SHARDS = (
+    "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the strategy then gives "
+    "each rank its own share"
+)
+"""The sentence where the user has chosen to shard."""
+
+NO_DATA_LOADER = (
+    "all ranks train on the same data: the training data is an iterable that is no DataLoader, which the strategy "
+    "can't split; give it as a DataLoader, or let the iterable of each rank yield other data than those of the others"
+)
+"""The sentence where the training data can't be split."""
+
+_CONTENT = 2**16
+"""Numbers of each tensor that are looked at: more than enough to distinguish data, and hashed in well under a
+millisecond."""
 
 
-def content_hash(batch: Any) -> str:
-    """A hash of the numbers in a batch on the CPU; equal batches have equal hashes on every rank."""
-    digest = hashlib.blake2b(digest_size=6)
+def content_hash(batch: Any, index_hash: str = "") -> float:
+    """A number that stands for a batch, exact as a float; equal for equal batches on all ranks.
+
+    Args:
+        batch: on the CPU.
+        index_hash: of the indices that it was drawn by, where they are known.
+
+    Returns:
+        A number above 0; 0 where the batch holds no tensors, arrays, numbers or texts, which are what is compared.
+    """
+    digest = hashlib.blake2b(index_hash.encode(), digest_size=6)  # a float holds 53 bits exactly
+    comparable = False
     for leaf in torch.utils._pytree.tree_leaves(batch):  # noqa: SLF001 - there is no public one
         if isinstance(leaf, torch.Tensor):
-            digest.update(leaf.detach().cpu().flatten()[:65536].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            digest.update(leaf.detach().cpu().flatten()[:_CONTENT].contiguous().view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
+            digest.update(leaf.reshape(-1)[:_CONTENT].tobytes())
+        elif isinstance(leaf, int | float | str | bytes):
+            digest.update(repr(leaf).encode())
+        else:
+            continue
+        comparable = True
+    return float(int.from_bytes(digest.digest(), "big") + 1) if comparable else 0.0
 
 
 class DuplicateDataCheck:
-    """Finds out whether all ranks train on the same data where the user shards; looks at the first batches only."""
+    """Compares the first batches of all ranks in one fit."""
 
     WATCHED = 3
+    """Steps that are compared: one batch may be the same by chance where there are few samples."""
 
     def __init__(self) -> None:
-        self._same = 0
+        self._duplicates = 0
 
-    @staticmethod
-    def number(*hashes: str | None) -> float:
-        """A number above 0 that stands for the data, exact as a float."""
-        text = "/".join(part for part in hashes if part)
-        return float(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") + 1)
-
-    def look(self, step: int, rows: Rows, last: float) -> None:
-        """Compare the data of a step.
+    def check(self, messages: StepMessages, steps_in_epoch: float, sentence: str) -> None:
+        """Compare the batches of a step.
 
         Args:
-            step: which.
-            rows: all ranks' messages.
-            last: steps in the epoch.
+            messages: of all ranks; a content hash of 0 is not compared, as that of all later steps.
+            steps_in_epoch: where they are fewer than are compared, they are enough; infinity where not known.
+            sentence: that is raised where all of them are the same; see `USER_SHARDS` and `NO_DATA_LOADER`.
 
         Raises:
-            ValueError: the data of all steps so far was the same on all ranks, and they were enough.
+            ValueError: the batches of all steps so far were the same on all ranks, and they were enough.
         """
-        contents = column(rows, "content")
-        if len(contents) == 1 or step >= self.WATCHED or contents[0] == 0:
+        hashes = messages.content_hashes  # (W,)
+        if len(hashes) == 1 or not hashes.all():
             return
-        self._same += len(set(contents)) == 1
-        if self._same == min(self.WATCHED, last):
-            raise ValueError(
-                "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the "
-                "strategy then gives each rank its own share"
-            )
+        self._duplicates += len(set(hashes)) == 1
+        if self._duplicates == min(self.WATCHED, steps_in_epoch):
+            raise ValueError(sentence)

@@ -1,138 +1,76 @@
-"""A rank that fails says why where the others can read it, so that their errors name the cause and not its echo."""
+"""A rank that fails publishes why, so that the errors of the other ranks name the cause."""
 
 import contextlib
-import threading
-from time import monotonic
+from datetime import timedelta
 
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
+from lightning_hetero.exchange.secondary_failures import CollectiveErrors, is_secondary_failure
+from lightning_hetero.exchange.store import default_store
 
 _RUNS = "lightning_hetero/runs"
 _FAILURE = "lightning_hetero/failure/{}"
-_LONG_BACKWARD = "lightning_hetero/long_backward/{}"
 
-
-def _store() -> Store | None:
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    # There is no public way to the store of the default group; without it only the explanation is lost.
-    get = getattr(dist.distributed_c10d, "_get_default_store", None)
-    return get() if get is not None else None
-
-
-def is_secondary_failure(exception: BaseException) -> bool:
-    """Whether an error is what a rank sees when another one has gone: a broken or timed-out connection."""
-    return isinstance(exception, RuntimeError) and any(
-        sign in str(exception).lower()
-        for sign in ("connection closed", "connection reset", "timed out", "broken pipe", "gloo", "nccl")
-    )
+_LATEST = timedelta(seconds=2)
+"""How long a cause is waited for. A rank publishes it before its connections close, so it is rarely waited for at all;
+a busy machine may bring the two into the other order."""
 
 
 def new_run() -> int:
-    """A number that no run of this job has had, so that a later run never hears of an earlier one's failure.
+    """A number that no run of this job has had, so that a later run never sees an earlier one's failure.
 
     It differs from rank to rank; rank 0's is the one to agree on.
     """
-    with contextlib.suppress(Exception):  # without the store nothing can be told either
-        store = _store()
+    with contextlib.suppress(Exception):  # without the store nothing can be published either
+        store = default_store()
         if store is not None:
             return store.add(_RUNS, 1)
     return 0
 
 
-def publish(run: int, rank: int, device: str, exception: BaseException) -> None:
-    """Tell the other ranks why this one fails, unless another rank was first.
+def explain(exception: BaseException, *, run: int, rank: int, device: str, averaging: CollectiveErrors) -> None:
+    """Publish why this rank fails; or, if it fails because another one has, say so in the exception's message.
+
+    What the exception says itself is never lost. A RuntimeError that is not known to follow from another rank's end may
+    still do so, as gloo raises this type everywhere: where another rank has failed before, a note names its failure.
 
     Args:
+        exception: that ends the run on this rank, with its traceback.
         run: on which all ranks have agreed; see `new_run`.
         rank: this rank.
         device: that it drives.
-        exception: why.
+        averaging: errors of the gradients' collective calls.
     """
-    cause = f"rank {rank} ({device}) failed first: {type(exception).__name__}: {exception}"
-    with contextlib.suppress(Exception):  # the store goes with rank 0: then there is nobody left to tell
-        store = _store()
+    if not is_secondary_failure(exception, averaging):
+        own = f"rank {rank} ({device}) failed first: {type(exception).__name__}: {exception}"
+        first = _publish(run, own)
+        if type(exception) is RuntimeError and str(exception) not in first:  # all ranks may raise the same
+            exception.add_note(first)
+        return
+    text = " ".join(str(exception).split())  # in one line, which shows the cause too
+    cause = _published(run)
+    if cause is not None:
+        exception.args = (f"{cause} (rank {rank} then lost the connection: {text})",)
+    else:
+        exception.args = (
+            f"another rank ended without saying why; it may have been killed (rank {rank} could not reach it: {text})",
+        )
+
+
+def _publish(run: int, cause: str) -> str:
+    """Publish a cause unless another rank was first; returns the first one."""
+    with contextlib.suppress(Exception):  # the store ends with rank 0: no rank that could read it is left
+        store = default_store()
         if store is not None:
-            store.compare_set(_FAILURE.format(run), "", cause)
+            first: bytes = store.compare_set(_FAILURE.format(run), "", cause)
+            return first.decode()
+    return cause
 
 
-def first_failure(run: int) -> str:
-    """Why the first rank of this run failed, or that it could not say so."""
-    with contextlib.suppress(Exception):  # the store goes with rank 0
-        store = _store()
-        if store is not None and store.check([_FAILURE.format(run)]):
+def _published(run: int) -> str | None:
+    """Why the first rank of this run failed; None if no rank says so in time."""
+    with contextlib.suppress(Exception):  # it was not published, or the store has ended with rank 0
+        store = default_store()
+        if store is not None:
+            store.wait([_FAILURE.format(run)], _LATEST)
             cause: bytes = store.get(_FAILURE.format(run))
             return cause.decode()
-    return "another rank ended without saying why; it may have been killed"
-
-
-class BackwardWatch:
-    """Lets the other ranks know when this one sits in a backward pass for long.
-
-    A backward pass ends when all ranks have made theirs. So a rank that has gone on to a later step while another is
-    still in one has skipped it, and both would wait for ever: see `check_backward`. The main thread can't tell, it is
-    inside the backward pass; a thread of this watch does.
-
-    Args:
-        rank: this rank.
-        long: seconds after which a backward pass is told of.
-    """
-
-    def __init__(self, rank: int, long: float = 5.0) -> None:
-        self._rank = rank
-        self._long = long
-        self._inside: tuple[int, float] | None = None  # step, and since when
-        self._told = False
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="backward watch", daemon=True)
-        self._thread.start()
-
-    def enter(self, step: int) -> None:
-        """A backward pass that is averaged over all ranks begins."""
-        self._inside = (step, monotonic())
-
-    def leave(self) -> None:
-        """It has ended."""
-        self._inside = None
-        if self._told:
-            self._tell("")
-
-    def stop(self) -> None:
-        """The run is over."""
-        self._stopped.set()
-        self._thread.join()
-        self.leave()  # a pass that was broken off is none of the next run's
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(self._long / 2):
-            inside = self._inside
-            if inside is not None and not self._told and monotonic() - inside[1] > self._long:
-                self._tell(str(inside[0]))
-
-    def _tell(self, text: str) -> None:
-        self._told = bool(text)
-        with contextlib.suppress(Exception):  # without the store nobody can be told
-            store = _store()
-            if store is not None:
-                store.set(_LONG_BACKWARD.format(self._rank), text)
-
-
-def check_backward(rank: int, world_size: int, step: int) -> None:
-    """See that no rank is in the backward pass of a step that this one has left.
-
-    Raises:
-        RuntimeError: one is, so this rank has skipped a backward pass that the others made.
-    """
-    store = _store()
-    if store is None:
-        return
-    for other in range(world_size):
-        key = _LONG_BACKWARD.format(other)
-        if other == rank or not store.check([key]):
-            continue
-        text = store.get(key).decode()
-        if text and int(text) < step:
-            raise RuntimeError(
-                f"rank {rank} is at global batch {step} while rank {other} waits in the backward pass of global batch "
-                f"{text}: rank {rank} has skipped a backward pass that rank {other} made. Let all ranks make the same."
-            )
+    return None

@@ -1,9 +1,10 @@
-"""The few exchanges between ranks, over a gloo group of their own.
+"""Collective calls between all ranks, over a gloo group of their own.
 
-They never share a group with the gradients: a rank that goes astray meets the others here, in an exchange whose
-rows say where each of them stands, instead of in a gradient bucket that waits for ever.
+They never share a group with the gradients: a rank that goes astray meets the others here, in a call whose rows say
+where each of them stands, instead of in a gradient bucket that waits for ever.
 """
 
+import builtins
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -13,11 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from lightning_hetero.exchange.messages import StepMessage, StepMessages
 
 T = TypeVar("T")
 
 
-def row_in_table(row: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+class LostConnectionError(RuntimeError):
+    """A call to the other ranks has failed: one of them has ended, or does not answer within the timeout."""
+
+
+def row_in_table(row: Tensor, rank: int, world_size: int) -> Tensor:
     """A table of zeros in which one row is that of `rank`, (W, columns).
 
     Adding zeros to a row leaves it as it is. So the sum of all ranks' tables holds the rows of all ranks: it is a
@@ -28,7 +36,7 @@ def row_in_table(row: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
     return table
 
 
-def gather_rows(row: torch.Tensor, rank: int, world_size: int, total: Callable[[torch.Tensor], None]) -> torch.Tensor:
+def gather_rows(row: Tensor, rank: int, world_size: int, total: Callable[[Tensor], None]) -> Tensor:
     """The rows of all ranks, (W, columns), on the device of `row`.
 
     Args:
@@ -45,69 +53,83 @@ def gather_rows(row: torch.Tensor, rank: int, world_size: int, total: Callable[[
 class PendingRows:
     """Rows that are on their way; see `RankGroup.start`."""
 
-    def __init__(self, table: torch.Tensor, work: dist.Work | None) -> None:
+    def __init__(self, table: Tensor, work: dist.Work | None) -> None:
         self._table = table
         self._work = work
 
     PATIENCE = timedelta(seconds=5)
-    """How long to wait before asking whether it makes sense to wait on."""
+    """How long to wait before asking whether it makes sense to wait on; far longer than a step's usual waiting."""
 
     def wait(self, still_makes_sense: Callable[[], None] = lambda: None) -> npt.NDArray[np.float64]:
         """Rows of all ranks, (W, columns); blocks until the slowest rank has sent its own.
 
         Args:
             still_makes_sense: called now and then while waiting; raises where the others will never send theirs.
+
+        Raises:
+            LostConnectionError: a rank has ended, or has not sent its row within the group's timeout.
         """
         work, self._work = self._work, None
-        while work is not None:
-            try:
-                work.wait(self.PATIENCE)
-            except RuntimeError:
-                if work.is_completed():  # it has failed, or has come to its end just after patience did
-                    work.wait()
-                    break
-                still_makes_sense()
-            else:
-                break
+        while work is not None and not _is_over(work, self.PATIENCE):
+            still_makes_sense()
         return self._table.numpy()
 
 
+def _is_over(work: dist.Work, patience: timedelta) -> bool:
+    """Wait for a call to the other ranks, but not for longer than `patience`; whether it has ended well."""
+    try:
+        work.wait(patience)
+    except RuntimeError:
+        if not work.is_completed():
+            return False
+        try:
+            work.wait()  # it has failed, or has ended just after the time was up
+        except RuntimeError as error:
+            raise LostConnectionError(str(error)) from None
+    return True
+
+
+class PendingMessages:
+    """Messages of a step that are on their way; see `RankGroup.start_messages`."""
+
+    def __init__(self, rows: PendingRows) -> None:
+        self._rows = rows
+
+    def wait(self, still_makes_sense: Callable[[], None] = lambda: None) -> StepMessages:
+        """The messages of all ranks; see `PendingRows.wait`."""
+        return StepMessages(self._rows.wait(still_makes_sense))
+
+
 class RankGroup:
-    """RankGroup of numbers and small objects between all ranks.
+    """All ranks, as they exchange numbers and small objects with each other.
+
+    All ranks have to make it, and to call its methods in the same order.
 
     Args:
         rank: this rank.
         world_size: W.
-        columns: numbers in a row of `start`.
-        timeout: how long an exchange may wait for a rank.
+        timeout: how long a call may wait for a rank.
     """
 
-    def __init__(self, rank: int, world_size: int, columns: int, timeout: timedelta | None) -> None:
+    def __init__(self, rank: int, world_size: int, timeout: timedelta | None) -> None:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
-        self._group: dist.ProcessGroup | None = None
-        if world_size > 1:
-            group = dist.new_group(backend="gloo", timeout=timeout)
-            assert isinstance(group, dist.ProcessGroup), "this rank is in the group of all ranks"
-            self._group = group
+        self._group: dist.ProcessGroup | None = _new_group("gloo", timeout) if world_size > 1 else None
 
     def start(self, row: Sequence[float]) -> PendingRows:
-        """Send this rank's row and receive everybody's, without waiting."""
+        """Send this rank's row and receive those of all ranks, without waiting; all ranks give equally many numbers."""
         table = row_in_table(torch.tensor(row, dtype=torch.float64), self.rank, self.world_size)
-        work = None
-        if self._group is not None:
-            work = dist.all_reduce(table, group=self._group, async_op=True)
+        work = dist.all_reduce(table, group=self._group, async_op=True) if self._group is not None else None
         return PendingRows(table, work)
 
+    def start_messages(self, message: StepMessage) -> PendingMessages:
+        """Send this rank's message of a step and receive those of all ranks, without waiting."""
+        return PendingMessages(self.start(message.row()))
+
     def table(self, row: Sequence[float]) -> npt.NDArray[np.float64]:
-        """The rows of all ranks, (W, numbers); all ranks give equally many, and wait for each other."""
-        own = torch.tensor(row, dtype=torch.float64)
-        rows = [own]
-        if self._group is not None:
-            rows = [torch.empty_like(own) for _ in range(self.world_size)]
-            dist.all_gather(rows, own, group=self._group)
-        return torch.stack(rows).numpy()
+        """The rows of all ranks, (W, numbers); all ranks give equally many numbers, and wait for each other."""
+        return self.start(row).wait()
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order."""
@@ -119,11 +141,8 @@ class RankGroup:
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Which of the flags are set on any rank; all ranks give equally many."""
-        if self._group is None:
-            return list(flags)
-        table = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self._group)
-        return [bool(flag) for flag in table.tolist()]
+        table = self.start(flags).wait() > 0  # (W, flags)
+        return [bool(column.any()) for column in table.T]
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value."""
@@ -138,30 +157,55 @@ class RankGroup:
         """What `call` returns on rank 0, on all ranks; it runs there only.
 
         Raises:
-            ValueError: what it raised there.
+            Exception: what it raised there. On the other ranks one of the same type and text, where the type is one of
+                Python's own that is made of a text; otherwise a RuntimeError that names the type.
         """
-        outcome: tuple[T | None, str] = (None, "")
-        if self.rank == 0:
-            try:
-                outcome = (call(), "")
-            except ValueError as error:
-                outcome = (None, str(error))
-        result, problem = self.broadcast(outcome)
-        if problem:
-            raise ValueError(problem)
-        return cast("T", result)
+        if self.rank:
+            result, error = self.broadcast(cast("tuple[T, tuple[str, str] | None]", None))
+            if error is not None:
+                raise _rebuilt(*error)
+            return result
+        try:
+            result = call()
+        except Exception as error:
+            self.broadcast((None, (type(error).__name__, str(error))))
+            raise
+        self.broadcast((result, None))
+        return result
+
+    def close(self) -> None:
+        """Give the group's connections back; all ranks have to call this, and nothing else afterwards."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
 
-def total(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+_RELAYED = (ValueError, TypeError, RuntimeError, OSError, FileNotFoundError, PermissionError, NotADirectoryError)
+"""Exceptions that are the same again when they are made from their text alone."""
+
+
+def _rebuilt(name: str, text: str) -> Exception:
+    """An exception of another rank, from the name of its type and its text."""
+    kind = getattr(builtins, name, None)
+    if kind in _RELAYED:
+        return cast("Exception", kind(text))
+    return RuntimeError(f"{name}: {text}")
+
+
+def total(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Add a tensor up over all ranks, in place; by default over the group of the gradients, which knows the device."""
     dist.all_reduce(tensor, group=group)
 
 
-def own_total(timeout: timedelta | None) -> Callable[[torch.Tensor], None]:
-    """The same over a group of its own, so that its exchanges keep no order with those of gradients.
+def own_total(timeout: timedelta | None) -> Callable[[Tensor], None]:
+    """The same over a group of its own, so that its calls keep no order with those of gradients.
 
     All ranks have to call this; the group has the backend of the default one.
     """
-    group = dist.new_group(timeout=timeout)
+    return partial(total, group=_new_group(None, timeout))
+
+
+def _new_group(backend: str | None, timeout: timedelta | None) -> dist.ProcessGroup:
+    group = dist.new_group(backend=backend, timeout=timeout)
     assert isinstance(group, dist.ProcessGroup), "this rank is in the group of all ranks"
-    return partial(total, group=group)
+    return group

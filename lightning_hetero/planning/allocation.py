@@ -3,11 +3,10 @@
 Pure functions of numbers. All ranks that call them with the same numbers get the same split.
 """
 
-import heapq
 import math
 from collections.abc import Sequence
 from operator import index
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +17,8 @@ _Floats: TypeAlias = NDArray[np.float64]
 _Ints: TypeAlias = NDArray[np.int64]
 
 
-class SecondsModel(Protocol):
-    """What allocation needs to know of a rank: its seconds for a local batch, never less for more samples."""
-
-    def seconds(self, local_batch: int, /) -> float: ...
-
-
 def allocate(
-    models: Sequence[SecondsModel],
+    models: Sequence[StepTimeModel],
     global_batch: int,
     *,
     minimum: int | Sequence[int] = 1,
@@ -40,9 +33,8 @@ def allocate(
     "Resource Allocation Problems", MIT Press, 1988). Equal finishing times go to the rank with fewer samples, then to
     the lower rank.
 
-    For :class:`StepTimeModel` the greedy order is not walked: its threshold, the makespan, is bisected for all ranks at
-    once, and only the last few samples a rank are compared one by one. Other objects are asked sample by sample, which
-    takes ``global_batch / granularity`` calls.
+    The greedy order is not walked: its threshold, the makespan, is bisected for all ranks at once, and only the last
+    few samples a rank are compared one by one.
 
     Args:
         models: one a rank.
@@ -63,10 +55,7 @@ def allocate(
     high = _upper_limits(low, total, maximum, granularity)
     if int(low.sum()) == total:
         return tuple(low.tolist())
-    packed = [model.packed for model in models if type(model) is StepTimeModel]
-    if len(packed) == world_size:
-        return _by_makespan(_Curves(packed), total, low, high, granularity)
-    return _one_by_one(models, total, low, high, granularity)
+    return _by_makespan(Curves([model.packed for model in models]), total, low, high, granularity)
 
 
 def expected_maximum(means: Sequence[float], deviations: Sequence[float]) -> float:
@@ -80,12 +69,12 @@ def expected_maximum(means: Sequence[float], deviations: Sequence[float]) -> flo
         deviations: W standard deviations, at least 0.
 
     """
-    mean = np.asarray(means, dtype=np.float64)
+    mean = np.asarray(means, dtype=np.float64)  # (W,)
     deviation = np.maximum(np.asarray(deviations, dtype=np.float64), 1e-9 * np.abs(mean).max())
     low, high = (mean - 5 * deviation).max(), (mean + 5 * deviation).max()
     x = np.linspace(low, high, 200)
     z = (x[:, None] - mean) / deviation  # (200, W)
-    below = (0.5 * (1 + np.tanh(0.7978845608 * z * (1 + 0.044715 * z * z)))).prod(axis=1)
+    below = (0.5 * (1 + np.tanh(0.7978845608 * z * (1 + 0.044715 * z * z)))).prod(axis=1)  # (200,)
     # numpy's own function for it had another name before 2.0
     return float(high - (below.sum() - (below[0] + below[-1]) / 2) * (x[1] - x[0]))
 
@@ -124,7 +113,7 @@ def proportional(
         if share < 0:
             raise ValueError(f"share {share} of rank {rank} is negative")
     low, total = _lower_limits(len(shares), global_batch, minimum, granularity)
-    weights = np.asarray(shares, dtype=np.float64)
+    weights = np.asarray(shares, dtype=np.float64)  # (W,)
     if not weights.any():
         raise ValueError(f"the shares {list(shares)} add up to zero: at least one rank must have a share")
     weights = weights / weights.max()  # sums of huge or tiny shares stay finite and above 0
@@ -132,7 +121,7 @@ def proportional(
     most = _upper_limits(low, total, maximum, granularity) // granularity
     quota = _filled(units, weights, least, most)
     # Ranks at a limit, and ranks without a share, have no remainder: none of what is missing goes to them.
-    result = np.floor(quota).astype(np.int64)
+    result = np.floor(quota).astype(np.int64)  # (W,)
     order = np.argsort(result - quota, kind="stable")
     order = order[(result < most)[order]]
     result[order[: units - int(result.sum())]] += 1
@@ -141,7 +130,7 @@ def proportional(
 
 def _filled(units: int, weights: _Floats, least: _Ints, most: _Ints) -> _Floats:
     """(W,) quotas between the limits that add up to ``units``, in proportion to the weights where no limit holds."""
-    free, quota = np.ones(len(weights), dtype=bool), least.astype(np.float64)
+    free, quota = np.ones(len(weights), dtype=bool), least.astype(np.float64)  # (W,) each
     while free.any():
         rest = units - int(quota[~free].sum())  # quotas that are no longer free are whole numbers
         scale = weights[free].sum()
@@ -209,30 +198,14 @@ def _upper_limits(low: _Ints, total: int, maximum: int | Sequence[int] | None, g
             f"rank {rank}: no multiple of granularity {granularity} lies between its minimum and its maximum"
             f" ({low[rank] - caps[rank]} samples apart, rounded to the granularity)"
         )
-    if (room := int(caps.sum())) < total:
+    if (most := int(caps.sum())) < total:
         raise ValueError(
-            f"the caps of all ranks add up to {room} samples, {total - room} short of the global batch {total}"
+            f"the caps of all ranks add up to {most} samples, {total - most} short of the global batch {total}"
         )
     return np.minimum(high, caps)
 
 
-def _one_by_one(models: Sequence[SecondsModel], total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
-    """Walk the greedy order for any objects with ``seconds``."""
-    result, caps = low.tolist(), high.tolist()
-    heap = [(models[r].seconds(b + step), b + step, r) for r, b in enumerate(result) if b < caps[r]]
-    heapq.heapify(heap)
-    for _ in range((total - sum(result)) // step):
-        _, local_batch, rank = heap[0]
-        result[rank] = local_batch
-        if local_batch < caps[rank]:
-            larger = local_batch + step
-            heapq.heapreplace(heap, (models[rank].seconds(larger), larger, rank))
-        else:
-            heapq.heappop(heap)
-    return tuple(result)
-
-
-class _Curves:
+class Curves:
     """The step-time models of all ranks in flat arrays, one model after the other.
 
     Args:
@@ -241,7 +214,7 @@ class _Curves:
     """
 
     def __init__(self, packed: Sequence[bytes]) -> None:
-        table = np.frombuffer(b"".join(packed)).reshape(-1, 3)
+        table = np.frombuffer(b"".join(packed)).reshape(-1, 3)  # (K, columns)
         # Each (K,) for K breakpoints of all models: local batches, seconds, seconds a sample from there on.
         self._batches, self._times, self._slopes = np.ascontiguousarray(table.T)
         rows = np.fromiter(map(len, packed), dtype=np.int64, count=len(packed)) // 24
@@ -263,29 +236,29 @@ class _Curves:
 
     def within(self, time: float, low: _Ints, high: _Ints, step: int) -> _Ints:
         """(W,) largest multiples of ``step`` between the limits that each rank finishes within ``time``."""
-        counted = np.cumsum(self._times <= time, dtype=np.int64)  # twice as fast as `np.add.reduceat`
-        reached = np.diff(counted.take(self._ends), prepend=0)
-        piece = self._starts + np.maximum(reached - 1, 0)
+        counted = np.cumsum(self._times <= time, dtype=np.int64)  # (K,), twice as fast as `np.add.reduceat`
+        reached = np.diff(counted.take(self._ends), prepend=0)  # (W,) breakpoints within the time
+        piece = self._starts + np.maximum(reached - 1, 0)  # (W,), as all that follows
         x, t, slope = self._batches.take(piece), self._times.take(piece), self._slopes.take(piece)
         x_next, t_next = self._batches.take(piece + 1), self._times.take(piece + 1)
         last = np.minimum(x_next - 1, high)  # in this piece
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            guess = np.where(slope > 0, np.floor(x + (time - t) / slope), last)
-        guess = np.clip(guess, np.minimum(x, last), last)
-        guess[t > time] = 0  # less than the fixed cost
+            inverse = np.where(slope > 0, np.floor(x + (time - t) / slope), last)
+        inverse = np.clip(inverse, np.minimum(x, last), last)
+        inverse[t > time] = 0  # less than the fixed cost
         # The division may be off by a rounding error, so ask the curve itself, one sample to each side.
-        guess -= np.minimum(t + slope * (guess - x), t_next) > time
-        guess += (guess < last) & (np.minimum(t + slope * (guess + 1 - x), t_next) <= time)
-        whole = guess.astype(np.int64)
+        inverse -= np.minimum(t + slope * (inverse - x), t_next) > time
+        inverse += (inverse < last) & (np.minimum(t + slope * (inverse + 1 - x), t_next) <= time)
+        whole = inverse.astype(np.int64)
         local_batches: _Ints = np.clip(whole // step * step if step > 1 else whole, low, high)
         return local_batches
 
 
-def _by_makespan(curves: _Curves, total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
+def _by_makespan(curves: Curves, total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
     """Find where the greedy order stops without walking it."""
     world_size, ranks = len(low), np.arange(len(low))
     # Throughout: within(shortest) < total <= within(longest), in samples over all ranks.
-    parts = np.clip(-(-total // world_size), low, high)
+    parts = np.clip(-(-total // world_size), low, high)  # (W,), as `below` and `at_most`
     times = curves.seconds(ranks, parts)
     tries = [float(times.min())]  # with equal parts the makespan lies in between
     shortest, longest = 0.0, float(times.max())
@@ -297,7 +270,7 @@ def _by_makespan(curves: _Curves, total: int, low: _Ints, high: _Ints, step: int
     turn = 0
     while (gap := int(at_most.sum() - below.sum())) > few and math.nextafter(shortest, longest) < longest:
         # Aim a little to both sides of the global batch in turn, so that both ends come close; halve in between, so
-        # that no curve can make this slow.
+        # that no curve can make this slow. The steps were tuned on `benchmarks/allocation.py`.
         aim = (total - int(below.sum()) + (0.3, -0.3)[turn % 2] * few) / gap
         time = tries.pop() if tries else shortest + (longest - shortest) * (aim if turn % 4 and 0 < aim < 1 else 0.5)
         turn += 1
@@ -323,6 +296,7 @@ def _by_makespan(curves: _Curves, total: int, low: _Ints, high: _Ints, step: int
 
 def _level(total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
     """Fill up from ``low`` towards ``high``, always the rank with the fewest samples first."""
+    # `low`, `high` and `result` are (W,).
     floor, ceiling = int(low.min()) // step, int(high.max()) // step
     while floor < ceiling:
         middle = (floor + ceiling + 1) // 2

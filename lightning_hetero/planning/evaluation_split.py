@@ -1,7 +1,7 @@
 """Which samples of an evaluation each rank takes: by how long its own evaluation batches took before.
 
 No rank waits for another within an evaluation, so nothing has to be matched step by step. The loader's batches, as one
-process would draw them, are dealt out in order: the first rank gets the first ones. So at most W - 1 of them are cut,
+process would draw them, are given out in order: the first rank gets the first ones. So at most W - 1 of them are cut,
 and no rank ever has a batch that is larger than the loader's own.
 """
 
@@ -13,11 +13,11 @@ from lightning_hetero.planning.allocation import allocate
 from lightning_hetero.planning.measurements import RankMeasurements
 from lightning_hetero.planning.step_time import StepTimeModel
 
-# Whole batches are dealt out where that costs no more than this part of the time: then what a module computes per batch
-# is what one process computes.
+# Batches stay whole where that costs no more than this part of the time: then what a module computes per batch is what
+# one process computes. Chosen: below the noise of step times.
 _TOLERANCE = 0.02
 
-Measured = Mapping[Hashable, Sequence[tuple[int, float]]]
+BatchTimes = Mapping[Hashable, Sequence[tuple[int, float]]]
 """By what was evaluated: local batch and seconds of each batch."""
 
 
@@ -36,7 +36,7 @@ class Piece:
     last: int
 
 
-def _dealt(units: int, seconds: Sequence[float]) -> tuple[int, ...]:
+def _fastest_split(units: int, seconds: Sequence[float]) -> tuple[int, ...]:
     """Units of each rank, so that the last one to finish does so as early as possible; some may get none."""
     return allocate([StepTimeModel((0, 1), (0.0, time), time) for time in seconds], units, minimum=0)
 
@@ -54,13 +54,13 @@ def samples_of_ranks(sizes: Sequence[int], seconds: Sequence[float], *, whole: b
     """
     if not sum(sizes):
         return (0,) * len(seconds)
-    batches = _dealt(len(sizes), seconds)
+    batches = _fastest_split(len(sizes), seconds)
     ends = (0, *accumulate(sizes))
     bounds = (0, *accumulate(batches))
     in_batches = tuple(ends[b] - ends[a] for a, b in pairwise(bounds))
     if whole:
         return in_batches
-    in_samples = _dealt(ends[-1], seconds)
+    in_samples = _fastest_split(ends[-1], seconds)
     cheap = _makespan(in_batches, seconds) <= (1 + _TOLERANCE) * _makespan(in_samples, seconds)
     return in_batches if cheap else in_samples
 
@@ -87,25 +87,25 @@ def pieces_of(sizes: Sequence[int], samples: Sequence[int], rank: int) -> list[P
 
 
 class EvaluationTimes:
-    """What all ranks' evaluation batches took, kept apart by what was evaluated (stage and loader).
+    """What all ranks' evaluation batches took, for each key (stage and loader) by itself.
 
     Args:
         world_size: W.
-        learns: whether times are to tell at all.
+        adaptive: whether splits follow these times; fixed shares don't.
     """
 
-    def __init__(self, world_size: int, *, learns: bool = True) -> None:
+    def __init__(self, world_size: int, *, adaptive: bool = True) -> None:
         self._world_size = world_size
-        self._learns = learns
+        self._adaptive = adaptive
         self._histories: dict[Hashable, list[RankMeasurements]] = {}
 
-    def update(self, ranks: Sequence[Measured]) -> None:
-        """What every rank has measured in an evaluation that is over.
+    def update(self, ranks: Sequence[BatchTimes]) -> None:
+        """Take in what every rank has measured in an evaluation that is over.
 
         Args:
             ranks: W of them; a rank that had nothing to evaluate measured nothing.
         """
-        if not self._learns:
+        if not self._adaptive:
             return
         for rank, measured in enumerate(ranks):
             for key, batches in measured.items():
@@ -115,19 +115,19 @@ class EvaluationTimes:
                     history.observe(local_batch, seconds)
 
     def seconds(self, key: Hashable, batch: int, proportions: Sequence[float]) -> tuple[float, ...]:
-        """What a batch of the loader takes on each rank.
+        """W seconds that a batch of the loader takes on each rank; only their ratios matter.
 
         Args:
             key: what is evaluated.
             batch: samples in it.
-            proportions: W positive numbers, what the ranks can do in the same time as far as is known from elsewhere.
-                They also tell of a rank that was never measured, beside those that were.
+            proportions: W positive numbers, what the ranks do in the same time as far as is known from elsewhere. Used
+                for ranks that were never measured, scaled to those that were.
         """
-        guessed = tuple(1 / max(share, 1e-9) for share in proportions)
+        assumed = tuple(1 / max(share, 1e-9) for share in proportions)
         histories = self._histories.get(key)
         if histories is None:
-            return guessed
+            return assumed
         known = [history.model().seconds(batch) if history.seconds else None for history in histories]
-        scales = [time / guess for time, guess in zip(known, guessed, strict=True) if time is not None]
+        scales = [time / other for time, other in zip(known, assumed, strict=True) if time is not None]
         scale = sum(scales) / len(scales)
-        return tuple(guess * scale if time is None else time for time, guess in zip(known, guessed, strict=True))
+        return tuple(other * scale if time is None else time for time, other in zip(known, assumed, strict=True))

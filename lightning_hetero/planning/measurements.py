@@ -1,8 +1,10 @@
-"""What was measured of one rank, and what follows from it: its curve, its noise, how sure both are, its changes.
+"""What was measured of one rank, and what follows: its step-time curve, its noise, how certain both are, its changes.
 
-Measurements are kept by local batch. A rank's speed may change while it has a share; what it took for other shares
-before is scaled then, so that all that is kept is always of one speed.
+Measurements are kept by local batch. A rank's speed may change; what it took for other local batches before is scaled
+then, so that all that is kept belongs to one speed.
 """
+# "Simulation" means simulated training on measured step-time curves, with noise, disturbed steps and changes of speed,
+# as in tests/planning/test_balancer.py.
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,56 +13,61 @@ from statistics import median
 from lightning_hetero.planning.step_time import StepTimeModel
 
 # Measurements that are kept of a rank: at least this many of a local batch, for this many local batches (last used).
+# Chosen to bound the time of a fit and the size of a profile; a multiple of half of `_SLOW_DRIFT_STEPS`.
 KEPT = 42
 KEPT_LOCAL_BATCHES = 8
 
-# That many measurements of a local batch make it known: one of them may be disturbed.
-_KNOWN = 3
+# With this many measurements of a local batch its median stands against one disturbed step: the least number for that.
+_RELIABLE = 3
 
-# That many make it a reference for drifts: the first two may have been compiled, or have grown the memory.
+# With this many it is a reference for changes: the first two may have been compiled, or have grown the memory, and must
+# not be the median.
 _REFERENCE = 5
 
-# That many steps in a row, all off by this factor (or by so many times the noise, if that is more), are a drift: soon
-# where much is lost, later where it may be an episode that passes. What other local batches took tells of the former
-# only: a GPU may well be faster with 32 samples than with 29.
-_SUDDEN = (4, 1.6)
-_LASTING = (8, 1.15)
-_DRIFT_SPREADS = 3.0
+# Steps in a row, all off by a factor (or by `_CHANGE_DEVIATIONS` times the noise, if that is more), that show a change
+# of speed: soon where much is lost, later where it may be an episode that passes. Measurements at other local batches
+# are evidence for the former only: a GPU may well be faster with 32 samples than with 29. Tuned in simulation.
+_SUDDEN_CHANGE = (4, 1.6)
+_LASTING_CHANGE = (8, 1.15)
+_CHANGE_DEVIATIONS = 3.0
 
-# Measurements of other local batches that are kept then: fewer than make one known, so that new ones soon outvote them.
-_GUESSES = 2
+# Measurements of other local batches that are kept after a change. Below `_RELIABLE`, so that new ones soon outvote
+# them.
+_KEPT_AFTER_CHANGE = 2
 
-# The median of that many steps, off by this factor from what the local batch took before (or by so many standard
-# errors, if that is more), is a slow drift: too little to act at once, but the older measurements follow.
-_SLOW_STEPS = 12
+# The median of the last steps, off by this factor from what the local batch took before (or by `_SLOW_DRIFT_ERRORS`
+# standard errors, if that is more), is a slow drift: too little to act at once, but older measurements are scaled.
+# Tuned in simulation.
+_SLOW_DRIFT_STEPS = 12
 _SLOW_DRIFT = 1.04
-_SLOW_ERRORS = 3.0
+_SLOW_DRIFT_ERRORS = 3.0
 
-# Standard deviations in a median absolute deviation, and in the error of a median of many: normal distribution.
-_NORMAL = 1.4826
-_MEDIAN_ERROR = 1.2533
+# Standard deviations in a median absolute deviation, and standard errors of a median relative to those of a mean:
+# normal distribution.
+_DEVIATION_OF_MEDIAN = 1.4826
+_ERROR_OF_MEDIAN = 1.2533
 
-# The noise that is assumed while there are too few measurements to tell it.
-_FEW = 8
-_ASSUMED_SPREAD = 0.03
+# The noise that is assumed with fewer deviations than this; the noise that most simulations ran with.
+_ENOUGH_DEVIATIONS = 8
+_ASSUMED_NOISE = 0.03
 
-# Local batches within this ratio are too close together to tell a slope from noise. Then this part of the time is
-# taken to be fixed: an error here makes the next plan less good, and its measurements make up for it.
-_NARROW = 4 / 3
-_FIXED = 0.25
+# Local batches within this ratio are too close together to tell a slope from noise. Then this part of the time is taken
+# to be fixed: chosen; an error makes the next plan less good, and the measurements of that plan make up for it.
+_TOO_CLOSE = 4 / 3
+_ASSUMED_FIXED_PART = 0.25
 
-# Measurements of a local batch that is not known yet are left out where they are off by this part from what known local
-# batches nearby (within the ratio) say; further away, those say too little.
-_CREDIBLE = 0.2
+# Fewer than `_RELIABLE` measurements are left out where they are off by this part from what reliable local batches
+# nearby (within the ratio) say; further away, those say too little. Tuned in simulation.
+_OUTLIER = 0.2
 _NEARBY = 3 / 2
 
-# How far off, in parts, a curve may be for each e-fold of distance from what was measured: between two measured local
-# batches, and beyond all of them. Little, so that what is not known yet gets tried when it promises much.
-_BETWEEN = 0.03
-_BEYOND = 0.08
+# Relative error of a curve for each e-fold of distance from what was measured: between two measured local batches, and
+# outside all of them. Tuned in simulation: small, so that what is not known yet gets tried when it promises much.
+_INTERPOLATION_ERROR = 0.03
+_EXTRAPOLATION_ERROR = 0.08
 
-# A rank whose time from the last gradient to the averaged ones is the shortest is the last one: it waits for nobody.
-_KEPT_TAILS = 15
+# Measurements of exposed communication that are kept; its median needs no more.
+_KEPT_EXPOSED = 15
 
 
 class RankMeasurements:
@@ -68,68 +75,67 @@ class RankMeasurements:
 
     Args:
         seconds: by local batch, oldest measurements first, the local batch that was used last at the end.
-        tails: seconds that it communicated in steps in which all others waited for it, oldest first.
+        exposed: seconds of exposed communication in steps in which all others waited for the rank, oldest first.
     """
 
-    def __init__(self, seconds: Mapping[int, Sequence[float]] | None = None, tails: Sequence[float] = ()) -> None:
+    def __init__(self, seconds: Mapping[int, Sequence[float]] | None = None, exposed: Sequence[float] = ()) -> None:
         self.seconds = {b: list(s) for b, s in (seconds or {}).items()}
-        self.tails = list(tails)
+        self.exposed = list(exposed)
         self._model: StepTimeModel | None = None
-        self._spread: float | None = None
+        self._noise: float | None = None
 
     def observe(self, local_batch: int, seconds: float) -> bool:
-        """Record a step; tells whether it showed the speed of the rank to have changed."""
+        """Record a step; returns whether it showed that the rank's speed has changed."""
         recent = [*self.seconds.pop(local_batch, []), seconds]
-        due = len(recent) % (_SLOW_STEPS // 2) == 0
-        # Forgotten in blocks, so that their number goes on telling when the next look at slow drifts is due.
+        due = len(recent) % (_SLOW_DRIFT_STEPS // 2) == 0
+        # Dropped in blocks, so that their number goes on to say when the next check for a slow drift is due.
         self.seconds[local_batch] = recent[-KEPT:] if due else recent
         while len(self.seconds) > KEPT_LOCAL_BATCHES:
             del self.seconds[next(iter(self.seconds))]
-        self._model = self._spread = None
-        changed = self._changed_suddenly(local_batch)
+        self._model = self._noise = None
+        changed = self._follow_change(local_batch, *_SUDDEN_CHANGE, others=True) or self._follow_change(
+            local_batch, *_LASTING_CHANGE, others=False
+        )
         if not changed and due:
-            self._follow_slowly(local_batch)
+            self._follow_slow_drift(local_batch)
         return changed
 
-    def observe_tail(self, seconds: float) -> None:
-        """Record how long it communicated in a step in which it was the last to be ready."""
-        self.tails = [*self.tails, seconds][-_KEPT_TAILS:]
+    def observe_exposed_communication(self, seconds: float) -> None:
+        """Record how long the rank communicated in a step in which it was the last to be ready."""
+        self.exposed = [*self.exposed, seconds][-_KEPT_EXPOSED:]
 
-    def _changed_suddenly(self, local_batch: int) -> bool:
-        return self._changed(local_batch, *_SUDDEN, others=True) or self._changed(local_batch, *_LASTING, others=False)
-
-    def _changed(self, local_batch: int, steps: int, factor: float, *, others: bool) -> bool:
+    def _follow_change(self, local_batch: int, steps: int, factor: float, *, others: bool) -> bool:
         last = self.seconds[local_batch][-steps:]
         if len(last) < steps:
             return False
         older = self._without_last(local_batch, steps)
-        known = {b: median(s) for b, s in older.items() if len(s) >= _REFERENCE and (others or b == local_batch)}
+        references = {b: median(s) for b, s in older.items() if len(s) >= _REFERENCE and (others or b == local_batch)}
         # More samples seldom make a step much shorter. So, whatever the curve, these bound the last steps at unchanged
         # speed.
-        most = min((time for b, time in known.items() if b >= local_batch), default=math.inf)
-        least = max((time for b, time in known.items() if b <= local_batch), default=0.0)
+        upper = min((time for b, time in references.items() if b >= local_batch), default=math.inf)
+        lower = max((time for b, time in references.items() if b <= local_batch), default=0.0)
 
         def outside(factor: float) -> bool:
-            return min(last) > factor * most or max(last) * factor < least
+            return min(last) > factor * upper or max(last) * factor < lower
 
-        # In this order, since it is asked in every step and the noise takes longest to tell.
-        if not outside(factor) or not outside(max(factor, 1 + _DRIFT_SPREADS * self.spread())):
+        # In this order, since it is asked in every step and the noise takes longest to compute.
+        if not outside(factor) or not outside(max(factor, 1 + _CHANGE_DEVIATIONS * self.noise())):
             return False
-        # How the change spreads over fixed cost and cost per sample is not known, so what is scaled is a guess: little
-        # of it is kept, so that it can be doubted.
-        guessed = {b: s if b == local_batch else s[-_GUESSES:] for b, s in older.items()}
-        self._rescale(local_batch, guessed, last)
+        # How the change spreads over fixed cost and cost per sample is not known, so what is scaled is uncertain:
+        # little of it is kept.
+        kept = {b: s if b == local_batch else s[-_KEPT_AFTER_CHANGE:] for b, s in older.items()}
+        self._rescale(local_batch, kept, last)
         return True
 
-    def _follow_slowly(self, local_batch: int) -> None:
-        last = self.seconds[local_batch][-_SLOW_STEPS:]
-        before = self.seconds[local_batch][:-_SLOW_STEPS]
-        if len(before) < _SLOW_STEPS:
+    def _follow_slow_drift(self, local_batch: int) -> None:
+        last = self.seconds[local_batch][-_SLOW_DRIFT_STEPS:]
+        before = self.seconds[local_batch][:-_SLOW_DRIFT_STEPS]
+        if len(before) < _SLOW_DRIFT_STEPS:
             return
         ratio = median(last) / median(before)
-        error = self.spread() * _MEDIAN_ERROR * math.sqrt(1 / len(last) + 1 / len(before))
-        if abs(math.log(ratio)) > max(math.log(_SLOW_DRIFT), _SLOW_ERRORS * error):
-            self._rescale(local_batch, self._without_last(local_batch, _SLOW_STEPS), last)
+        error = self.noise() * _ERROR_OF_MEDIAN * math.sqrt(1 / len(last) + 1 / len(before))
+        if abs(math.log(ratio)) > max(math.log(_SLOW_DRIFT), _SLOW_DRIFT_ERRORS * error):
+            self._rescale(local_batch, self._without_last(local_batch, _SLOW_DRIFT_STEPS), last)
 
     def _without_last(self, local_batch: int, steps: int) -> dict[int, list[float]]:
         older = {b: s for b, s in self.seconds.items() if b != local_batch}
@@ -138,81 +144,80 @@ class RankMeasurements:
         return older
 
     def _rescale(self, local_batch: int, older: dict[int, list[float]], last: list[float]) -> None:
-        """Let the older measurements be of the speed of the last ones, which are all that is kept of their own."""
+        """Scale the older measurements of other local batches to the speed of the last steps at this one."""
         scale = median(last) / fit(older).seconds(local_batch)
         self.seconds = {b: [scale * v for v in s] for b, s in older.items() if b != local_batch}
         self.seconds[local_batch] = last
-        self._model = self._spread = None
+        self._model = self._noise = None
 
-    def trusted(self, local_batch: int, least: int) -> "RankMeasurements":
-        """What is left without local batches that were measured less than `least` times, `local_batch` excepted."""
-        return RankMeasurements(
-            {b: s for b, s in self.seconds.items() if len(s) >= least or b == local_batch}, self.tails
-        )
+    def without_sparse(self, least: int, *, keep: int) -> "RankMeasurements":
+        """A copy without local batches that were measured fewer than `least` times, but for the local batch `keep`."""
+        return RankMeasurements({b: s for b, s in self.seconds.items() if len(s) >= least or b == keep}, self.exposed)
 
     def model(self) -> StepTimeModel:
-        """The curve through what was measured, of own work alone."""
+        """The curve of compute time through what was measured."""
         if self._model is None:
             self._model = fit(self.seconds)
         return self._model
 
-    def tail(self) -> float | None:
-        """Seconds that it communicates when all others wait for it; None where it never was the last."""
-        return median(self.tails) if self.tails else None
+    def exposed_communication(self) -> float | None:
+        """Seconds that the rank communicates when all others wait for it; None where it never was the last."""
+        return median(self.exposed) if self.exposed else None
 
-    def spread(self) -> float:
+    def noise(self) -> float:
         """Relative standard deviation of single measurements around the median of their local batch."""
-        if self._spread is None:
-            self._spread = self._spread_now()
-        return self._spread
+        if self._noise is None:
+            self._noise = self._estimated_noise()
+        return self._noise
 
-    def _spread_now(self) -> float:
-        groups = [(median(s), sorted(s)) for s in self.seconds.values() if len(s) >= _KNOWN]
-        # The middle one of an odd number is its median, and tells nothing of the spread.
-        off = [abs(v / m - 1) for m, s in groups for i, v in enumerate(s) if 2 * i + 1 != len(s)]
-        return _NORMAL * median(off) if len(off) >= _FEW else _ASSUMED_SPREAD
+    def _estimated_noise(self) -> float:
+        groups = [(median(s), sorted(s)) for s in self.seconds.values() if len(s) >= _RELIABLE]
+        # The middle one of an odd number is its median, and says nothing of the noise.
+        deviations = [abs(v / m - 1) for m, s in groups for i, v in enumerate(s) if 2 * i + 1 != len(s)]
+        enough = len(deviations) >= _ENOUGH_DEVIATIONS
+        return _DEVIATION_OF_MEDIAN * median(deviations) if enough else _ASSUMED_NOISE
 
     def uncertainty(self, local_batch: int) -> float:
         """Relative standard error of the curve at a local batch.
 
-        Where it was measured, that of the median. Elsewhere, that of the neighbour which tells most: of its own median,
-        and more the further it is away, since the curve between and beyond what was measured is a guess. A neighbour
-        that was measured once takes nothing from what another one tells.
+        Where it was measured, that of the median. Elsewhere that of the measured neighbour with the least error: of its
+        own median, and more the further it is away. A neighbour that was measured once takes nothing from what the
+        other one says.
         """
         below = max((b for b in self.seconds if b <= local_batch), default=None)
         above = min((b for b in self.seconds if b >= local_batch), default=None)
-        near = {b for b in (below, above) if b is not None}
-        rate = _BETWEEN if len(near) > 1 else _BEYOND
-
-        def told_by(b: int) -> float:
-            return math.hypot(self._error(b), rate * abs(math.log(local_batch / b)))
-
-        return min(map(told_by, near))
+        neighbours = {b for b in (below, above) if b is not None}
+        rate = _INTERPOLATION_ERROR if len(neighbours) > 1 else _EXTRAPOLATION_ERROR
+        return min(math.hypot(self._error(b), rate * abs(math.log(local_batch / b))) for b in neighbours)
 
     def _error(self, local_batch: int) -> float:
         """Relative standard error of the median of what was measured at a local batch."""
-        return self.spread() * _MEDIAN_ERROR / math.sqrt(len(self.seconds[local_batch]))
+        return self.noise() * _ERROR_OF_MEDIAN / math.sqrt(len(self.seconds[local_batch]))
 
 
 def fit(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:
-    """Fit a model to seconds by local batch, the one that was used last at the end."""
+    """Fit a model to seconds by local batch, the one that was used last at the end.
+
+    Raises:
+        ValueError: there are no measurements, or they can't have been measured.
+    """
     # The first step at a local batch allocates, compiles and tunes; until it is outvoted, the shorter time stands.
-    measured = {b: s if len(s) >= _KNOWN else [min(s)] for b, s in measured.items()}
-    solid = {b: s for b, s in measured.items() if len(s) >= _KNOWN}
-    if not solid or len(solid) == len(measured):
-        return _through(measured)
-    model = _through(solid)
+    measured = {b: s if len(s) >= _RELIABLE else [min(s)] for b, s in measured.items()}
+    reliable = {b: s for b, s in measured.items() if len(s) >= _RELIABLE}
+    if not reliable or len(reliable) == len(measured):
+        return _fit_all(measured)
+    model = _fit_all(reliable)
 
-    def credible(b: int, seconds: Sequence[float]) -> bool:
-        nearby = any(max(b, known) <= _NEARBY * min(b, known) for known in solid)
-        return not nearby or abs(median(seconds) / model.seconds(b) - 1) <= _CREDIBLE
+    def is_outlier(b: int, seconds: Sequence[float]) -> bool:
+        nearby = any(max(b, other) <= _NEARBY * min(b, other) for other in reliable)
+        return nearby and abs(median(seconds) / model.seconds(b) - 1) > _OUTLIER
 
-    return _through({b: s for b, s in measured.items() if b in solid or credible(b, s)})
+    return _fit_all({b: s for b, s in measured.items() if b in reliable or not is_outlier(b, s)})
 
 
-def _through(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:
-    if max(measured) >= _NARROW * min(measured):
+def _fit_all(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:
+    if max(measured) >= _TOO_CLOSE * min(measured):
         return StepTimeModel.fit([b for b, s in measured.items() for _ in s], [v for s in measured.values() for v in s])
-    last = list(measured)[-1]
-    time = median(v * (_FIXED + (1 - _FIXED) * last / b) for b, s in measured.items() for v in s)
-    return StepTimeModel((0, last), (_FIXED * time, time), (1 - _FIXED) * time / last)
+    last, fixed = list(measured)[-1], _ASSUMED_FIXED_PART
+    time = median(v * (fixed + (1 - fixed) * last / b) for b, s in measured.items() for v in s)
+    return StepTimeModel((0, last), (fixed * time, time), (1 - fixed) * time / last)

@@ -1,6 +1,6 @@
 """How large a local batch each rank's memory allows: models of peak memory, and the caps that follow. Pure.
 
-A model never promises less memory than was seen. Ranks that are fed the same numbers come to the same caps.
+A model never predicts less memory than was seen. Ranks that are given the same numbers come to the same caps.
 """
 
 import math
@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_hetero.planning.allocation import proportional
+from lightning_hetero.planning.reports import MemoryReports
 
 UNLIMITED = 2**40
-"""A local batch that no one has; stands for no cap."""
+"""A local batch that no device has memory for; stands for no cap."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class MemoryModel:
             ((local_batch, peak),) = peaks.items()
             fixed = min(max(resting, 0.0), peak)
             return cls(fixed, (peak - fixed) / local_batch)
-        x, y = np.array(list(peaks), dtype=np.float64), np.array(list(peaks.values()), dtype=np.float64)
+        x, y = np.array(list(peaks), dtype=np.float64), np.array(list(peaks.values()), dtype=np.float64)  # (N,) each
         centred = x - x.mean()
         slope = max(0.0, float(centred @ (y - y.mean()) / (centred @ centred)))
         return cls(max(0.0, float((y - slope * x).max())), slope)
@@ -60,115 +62,126 @@ class MemoryModel:
 
     def largest(self, limit_bytes: float) -> int:
         """The largest local batch that stays within `limit_bytes`; 0 where not even one sample does."""
-        room = limit_bytes - self.fixed
-        if room < 0:
+        for_samples = limit_bytes - self.fixed
+        if for_samples < 0:
             return 0
-        if room >= self.per_sample * UNLIMITED:
+        if for_samples >= self.per_sample * UNLIMITED:
             return UNLIMITED
-        local_batch = int(room / self.per_sample)
+        local_batch = int(for_samples / self.per_sample)
         while local_batch > 0 and self.bytes(local_batch) > limit_bytes:  # the division may be a rounding error off
             local_batch -= 1
         return local_batch
 
 
-_NEARLY = 1.1
-"""A local batch that is larger than the largest so far by this factor is nothing new, if the model agrees."""
+# The largest local batch that was completed may be exceeded by this factor without a risk, if the model sees memory for
+# it. Chosen, not tuned: later plans change a split by a few samples only.
+_SAFE_GROWTH = 1.1
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one rank tells of its memory with a step's message.
+class MemoryLimits:
+    """What the ranks' devices may hold.
 
     Attributes:
-        held: the local batch of its last step; 0 where it says nothing of memory.
-        peak: most bytes held in that step; 0 where they are not known.
-        resting: bytes held before its first step.
-        fits: the largest local batch that is known to fit, learnt from running out of memory; 0 if that never happened.
-        fails: the smallest one that is known not to; 0 for none, and then nothing above `fits` is tried.
+        bytes: W numbers of bytes; infinity for no limit.
+        devices: W names, for messages.
     """
 
-    held: float
-    peak: float
-    resting: float
-    fits: float
-    fails: float = 0.0
+    bytes: tuple[float, ...]
+    devices: tuple[str, ...]
 
 
-class _Rank:
-    def __init__(self) -> None:
-        self.peaks: dict[int, float] = {}
+class _RankMemory:
+    """What is known of one rank's memory.
+
+    Args:
+        limit: bytes that it may hold; infinity for no limit.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.peaks: dict[int, float] = {}  # bytes by local batch
         self.resting = 0.0
         self.fits = UNLIMITED
         self.fails = UNLIMITED + 1
-        self.ran = 0  # the largest local batch so far
+        self.largest_completed = 0
 
-    def update(self, report: Report) -> bool:
-        """Whether there was news, which is rare: peaks repeat."""
-        before = self._known(report)
-        self.resting = report.resting
-        self.fits = int(report.fits) or self.fits
-        self.fails = max(int(report.fails), self.fits + 1)  # what fits counts for more: memory may be in pieces
-        if report.held > 0:
-            held = int(report.held)
-            self.ran = max(self.ran, held)
-            if report.peak > 0:
-                self.peaks[held] = max(report.peak, self.peaks.get(held, 0.0))
-        return before != self._known(report)
+    def update(self, local_batch: int, peak: float, resting: float, fits: int, fails: int) -> bool:
+        """Take in a report, see `MemoryReports`; returns whether it changed anything, which is rare: peaks repeat."""
+        before = self._state(local_batch)
+        self.resting = resting
+        self.fits = fits or self.fits
+        self.fails = max(fails, self.fits + 1)  # what fits counts for more: memory may be fragmented
+        if local_batch > 0:
+            self.largest_completed = max(self.largest_completed, local_batch)
+            if peak > 0:
+                self.peaks[local_batch] = max(peak, self.peaks.get(local_batch, 0.0))
+        return before != self._state(local_batch)
 
-    def _known(self, report: Report) -> tuple[float | None, ...]:
-        return self.resting, self.fits, self.fails, self.ran, self.peaks.get(int(report.held))
+    def _state(self, local_batch: int) -> tuple[float | None, ...]:
+        return self.resting, self.fits, self.fails, self.largest_completed, self.peaks.get(local_batch)
 
-    def largest(self, limit: float) -> int:
-        """What its memory is known to allow."""
-        return min(self._modelled(limit), self.fits)
+    def known_to_fit(self) -> int:
+        """The largest local batch that fits by the model and by what was seen."""
+        return min(self._modelled(), self.fits)
 
-    def possible(self, limit: float) -> int:
-        """What its memory may allow, for all that is known.
+    def may_fit(self) -> int:
+        """The largest local batch that is not known to fail.
 
-        A batch that was cut in halves until they fitted tells that a half fits, and that the whole does not. And one
-        point within the limit bounds no slope: what all samples take together may be in it.
+        A batch that was cut in halves until they fitted shows that a half fits, and that the whole does not. And one
+        peak within the limit bounds no slope: what all samples take together may be in it.
         """
-        most = self._modelled(limit)
-        if len(self.peaks) == 1 and max(self.peaks.values()) <= limit:
+        most = self._modelled()
+        if len(self.peaks) == 1 and max(self.peaks.values()) <= self.limit:
             most = max(most, 2 * max(self.peaks))
         return min(most, self.fails - 1)
 
-    def _modelled(self, limit: float) -> int:
+    def _modelled(self) -> int:
         if not self.peaks:
             return UNLIMITED
         # The line lies above most observations, so it may deny what has been seen to fit.
-        seen = max((local_batch for local_batch, peak in self.peaks.items() if peak <= limit), default=0)
-        return max(MemoryModel.fit(self.peaks, self.resting).largest(limit), seen)
+        seen = max((local_batch for local_batch, peak in self.peaks.items() if peak <= self.limit), default=0)
+        return max(MemoryModel.fit(self.peaks, self.resting).largest(self.limit), seen)
 
-    def reach(self) -> int:
-        """How far a next step may go by what is known: twice as far as before, while the slope is not."""
-        return 2 * self.ran if len(self.peaks) < 2 and self.ran > 0 else UNLIMITED
+    def growth_limit(self) -> int:
+        """How far a next step may go: twice as far as before, while the slope is not known."""
+        return 2 * self.largest_completed if len(self.peaks) < 2 and self.largest_completed > 0 else UNLIMITED
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """W local batches each, multiples of the granularity: what fits, what may fit, and what plans may use."""
+
+    known_to_fit: tuple[int, ...]
+    may_fit: tuple[int, ...]
+    allowed: tuple[int, ...]
 
 
 class Caps:
     """The largest local batches of all ranks, as far as is known.
 
     Args:
-        limits: W numbers of bytes that a rank may hold; infinity for no limit.
-        devices: W names, for messages.
+        limits: what the devices may hold.
         global_batch: samples of a step over all ranks.
         minimum: the least local batch.
         granularity: local batches are multiples of it.
     """
 
-    def __init__(
-        self, limits: Sequence[float], devices: Sequence[str], global_batch: int, *, minimum: int, granularity: int
-    ) -> None:
-        self._limits = tuple(limits)
-        self._devices = tuple(devices)
+    def __init__(self, limits: MemoryLimits, global_batch: int, *, minimum: int, granularity: int) -> None:
+        self._devices = limits.devices
         self._global_batch = global_batch
         self._minimum = minimum
         self._granularity = granularity
-        self._ranks = [_Rank() for _ in limits]
-        self._look_again()
+        self._ranks = [_RankMemory(limit) for limit in limits.bytes]
+        self._bounds = self._compute_bounds()
 
-    def update(self, reports: Sequence[Report]) -> tuple[str, ...]:
-        """Take in what all ranks tell.
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        """W local batches that memory allows, however far they are from what was tried."""
+        return self._bounds.allowed
+
+    def update(self, reports: MemoryReports) -> tuple[str, ...]:
+        """Take in what all ranks report.
 
         Returns:
             A sentence for each rank that has run out of memory since the last call.
@@ -176,30 +189,33 @@ class Caps:
         Raises:
             ValueError: the global batch does not fit into the memory of all ranks together.
         """
-        said, news = [], False
-        for number, (rank, report) in enumerate(zip(self._ranks, reports, strict=True)):
-            known = rank.fits
-            news |= rank.update(report)
-            if rank.fits < known:
-                said.append(self._ran_out(number))
-        if news:
-            self._look_again()
+        columns = (reports.local_batches, reports.peaks, reports.resting, reports.fits, reports.fails)  # each (W,)
+        warnings, changed = [], False
+        for number, (rank, row) in enumerate(zip(self._ranks, zip(*map(_listed, columns), strict=True), strict=True)):
+            local_batch, peak, resting, fits, fails = row
+            before = rank.fits
+            changed |= rank.update(int(local_batch), peak, resting, int(fits), int(fails))
+            if rank.fits < before:
+                warnings.append(self._out_of_memory(number))
+        if changed:
+            self._bounds = self._compute_bounds()
             self._check()
-        return tuple(said)
+        return tuple(warnings)
 
     def peaks(self) -> list[float]:
         """W numbers of bytes, the most that each rank is known to have held; 0 where nothing is known."""
         return [max(rank.peaks.values(), default=0.0) for rank in self._ranks]
 
     def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
-        """Whether all ranks are sure to have memory for W local batches.
+        """Whether W local batches are known to fit on all ranks.
 
-        They are where they have computed as many samples, or nearly as many and their models, of two local batches at
-        least, see room for the rest.
+        They are where the ranks have computed as many samples, or nearly as many and their models, of two local batches
+        at least, see memory for the rest.
         """
         return all(
-            local_batch <= rank.ran or (len(rank.peaks) > 1 and local_batch <= min(most, _NEARLY * rank.ran))
-            for local_batch, rank, most in zip(local_batches, self._ranks, self._sure, strict=True)
+            local_batch <= rank.largest_completed
+            or (len(rank.peaks) > 1 and local_batch <= min(most, _SAFE_GROWTH * rank.largest_completed))
+            for local_batch, rank, most in zip(local_batches, self._ranks, self._bounds.known_to_fit, strict=True)
         )
 
     def maximum(self, current: Sequence[int]) -> tuple[int, ...]:
@@ -208,46 +224,44 @@ class Caps:
         Args:
             current: W samples, of the newest plan.
         """
-        hard = self.allowed
+        allowed = self.allowed
         factor = 1
-        while True:  # a reach that is too short for the global batch gives way, to what memory allows
+        while True:  # growth limits too narrow for the global batch give way, up to what memory allows
             caps = [
-                min(most, factor * max(self._rounded(rank.reach()), local_batch, self._minimum))
-                for most, rank, local_batch in zip(hard, self._ranks, current, strict=True)
+                min(most, factor * max(self._rounded(rank.growth_limit()), local_batch, self._minimum))
+                for most, rank, local_batch in zip(allowed, self._ranks, current, strict=True)
             ]
-            if sum(caps) >= min(self._global_batch, sum(hard)):
+            if sum(caps) >= min(self._global_batch, sum(allowed)):
                 return tuple(caps)
             factor *= 2
 
     def _rounded(self, local_batch: int) -> int:
         return local_batch // self._granularity * self._granularity
 
-    def _look_again(self) -> None:
-        ranks = list(zip(self._ranks, self._limits, strict=True))
-        self._sure = [self._rounded(min(rank.largest(limit), UNLIMITED)) for rank, limit in ranks]
-        self._possible = [self._rounded(min(rank.possible(limit), UNLIMITED)) for rank, limit in ranks]
-        self.allowed = self._what_memory_allows()
-        """W local batches that memory allows, not looking at how far a next step may go."""
+    def _compute_bounds(self) -> _Bounds:
+        known_to_fit = [self._rounded(min(rank.known_to_fit(), UNLIMITED)) for rank in self._ranks]
+        may_fit = [self._rounded(min(rank.may_fit(), UNLIMITED)) for rank in self._ranks]
+        return _Bounds(tuple(known_to_fit), tuple(may_fit), self._allowed(known_to_fit, may_fit))
 
-    def _what_memory_allows(self) -> tuple[int, ...]:
-        """What is sure to fit; where that is too little for the global batch, so much of what may fit as it takes.
+    def _allowed(self, known_to_fit: Sequence[int], may_fit: Sequence[int]) -> tuple[int, ...]:
+        """What is known to fit; where that is too little for the global batch, as much of what may fit as it takes.
 
-        Whoever runs out of memory then has learnt more, and has lost nothing.
+        A rank that runs out of memory then shows what fits, and nothing is lost.
         """
-        allowed = [max(sure, min(self._minimum, most)) for sure, most in zip(self._sure, self._possible, strict=True)]
-        rooms = [
+        allowed = [max(fits, min(self._minimum, most)) for fits, most in zip(known_to_fit, may_fit, strict=True)]
+        untried = [
             min(most, self._global_batch) - min(cap, self._global_batch)
-            for cap, most in zip(allowed, self._possible, strict=True)
+            for cap, most in zip(allowed, may_fit, strict=True)
         ]
         missing = self._global_batch - sum(min(cap, self._global_batch) for cap in allowed)
-        if not 0 < missing <= sum(rooms):
+        if not 0 < missing <= sum(untried):
             return tuple(allowed)
-        more = proportional(missing, rooms, minimum=0, maximum=rooms, granularity=self._granularity)
+        more = proportional(missing, untried, minimum=0, maximum=untried, granularity=self._granularity)
         return tuple(map(int.__add__, allowed, more))
 
-    def _ran_out(self, number: int) -> str:
-        rank, limit = self._ranks[number], self._limits[number]
-        known = f", of which it may use {_size(limit)}" if math.isfinite(limit) else ""
+    def _out_of_memory(self, number: int) -> str:
+        rank = self._ranks[number]
+        known = f", of which it may use {_size(rank.limit)}" if math.isfinite(rank.limit) else ""
         peak = f" It has held up to {_size(max(rank.peaks.values()))}{known}." if rank.peaks else ""
         return (
             f"rank {number} ({self._devices[number]}) ran out of memory and computed its batch in parts; nothing was "
@@ -263,13 +277,13 @@ class Caps:
         unable = [number for number, cap in enumerate(self.allowed) if cap < self._minimum]
         if not unable and sum(min(cap, self._global_batch) for cap in self.allowed) >= self._global_batch:
             return
-        caps = self._sure
-        fits, may = (sum(min(b, self._global_batch) for b in bound) for bound in (caps, self._possible))
+        caps = self._bounds.known_to_fit
+        fits, may = (sum(min(b, self._global_batch) for b in bound) for bound in (caps, self._bounds.may_fit))
         perhaps = f" (or perhaps up to {may})" if may > fits else ""
         each = ", ".join(
             f"{caps[number]} on rank {number} ({device}"
-            + (f", {_size(self._limits[number])})" if math.isfinite(self._limits[number]) else ")")
-            for number, device in enumerate(self._devices)
+            + (f", {_size(rank.limit)})" if math.isfinite(rank.limit) else ")")
+            for number, (rank, device) in enumerate(zip(self._ranks, self._devices, strict=True))
             if caps[number] < self._global_batch
         )
         if unable:
@@ -284,6 +298,11 @@ class Caps:
             f"many (samples that fit: {each}); use a global batch of at most {fits}{perhaps}, accumulate_grad_batches, "
             "more devices, or a higher memory_limit"
         )
+
+
+def _listed(column: NDArray[np.float64]) -> list[float]:
+    values: list[float] = column.tolist()
+    return values
 
 
 def _size(count: float) -> str:

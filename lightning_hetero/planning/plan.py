@@ -13,7 +13,7 @@ class Plan:
     Args:
         first_step: the first global batch (counted from 0 over the whole run) that is split this way.
         local_batches: W numbers of samples, one a rank; their sum is the global batch.
-        predicted_seconds: W seconds of own work that the step-time models expect; None before anything is known.
+        predicted_seconds: W seconds of compute time that the step-time models expect; None before anything is known.
         reason: why this plan was made, for the log.
 
     Raises:

@@ -1,102 +1,107 @@
-"""From the user's `shares` and the ranks' measurements to the schedule of plans; pure, the same on every rank."""
+"""From shares and the ranks' reports to the schedule of plans; pure, the same on every rank."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from lightning_hetero.exchange.messages import Rows, column
 from lightning_hetero.planning.allocation import proportional
 from lightning_hetero.planning.balancer import Balancer
-from lightning_hetero.planning.memory import Caps, Report
+from lightning_hetero.planning.memory import Caps, MemoryLimits
 from lightning_hetero.planning.plan import Plan, Schedule
+from lightning_hetero.planning.reports import MeasuredStep, MeasurementJoin, StepReports
+from lightning_hetero.planning.shares import Shares
 from lightning_hetero.planning.step_time import StepTimeModel
 
-Shares = str | Sequence[float]
-"""What a user may say of the shares; see `check_shares`."""
+
+@dataclass(frozen=True)
+class PlanUpdate:
+    """What follows from the messages of a step.
+
+    Attributes:
+        plans: that have been decided, oldest first; they are in the schedule already.
+        warnings: sentences for the user, each to be said once.
+        measured: steps that every rank has reported now, oldest first.
+    """
+
+    plans: tuple[Plan, ...] = ()
+    warnings: tuple[str, ...] = ()
+    measured: tuple[MeasuredStep, ...] = ()
 
 
-def profile_path(shares: Shares) -> str | None:
-    """The profile that `shares` names, to begin from; None where it names none."""
-    return shares if isinstance(shares, str) and shares.endswith(".json") else None
+class Planner(Protocol):
+    """What a fit asks of whoever decides its plans; answers are the same on all ranks."""
+
+    @property
+    def global_batch(self) -> int | None:
+        """Samples of a step over all ranks; None where the user shards, since nobody knows."""
+
+    @property
+    def is_exploring(self) -> bool:
+        """Whether it would use measurements before the next batch is drawn."""
+
+    def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
+        """Whether W local batches are known to fit on all ranks."""
+
+    def update(self, reports: StepReports) -> PlanUpdate:
+        """Take in what all ranks report with the messages of a step.
+
+        Raises:
+            ValueError: the global batch does not fit into the memory of all ranks together.
+        """
 
 
-def learns(shares: Shares) -> bool:
-    """Whether the shares are to be learnt."""
-    return shares == "auto" or profile_path(shares) is not None
+class UserSharded:
+    """Stands for data that the user shards: there are no plans, and nothing is decided."""
+
+    global_batch: None = None
+    is_exploring = False
+
+    def fits_in_memory(self, local_batches: Sequence[int]) -> bool:  # noqa: ARG002 - of the protocol
+        """Never: nothing is known."""
+        return False
+
+    def update(self, reports: StepReports) -> PlanUpdate:  # noqa: ARG002 - of the protocol
+        """Nothing follows."""
+        return PlanUpdate()
 
 
-def check_shares(shares: Shares, world_size: int | None = None) -> None:
-    """See that `shares` can be used.
-
-    Args:
-        shares: "auto", "equal", one number a rank, or the path of a profile to begin from.
-        world_size: W, once it is known.
+def check_global_batch(global_batch: int, world_size: int) -> None:
+    """See that every rank can have a sample.
 
     Raises:
         ValueError: they can't, in one sentence.
     """
-    if isinstance(shares, str):
-        if shares != "equal" and not learns(shares):
-            raise ValueError(
-                f"shares={shares!r} is unknown: use 'auto', 'equal', one number a rank such as [4, 1], or the path of a"
-                " profile.json"
-            )
-        return
-    try:
-        values = [float(share) for share in shares]
-    except (TypeError, ValueError):
-        raise ValueError(f"shares={shares!r} has to be 'auto', 'equal', or one number a rank such as [4, 1]") from None
-    for rank, value in enumerate(values):
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(
-                f"shares={list(shares)}: the share of rank {rank} is {value:g}; give a number of 0 or more"
-            )
-    if sum(values) <= 0:
-        raise ValueError(f"shares={list(shares)} add up to 0; at least one rank needs a share above 0")
-    if world_size is not None and len(values) != world_size:
+    if global_batch < world_size:
         raise ValueError(
-            f"shares={list(shares)} has {len(values)} number{'s' if len(values) != 1 else ''}, but there "
-            f"{'are' if world_size != 1 else 'is'} {world_size} rank{'s' if world_size != 1 else ''}: give one a rank"
+            f"global_batch={global_batch} is smaller than the number of ranks, {world_size}: raise global_batch or the "
+            "loader's batch_size, or use fewer devices"
         )
 
 
-@dataclass(frozen=True)
-class News:
-    """What follows from the messages of a step.
-
-    Attributes:
-        sentences: to be said once.
-        plans: that have been decided, oldest first.
-    """
-
-    sentences: tuple[str, ...]
-    plans: tuple[Plan, ...]
-
-
-class Planner:
-    """Decides the plans of a run.
+class SplitPlanner:
+    """Decides how the global batches of a run are split, adaptively or in fixed proportions.
 
     Args:
-        shares: see `check_shares`.
+        shares: the user's.
         world_size: W.
         global_batch: samples of a step over all ranks.
         minimum: the least that a rank can compute with; less where the global batch does not give each as much.
         granularity: local batches are multiples of it.
-        known: what an earlier run of the same job has learnt, see `state_dict`; the first plan follows from it.
-        speeds: W numbers that a probe of the ranks has found, of which the first plan makes something where nothing
-            else is known and shares are learnt; None for none.
-        memory: from the global batch and the least local batch to the caps of all ranks; None for no caps.
+        profile: the state that an earlier run of the same job has saved, see `state_dict`; where shares are adaptive,
+            the first plan follows from it.
+        speeds: W numbers that a speed test of the ranks has found; where shares are adaptive and there is no profile,
+            the first plan follows from them.
+        memory: what the ranks' devices may hold; None for no caps.
 
     Raises:
-        ValueError: the global batch can't be split so, or what is known is damaged.
+        ValueError: the global batch can't be split so, or the profile is of another job or damaged.
+        KeyError: the profile is damaged.
+        TypeError: the same.
     """
 
-    PATIENCE = 64
-    """Steps after which a measurement that not all ranks have is given up."""
-
-    IN_VAIN = 8
-    """Messages in a row without a whole step after which it asks no more; every batch may be a short one."""
+    FUTILE_MESSAGES = 8
+    """Messages in a row without a complete step after which it asks for no more before each batch: every batch may be a
+    short one, which is not measured. Chosen."""
 
     def __init__(
         self,
@@ -106,158 +111,144 @@ class Planner:
         *,
         minimum: int = 1,
         granularity: int = 1,
-        known: Mapping[str, Any] | None = None,
+        profile: Mapping[str, Any] | None = None,
         speeds: Sequence[float] | None = None,
-        memory: Callable[[int, int], Caps] | None = None,
+        memory: MemoryLimits | None = None,
     ) -> None:
-        check_shares(shares, world_size)
-        if global_batch < world_size:
-            raise ValueError(
-                f"a global batch of {global_batch} is smaller than the number of ranks, {world_size}: raise "
-                "global_batch or the loader's batch_size, or use fewer devices"
-            )
+        self._proportions = shares.proportions_for(world_size)
+        check_global_batch(global_batch, world_size)
         self.world_size = world_size
         self.global_batch = global_batch
         self.minimum = max(1, min(minimum, global_batch // world_size))
+        self.granularity = granularity
         # A multiple of the granularity that reaches the minimum is the least that a plan can give.
-        least = -(-self.minimum // granularity) * granularity
-        self._least, self._granularity = least, granularity
-        self._fixed = [1.0] * world_size if isinstance(shares, str) else [float(share) for share in shares]
-        local_batches = proportional(global_batch, self._fixed, minimum=least, granularity=granularity)
-        first = Plan(0, local_batches, reason="equal" if isinstance(shares, str) else "shares")
-        self._balancer = (
-            Balancer(world_size, global_batch, minimum=least, granularity=granularity)
-            if learns(shares) and world_size > 1
-            else None
-        )
+        self._least = -(-self.minimum // granularity) * granularity
+        self._reason = "equal" if shares.proportions is None else "shares"
         self._memory = memory
-        self.forget_memory()
-        if self._balancer is not None and known is not None:
-            proposal = self._balancer.start_from(known)
-            first = Plan(0, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
-        elif self._balancer is not None and speeds is not None:
-            guessed = self._balancer.guess(speeds, local_batches)
-            first = Plan(0, guessed, reason="probe") if guessed != local_batches else first
-        self._ahead: int | None = None  # steps that loaders have drawn beyond the last one heard of
-        self._in_vain = 0  # times in a row that ranks told of no whole step
-        self.schedule = Schedule(first)
-        self._told: dict[int, dict[int, tuple[float, float, float]]] = {}
+        self.caps = self._fresh_caps()
+        self._join = MeasurementJoin(world_size)
+        self._adaptive = shares.adaptive and world_size > 1
+        self._balancer = self._fresh_balancer(profile)
+        self._has_profile = self._balancer is not None and profile is not None
+        self._discards_profile = False  # with the next update
+        self._drawn_ahead: int | None = None  # steps that loaders have drawn beyond that of the last messages
+        self._futile_messages = 0  # in a row without a complete step
+        self.schedule = Schedule(self._first_plan(profile, speeds))
+
+    def _fresh_caps(self) -> Caps | None:
+        if self._memory is None:
+            return None
+        return Caps(self._memory, self.global_batch, minimum=self._least, granularity=self.granularity)
+
+    def _fresh_balancer(self, profile: Mapping[str, Any] | None) -> Balancer | None:
+        if not self._adaptive:
+            return None
+        return Balancer(
+            self.world_size, self.global_batch, minimum=self._least, granularity=self.granularity, state=profile
+        )
+
+    def _first_plan(self, profile: Mapping[str, Any] | None, speeds: Sequence[float] | None) -> Plan:
+        if self._balancer is not None and profile is not None:
+            proposal = self._balancer.first_proposal()
+            return Plan(0, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
+        given = self._proportional(self._proportions)
+        if self._balancer is not None and speeds is not None:
+            split = self._balancer.split_from_speeds(speeds, given)
+            if split != given:
+                return Plan(0, split, reason="probe")
+        return Plan(0, given, reason=self._reason)
 
     def forget_memory(self) -> None:
         """Another fit begins: its samples may be larger, so what was seen of memory no longer holds."""
-        self.caps = self._memory(self.global_batch, self._least) if self._memory is not None else None
+        self.caps = self._fresh_caps()
 
-    def update(self, rows: Rows) -> News:
-        """All ranks' messages of a step: what they say of their memory and of their work.
+    def discard_profile(self) -> None:
+        """Forget what the profile brought, since it is of another job.
+
+        The next `update` plans equal shares, from the first step that no loader has drawn. Without a profile nothing
+        changes.
+        """
+        self._discards_profile = self._has_profile
+
+    @property
+    def is_exploring(self) -> bool:
+        """Whether it would use measurements before the next batch is drawn.
+
+        It would while it looks for the right plan, where loaders have not drawn that batch.
+        """
+        undrawn = self._drawn_ahead is not None and self._drawn_ahead <= 0
+        hopeful = self._futile_messages < self.FUTILE_MESSAGES
+        return undrawn and hopeful and self._balancer is not None and self._balancer.is_exploring
+
+    def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
+        """Whether W local batches are known to fit on all ranks; see `memory.Caps.fits_in_memory`."""
+        return self.caps is not None and self.caps.fits_in_memory(local_batches)
+
+    def update(self, reports: StepReports) -> PlanUpdate:
+        """Take in what all ranks report with the messages of a step.
 
         Raises:
             ValueError: the global batch does not fit into the memory of all ranks together.
         """
-        drawn = int(column(rows, "drawn").max())
-        self._ahead = drawn - int(column(rows, "step")[0])
-        of_memory = ("held", "memory", "resting", "fits", "fails")
-        told = zip(*(column(rows, name).tolist() for name in of_memory), strict=True)
-        sentences = self.caps.update([Report(*row) for row in told]) if self.caps is not None else ()
-        within = self.fit_into_memory(drawn)
-        measured, seconds = column(rows, "measured").astype(int).tolist(), column(rows, "seconds").tolist()
-        averaging, apart = column(rows, "averaging").tolist(), column(rows, "apart").tolist()
-        better = self.observe(measured, seconds, drawn, averaging, apart)
-        return News(sentences, tuple(plan for plan in (within, better) if plan is not None))
+        drawn = reports.last_drawn
+        self._drawn_ahead = drawn - reports.step
+        restarted = self._plan_anew(drawn) if self._discards_profile else None
+        warnings = self.caps.update(reports.memory) if self.caps is not None else ()
+        within = self._keep_to_caps(drawn)
+        measured = self._join.add(reports, self.schedule)
+        better = self._balance(measured, drawn)
+        plans = tuple(plan for plan in (restarted, within, better) if plan is not None)
+        return PlanUpdate(plans, warnings, measured)
 
-    @property
-    def wants_reports_now(self) -> bool:
-        """Whether it would use what ranks have measured before the next batch is drawn; the same on all ranks.
+    def models(self) -> tuple[StepTimeModel, ...] | None:
+        """W models of compute time by local batch; None where nothing is known, and with fixed shares."""
+        return self._balancer.models() if self._balancer is not None else None
 
-        It does while it looks for the right plan, where loaders have not drawn that batch.
-        """
-        waits = self._ahead is not None and self._ahead <= 0 and self._in_vain < self.IN_VAIN
-        return waits and self._balancer is not None and self._balancer.is_exploring
+    def exposed_communication(self) -> tuple[float, ...]:
+        """W seconds that each rank communicates when all others wait for it; 0 for unknown."""
+        return self._balancer.exposed_communication() if self._balancer is not None else (0.0,) * self.world_size
 
-    def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
-        """Whether all ranks are sure to have memory for W local batches; see `memory.Caps.fits_in_memory`."""
-        return self.caps is not None and self.caps.fits_in_memory(local_batches)
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was measured, for a later run of the same job; None where nothing was, and with fixed shares."""
+        return self._balancer.state_dict() if self._balancer is not None and self._balancer.models() else None
 
-    def fit_into_memory(self, drawn: int) -> Plan | None:
-        """See that the newest plan keeps to the caps, and make one that does where it doesn't; at once, and by itself.
+    def _plan_anew(self, drawn: int) -> Plan:
+        """Forget the profile: equal shares, and a balancer that knows nothing."""
+        self._balancer = self._fresh_balancer(None)
+        self._has_profile = self._discards_profile = False
+        return self._append(drawn, self._proportional(self._proportions), None, self._reason)
 
-        Args:
-            drawn: the last step that any rank's loaders have handed out.
-
-        Returns:
-            The new plan, already in the schedule, or None.
-        """
-        newest = self.schedule.newest
-        caps = self._maximum()
+    def _keep_to_caps(self, drawn: int) -> Plan | None:
+        """Replace the newest plan at once where it asks a rank for more than its memory allows."""
+        newest, caps = self.schedule.newest, self._maximum()
         if caps is None or all(map(int.__le__, newest.local_batches, caps)):
             return None
         proposal = self._balancer.propose(newest.local_batches, caps) if self._balancer is not None else None
         if proposal is not None:
             return self._append(drawn, proposal.local_batches, proposal.predicted_seconds, "memory")
         # What was in force is the best that is known, or what the user wants: the surplus is spread in proportion.
-        shares = newest.local_batches if self._balancer is not None else self._fixed
-        split = proportional(
-            self.global_batch, shares, minimum=self._least, maximum=caps, granularity=self._granularity
-        )
-        return self._append(drawn, split, None, "memory")
+        shares = newest.local_batches if self._balancer is not None else self._proportions
+        return self._append(drawn, self._proportional(shares, caps), None, "memory")
 
-    def observe(
-        self,
-        steps: Sequence[int],
-        seconds: Sequence[float],
-        drawn: int,
-        averaging: Sequence[float] | None = None,
-        apart: Sequence[float] | None = None,
-    ) -> Plan | None:
-        """Take in what ranks have measured, and decide once a step is known of all of them.
-
-        Args:
-            steps: W numbers, the step that each rank tells of; -1 for none. Each was a full global batch.
-            seconds: W numbers, the rank's own work in that step.
-            drawn: the last step that any rank's loaders have handed out.
-            averaging: W numbers, the seconds between its last gradient and the averaged ones; 0 or None for unknown.
-            apart: W numbers, 1 where these came after the backward pass, and nothing was averaged during it.
-
-        Returns:
-            The new plan, already in the schedule, or None.
-        """
-        if self._balancer is None:
+    def _balance(self, measured: Sequence[MeasuredStep], drawn: int) -> Plan | None:
+        """Ask the balancer for a better plan where a step has become known of all ranks."""
+        self._futile_messages = 0 if measured else self._futile_messages + 1
+        if self._balancer is None or not measured:
             return None
-        unknown = [0.0] * self.world_size
-        for rank, told in enumerate(zip(seconds, averaging or unknown, apart or unknown, strict=True)):
-            if steps[rank] >= 0:  # ranks may be some steps behind each other in telling
-                self._told.setdefault(steps[rank], {})[rank] = told
-        complete = [step for step, told in self._told.items() if len(told) == self.world_size]
-        for step in complete:
-            known = self._told.pop(step)
-            own, waits, after = zip(*(known[rank] for rank in range(self.world_size)), strict=True)
-            self._balancer.observe(step, self.schedule.at(step).local_batches, own, waits, apart=any(after))
-        for step in [step for step in self._told if step < max(steps) - self.PATIENCE]:
-            del self._told[step]
-        self._in_vain = 0 if complete else self._in_vain + 1
-        return self._decide(drawn) if complete else None
-
-    def models(self) -> tuple[StepTimeModel, ...] | None:
-        """Each rank's own work by local batch, as far as it is known; None where nothing is learnt."""
-        return self._balancer.models() if self._balancer is not None else None
-
-    def tails(self) -> tuple[float, ...]:
-        """W seconds that each rank communicates when all others wait for it; 0 for unknown."""
-        return self._balancer.tails() if self._balancer is not None else (0.0,) * self.world_size
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """What was learnt, for a later run of the same job; None where nothing was."""
-        return self._balancer.state_dict() if self._balancer is not None and self._balancer.models() else None
-
-    def _decide(self, drawn: int) -> Plan | None:
-        assert self._balancer is not None
-        newest = self.schedule.newest
-        proposal = self._balancer.propose(newest.local_batches, self._maximum())
+        for step in measured:
+            self._balancer.observe(step)
+        proposal = self._balancer.propose(self.schedule.newest.local_batches, self._maximum())
         if proposal is None:
             return None
         return self._append(drawn, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
 
     def _maximum(self) -> tuple[int, ...] | None:
         return self.caps.maximum(self.schedule.newest.local_batches) if self.caps is not None else None
+
+    def _proportional(self, shares: Sequence[float], maximum: Sequence[int] | None = None) -> tuple[int, ...]:
+        return proportional(
+            self.global_batch, shares, minimum=self._least, maximum=maximum, granularity=self.granularity
+        )
 
     def _append(
         self, drawn: int, local_batches: tuple[int, ...], seconds: tuple[float, ...] | None, reason: str

@@ -1,4 +1,4 @@
-"""Step-time models: how many seconds a rank needs for a local batch, learnt from its own steps.
+"""Step-time models: how many seconds a rank needs for a local batch, fitted to its own steps.
 
 A model is a fixed cost and a cost per sample, refined piecewise where measurements at several local batches call for
 it: GPUs are flat at small batches, allocators make curves jump, throttled CPUs are concave. One straight line fits none
@@ -15,11 +15,11 @@ from statistics import median
 from typing import Self
 
 # A piece that rises by less than this part of its time is flat. Far below what a clock can tell, and it keeps the
-# inverse (the largest local batch within a time) well conditioned, on which exact allocation relies.
+# inverse (the largest local batch within a time) well conditioned, on which exact allocation relies. Chosen.
 _FLAT = 1e-6
 
 # Slopes beyond the ends are taken over at least this ratio of local batches, if there is: two noisy neighbours say
-# nothing of a slope.
+# nothing of a slope. Chosen.
 _SPAN = 4 / 3
 
 

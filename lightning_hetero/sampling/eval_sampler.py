@@ -1,7 +1,8 @@
-"""What one rank evaluates of a loader: its part of the stream, in batches no larger than the loader's own."""
+"""The part of a loader that one rank evaluates, in batches no larger than the loader's own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch.utils.data import Sampler
 
@@ -27,49 +28,50 @@ class Scope:
     cycles: bool = False
 
 
+class EvaluationPasses(Protocol):
+    """What an evaluation says of its passes over a loader, and is told of them."""
+
+    def epoch(self) -> int:
+        """The trainer's epoch."""
+
+    def scope(self, sampler: "EvaluationSampler") -> Scope:
+        """What is evaluated of the sampler's loader."""
+
+    def seconds(self, scope: Scope, samples: int) -> Sequence[float]:
+        """What a batch of so many samples takes on each rank, W numbers, of which only the ratios matter."""
+
+    def begin(self, scope: Scope, sizes: Sequence[int]) -> None:
+        """A pass begins, in which this rank evaluates batches of these sizes."""
+
+
 class EvaluationSampler(Sampler[list[Index]]):
-    """The batch sampler of one rank in evaluation: its part of the stream, each sample on one rank only.
+    """The batch sampler of one rank in evaluation: its part of the loader's batches, each sample on one rank only.
 
     Its length is the number of batches that one process would evaluate, on every rank, so that no rank leaves out what
     Lightning does before and after the batches. A rank draws fewer, or none at all.
 
     Args:
-        stream: the loader's batches, as one process would draw them.
+        batches: the loader's batches, as one process would draw them.
         rank: whose part.
-        scope: what is evaluated of it; asked at the start of each pass.
-        seconds: from the scope and the samples of a batch to what such a batch takes on each rank, W numbers.
-        epoch: the trainer's epoch.
-        on_begin: called with the scope and the samples of each of the rank's batches, when a pass begins.
+        passes: what is asked and told at the start of each pass.
     """
 
-    def __init__(
-        self,
-        stream: GlobalBatches,
-        rank: int,
-        *,
-        scope: Callable[["EvaluationSampler"], Scope],
-        seconds: Callable[[Scope, int], Sequence[float]],
-        epoch: Callable[[], int],
-        on_begin: Callable[[Scope, Sequence[int]], None] = lambda _, __: None,
-    ) -> None:
-        self.stream = stream
+    def __init__(self, batches: GlobalBatches, rank: int, passes: EvaluationPasses) -> None:
+        self._batches = batches
         self._rank = rank
-        self._scope = scope
-        self._seconds = seconds
-        self._epoch = epoch
-        self._on_begin = on_begin
+        self._passes = passes
         self._drawn = False
 
     def _draw(self) -> list[list[Index]]:
-        self.stream.draw(self._epoch(), 0)
+        self._batches.draw(self._passes.epoch(), 0)
         self._drawn = True
-        return list(self.stream.batches(lambda: False))
+        return list(self._batches.batches(lambda: False))
 
     def __iter__(self) -> Iterator[list[Index]]:
         batches = self._draw()
-        scope = self._scope(self)
+        scope = self._passes.scope(self)
         pieces = self._pieces([len(batch) for batch in batches[: scope.batches]], scope)
-        self._on_begin(scope, [piece.last - piece.first for piece in pieces])
+        self._passes.begin(scope, [piece.last - piece.first for piece in pieces])
         return iter([list(batches[piece.batch][piece.first : piece.last]) for piece in pieces])
 
     def _pieces(self, sizes: Sequence[int], scope: Scope) -> list[Piece]:
@@ -77,13 +79,13 @@ class EvaluationSampler(Sampler[list[Index]]):
         if not full:
             return []
         if scope.steps is None:
-            return pieces_of(sizes, samples_of_ranks(sizes, self._seconds(scope, full)), self._rank)
+            return pieces_of(sizes, samples_of_ranks(sizes, self._passes.seconds(scope, full)), self._rank)
         steps = [1] * scope.steps
-        own = pieces_of(steps, samples_of_ranks(steps, self._seconds(scope, full), whole=True), self._rank)
+        own = pieces_of(steps, samples_of_ranks(steps, self._passes.seconds(scope, full), whole=True), self._rank)
         numbers = [step.batch % len(sizes) if scope.cycles else step.batch for step in own]
         return [Piece(number, 0, sizes[number]) for number in numbers if number < len(sizes)]
 
     def __len__(self) -> int:
         if not self._drawn:
             self._draw()
-        return len(self.stream)
+        return len(self._batches)

@@ -65,15 +65,15 @@ class AccumulationWindow:
         """Whether it shows how long a micro-batch takes under one plan."""
         return self._comparable and len({share.checksum for share in self._shares}) == 1
 
-    def known(self) -> bool:
+    def has_passed(self) -> bool:
         """Whether the device has come to its end."""
-        return self._timings[-1].known()
+        return self._timings[-1].has_passed()
 
     def measured(self) -> WindowMeasurement:
         """The measurement; of a comparable window that the device has come to the end of."""
         return WindowMeasurement(
             step=self._shares[-1].step,
-            compute_seconds=sum(timing.seconds() for timing in self._timings) / len(self._timings),
-            sync_seconds=sum(timing.averaging_seconds() for timing in self._timings) / len(self._timings),
+            compute_seconds=sum(timing.compute_seconds() for timing in self._timings) / len(self._timings),
+            sync_seconds=sum(timing.sync_seconds() for timing in self._timings) / len(self._timings),
             averaged_after_backward=self._averaged_after_backward,
         )

@@ -11,6 +11,7 @@ from torch._C._distributed_c10d import GradBucket
 
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.exchange.secondary_failures import CollectiveErrors
 
 Hook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
 """A DDP communication hook: from its state and a gradient bucket to the averaged gradients."""
@@ -62,38 +63,73 @@ def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> AbstractC
     return _hooked(module, lambda gradient: without_nan(gradient, counts))
 
 
-def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """What DDP does with a bucket when it has no hook: the mean over all ranks."""
-    group = group if group is not None else dist.group.WORLD
-    assert group is not None
-    buffer = bucket.buffer().div_(group.size())
-    work = dist.all_reduce(buffer, group=group, async_op=True)
-    assert work is not None
-    future: torch.futures.Future[Any] = work.get_future()
-    return future.then(lambda done: done.value()[0])
+def averaging_hook(errors: CollectiveErrors) -> Hook:
+    """What DDP does with a bucket when it has no hook, the mean over all ranks.
+
+    Args:
+        errors: gets the error of a failed all-reduce, which autograd's engine raises later.
+    """
+
+    def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        group = group if group is not None else dist.group.WORLD
+        assert group is not None
+        work = dist.all_reduce(bucket.buffer().div_(group.size()), group=group, async_op=True)
+        assert work is not None
+
+        def averaged(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+            try:
+                return done.value()[0]
+            except RuntimeError as error:
+                errors.add(error)
+                raise
+
+        future: torch.futures.Future[list[Tensor]] = work.get_future()
+        return future.then(averaged)
+
+    return allreduce_mean
 
 
-def until_last_bucket(hook: Hook, clock: ComputeTimer, *, may_wait: bool) -> Hook:
-    """Wrap a DDP communication hook so that the clock hears when the last local gradient is ready.
+def until_last_bucket(hook: Hook, timer: ComputeTimer, *, may_wait: bool) -> Hook:
+    """Wrap a DDP communication hook so that the timer notes when the last local gradient is ready.
 
     DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass.
 
     Args:
         hook: what averages a bucket.
-        clock: of this rank.
-        may_wait: the hook may wait for the other ranks before it returns, so nothing of it is own work.
+        timer: of this rank.
+        may_wait: the hook may wait for the other ranks before it returns, so nothing of it is compute time.
     """
 
     def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         if may_wait and bucket.is_last():
-            clock.gradients_ready()
-        with clock.waiting() if may_wait else nullcontext():
+            timer.gradients_ready()
+        with timer.waiting() if may_wait else nullcontext():
             future = hook(state, bucket)
         if not may_wait and bucket.is_last():
-            clock.gradients_ready()
+            timer.gradients_ready()
         return future
 
     return timed
+
+
+class GradientMask:
+    """Which gradients of this rank count in the backward pass at hand, where only the device knows."""
+
+    def __init__(self) -> None:
+        self._keep: Tensor | None = None
+
+    def current(self) -> Tensor | None:
+        """A truth value on the device; None for no mask."""
+        return self._keep
+
+    @contextmanager
+    def applied(self, keep: Tensor) -> Iterator[None]:
+        """A backward pass inside is masked."""
+        self._keep = keep
+        try:
+            yield
+        finally:
+            self._keep = None
 
 
 def masked(hook: Hook, mask: Callable[[], torch.Tensor | None]) -> Hook:
@@ -119,7 +155,7 @@ _BUCKET_BYTES = 25 * 2**20
 """As large as DDP's buckets: large enough to be quick, small beside the gradients."""
 
 
-def average_gradients(parameters: Sequence[torch.nn.Parameter], exchange: RankGroup) -> None:
+def average_gradients(parameters: Sequence[nn.Parameter], group: RankGroup) -> None:
     """What DDP does in a backward pass, after one that was purely local: the mean over all ranks.
 
     A parameter without gradient on this rank counts as zeros. One without gradient on all ranks is left as it is, as
@@ -127,26 +163,26 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], exchange: RankGr
 
     Args:
         parameters: the same on all ranks, in the same order.
-        exchange: tells which parameters have a gradient on any rank.
+        group: of all ranks; they exchange which parameters have a gradient on any of them.
     """
-    used = exchange.any_of([parameter.grad is not None for parameter in parameters])
-    waiting: list[torch.nn.Parameter] = []
+    used = group.any_of([parameter.grad is not None for parameter in parameters])
+    bucket: list[nn.Parameter] = []
     for parameter, anywhere in zip(parameters, used, strict=True):
         if not anywhere:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        same = not waiting or (waiting[0].dtype, waiting[0].device) == (parameter.dtype, parameter.device)
-        if waiting and (not same or sum(p.nbytes for p in waiting) + parameter.nbytes > _BUCKET_BYTES):
-            _average(waiting, exchange.world_size)
-            waiting = []
-        waiting.append(parameter)
-    if waiting:
-        _average(waiting, exchange.world_size)
+        same = not bucket or (bucket[0].dtype, bucket[0].device) == (parameter.dtype, parameter.device)
+        if bucket and (not same or sum(p.nbytes for p in bucket) + parameter.nbytes > _BUCKET_BYTES):
+            _average(bucket, group.world_size)
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        _average(bucket, group.world_size)
 
 
 @torch.no_grad()
-def _average(parameters: Sequence[torch.nn.Parameter], world_size: int) -> None:
+def _average(parameters: Sequence[nn.Parameter], world_size: int) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(world_size)
     dist.all_reduce(flat)

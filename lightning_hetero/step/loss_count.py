@@ -25,21 +25,26 @@ class LossCounter:
 
     Args:
         rule: what is counted, in words, for warnings and errors.
-        count: from the module and a batch, as `training_step` gets it, to the batch's loss count.
+        count: from the module and a batch, as `training_step` gets it, to the batch's loss count; None: its samples.
         advice: how to make the rule exact where it is only a guess; empty otherwise.
     """
 
     rule: str
-    count: Callable[[Any, Any], Count]
+    count: Callable[[Any, Any], Count] | None = None
     advice: str = ""
 
-    def __call__(self, module: nn.Module, batch: Any) -> Count:
-        """The loss count of `batch`.
+    def __call__(self, module: nn.Module, batch: Any, samples: int | None = None) -> Count:
+        """The loss count of a batch.
+
+        Args:
+            module: the LightningModule.
+            batch: as `training_step` gets it.
+            samples: that went into it, if known; see `sample_count`.
 
         Raises:
             TypeError: the rule returned something that is neither a number nor a tensor without dimensions.
         """
-        value = self.count(module, batch)
+        value = self.count(module, batch) if self.count is not None else sample_count(batch, samples)
         if isinstance(value, Tensor):
             if value.ndim != 0:
                 raise TypeError(
@@ -55,13 +60,12 @@ class LossCounter:
             ) from None
 
 
-def find(module: nn.Module, given: Callable[[Any, Any], Count] | None, samples: Callable[[Any], int]) -> LossCounter:
+def find(module: nn.Module, given: Callable[[Any, Any], Count] | None) -> LossCounter:
     """The rule for `module`.
 
     Args:
         module: the LightningModule.
         given: the user's `loss_count=`, if any.
-        samples: from a batch to its number of samples.
     """
     if given is not None:
         return LossCounter("the strategy's loss_count", given)
@@ -70,7 +74,7 @@ def find(module: nn.Module, given: Callable[[Any, Any], Count] | None, samples: 
     task = _torchgeo_rule(module)
     if task is not None:
         return task
-    return LossCounter("samples", lambda _, batch: samples(batch), _advice(module))
+    return LossCounter("samples", advice=_advice(module))
 
 
 def _torchgeo_rule(module: nn.Module) -> LossCounter | None:

@@ -1,33 +1,13 @@
 """What a training step changes besides gradients, kept so that it can be put back."""
 
 import copy
-import random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
-
-
-class RandomState:
-    """The global random states of this process: torch on the CPU and on the current device, numpy, Python."""
-
-    def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-        self._numpy = np.random.get_state()  # noqa: NPY002 - the global generator is what users' code may draw from
-        self._python = random.getstate()
-
-    def restore(self) -> None:
-        """Put them back."""
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda)
-        np.random.set_state(self._numpy)  # noqa: NPY002 - the same
-        random.setstate(self._python)
 
 
 class ModuleSnapshot:

@@ -1,413 +1,274 @@
-"""One training step of a rank, from its batch to the weight of its loss."""
+"""One training step of a rank: its batch is counted, its loss is weighted, what borrowed samples changed is undone."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hetero.device.memory import PeakMemory
 from lightning_hetero.device.step_timer import ComputeTimer
-from lightning_hetero.exchange.failures import BackwardWatch, check_backward
-from lightning_hetero.exchange.groups import PendingRows, RankGroup
-from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, Rows, StepMessage, check, column
-from lightning_hetero.exchange.messages import weight as loss_weight
+from lightning_hetero.exchange.groups import PendingMessages, RankGroup
+from lightning_hetero.exchange.long_backward import LongBackwardMonitor
+from lightning_hetero.exchange.messages import StepMessages
+from lightning_hetero.sampling.random_state import RandomState
 from lightning_hetero.sampling.train_sampler import Share
-from lightning_hetero.step.accumulation import AccumulationWindow
-from lightning_hetero.step.gradients import average_gradients, gradients_left_alone, gradients_without_nan
+from lightning_hetero.step.gradients import (
+    GradientMask,
+    average_gradients,
+    gradients_left_alone,
+    gradients_without_nan,
+)
 from lightning_hetero.step.loss_count import LossCounter
-from lightning_hetero.step.out_of_memory import MemoryFound
-from lightning_hetero.step.snapshot import ModuleSnapshot, RandomState
+from lightning_hetero.step.loss_weight import loss_weight
+from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.step.zero_count import ZeroCountWarning
 
 
-class Logging(Protocol):
-    """What a step tells the room that handles `self.log`; see `metrics.StepLogging`."""
+@dataclass(frozen=True)
+class StepContext:
+    """What all training steps of a fit have in common.
 
-    def begin(self, *, borrowed: bool, empty: bool, samples: int | None, count: Tensor | None) -> None:
-        """The module's training step begins; with `count`, only the device knows whether the batch is empty."""
-
-    def end(self, loss: Tensor | None) -> None:
-        """It has returned its loss."""
-
-
-class TrainingSteps:
-    """The training steps of one rank.
-
-    A step's batch arrives (`arrive`), is counted and announced (`begin`), is weighted when its backward pass begins
-    (`weight`), and ends (`end`). Borrowed batches are undone at their end.
-
-    Args:
+    Attributes:
         module: the LightningModule.
         counter: its loss counts.
-        exchange: for the messages.
+        group: of all ranks.
         device: of this rank.
-        clock: runs while this rank works.
-        watch: is told when it goes backward.
-        on_rows: called once a step with all ranks' messages.
-        batch_norm_group: of the synchronised layers, where there are any.
+        timer: runs while this rank computes.
+        mask: of the gradients that DDP averages.
+        long_backward: lets the other ranks know of a long backward pass.
+        zero_counts: warns of global batches in which nothing counts.
+        batch_norm_group: of the synchronized layers; None where there are none.
     """
 
-    REMEMBERED = 16
-    """Windows that wait for their device; it is never that far behind the host."""
+    module: nn.Module
+    counter: LossCounter
+    group: RankGroup
+    device: torch.device
+    timer: ComputeTimer
+    mask: GradientMask
+    long_backward: LongBackwardMonitor
+    zero_counts: ZeroCountWarning
+    batch_norm_group: BatchNormGroup | None
+
+
+class LoadedBatch:
+    """A rank's batch as it was loaded: nothing of the user's code has seen it yet.
+
+    Borrowed samples must leave no trace on this rank, so what they may change is saved here.
+
+    Args:
+        step: the global batch.
+        share: of this rank; None where the user shards.
+        rank: this rank.
+        module: the LightningModule.
+    """
+
+    def __init__(self, step: int, share: Share | None, rank: int, module: nn.Module) -> None:
+        self.step = step
+        self.share = share
+        self.borrowed = share is not None and share.borrowed
+        self.local_batch = share.counts[rank] if share is not None else None
+        """Samples of this rank, 0 if they are borrowed; None where the user shards."""
+        self._saved: tuple[ModuleSnapshot, RandomState] | None = None
+        if share is not None and share.borrowed:
+            self._saved = ModuleSnapshot(module), share.random_state or RandomState.current()
+
+    def undo_borrowed(self) -> None:
+        """Put back what borrowed samples have changed."""
+        if self._saved is not None:
+            for state in self._saved:
+                state.restore()
+
+
+@dataclass(frozen=True)
+class LocalCount:
+    """What a rank's batch counts for.
+
+    Attributes:
+        value: the loss count; where it is a tensor on a CUDA device, the host never reads it.
+        error: what counting has raised: all ranks learn of it by a count that is none, and this one raises it then.
+    """
+
+    value: float | Tensor
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, context: StepContext, batch: Any, loaded: LoadedBatch) -> Self:
+        """Count a batch as `training_step` gets it; borrowed samples count nothing."""
+        if loaded.borrowed:
+            return cls(0.0)
+        try:
+            value = context.counter(context.module, batch, loaded.local_batch or None)
+        except Exception as error:  # noqa: BLE001 - whatever the user's rule raises has to reach the other ranks
+            return cls(float("nan"), error)
+        on_device = isinstance(value, Tensor) and context.device.type == "cuda"
+        return cls(value if on_device else float(value))
+
+    @property
+    def on_host(self) -> float:
+        """The count as the host knows it; 1 stands for one that only the device knows."""
+        return 1.0 if isinstance(self.value, Tensor) else self.value
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the host knows that nothing counts."""
+        return self.on_host == 0
+
+    @property
+    def is_positive(self) -> bool | Tensor:
+        """Whether something counts; on the device where only that knows."""
+        return self.value > 0 if isinstance(self.value, Tensor) else self.value != 0
+
+    @property
+    def on_device(self) -> Tensor | None:
+        """The count where only the device knows it."""
+        return self.value if isinstance(self.value, Tensor) else None
+
+
+class DeviceTotal:
+    """Loss counts added up over all ranks on the device: to read them would make the host wait for it.
+
+    Args:
+        count: of this rank.
+        context: of the fit.
+    """
+
+    def __init__(self, count: LocalCount, context: StepContext) -> None:
+        self._own = torch.as_tensor(count.value, dtype=torch.float64).to(context.device, non_blocking=True)
+        self._world_size = context.group.world_size
+        self.total = self._own.clone()
+        self._work = dist.all_reduce(self.total, async_op=True) if self._world_size > 1 else None
+
+    def wait(self) -> None:
+        """Order the device's streams, so that the device waits here; the host goes on."""
+        if self._work is not None:
+            self._work.wait()
+
+    def weight(self) -> Tensor:
+        """The weight of this rank's loss, see `loss_weight`."""
+        return torch.where(self.total > 0, self._world_size * self._own / self.total, 0.0)
+
+
+class Step:
+    """A training step of this rank, from the call of `training_step` to the end of the batch.
+
+    Args:
+        context: of the fit.
+        loaded: the batch.
+        count: what it counts for.
+        messages: of all ranks, on their way.
+        accumulates: gradients of earlier micro-batches of the same optimizer step are there.
+    """
 
     def __init__(
         self,
-        module: nn.Module,
-        counter: LossCounter,
-        exchange: RankGroup,
-        device: torch.device,
-        clock: ComputeTimer,
-        watch: BackwardWatch,
-        on_rows: Callable[[int, Rows], None],
-        batch_norm_group: BatchNormGroup | None = None,
+        context: StepContext,
+        loaded: LoadedBatch,
+        count: LocalCount,
+        messages: PendingMessages,
+        *,
+        accumulates: bool,
     ) -> None:
-        self._ties = batch_norm_group
-        self._on_device = device.type == "cuda"
-        self._module = module
-        self._counter = counter
-        self._exchange = exchange
-        self._device = device
-        self._clock = clock
-        self._watch = watch
-        self._on_rows = on_rows
-        self._zero_count = ZeroCountWarning(counter.rule, exchange.rank)
-        self._share: Share | None = None
-        self._random: RandomState | None = None
-        self._state: ModuleSnapshot | None = None
-        self._step = -1
-        self._begun = False
-        self._empty = False
-        self._pending: PendingRows | None = None
-        self._fault: Exception | None = None
-        self._device_counts: tuple[Tensor, Tensor, dist.Work | None] | None = None
-        self._hidden: Tensor | None = None
-        self._weight: float | Tensor = 1.0
-        self.loss_weight: float | Tensor | None = None
-        """What the rank's loss weighs in the step's, in samples of the global batch; None: as much as its samples."""
-        self.mask: Tensor | None = None
-        """False on the device when nothing counts of the batch that is being gone backward from; None for no mask."""
-        self._window = AccumulationWindow()
-        self._memory = PeakMemory(device)
-        self._largest = (0,) * exchange.world_size  # local batches that ranks have told to have computed in one piece
-        self._held, self._peak = 0, 0.0
-        self._fits, self._fails = 0, 0  # where memory has run out: local batches, or parts of them
-        self._cut = self._averaged_after_backward = False
-        self.fits_in_memory: Callable[[Sequence[int]], bool] = lambda _: False
-        """Whether it is known, on all ranks alike, that W local batches fit though they are larger than any before."""
-        self.samples: int | None = None
-        """Samples that went into the batch, or into the part of it, that is being counted; None where not known."""
-        self.risky = False
-        """A rank has more samples in this step than it is known to be able to compute; the same on all ranks."""
-        self._count: float | Tensor = 0.0
-        self._earlier = 0  # micro-batches of this optimizer step that are done
-        self._finished: deque[AccumulationWindow] = deque(maxlen=self.REMEMBERED)
+        self._context = context
+        self.loaded = loaded
+        self.count = count
+        self._accumulates = accumulates
+        self._pending: PendingMessages | None = messages
+        self._device_total = DeviceTotal(count, context) if context.device.type == "cuda" else None
+        self.weight: float | Tensor = 1.0
+        """The factor on this rank's loss; known once messages are received."""
+        self.logged_weight: float | Tensor | None = None
+        """What its loss weighs where it is logged, in samples of the global batch; None: as much as its samples."""
 
-    @property
-    def borrowed(self) -> bool:
-        """Whether this rank computes other ranks' samples in this step."""
-        return self._share is not None and self._share.borrowed
-
-    @property
-    def local_batch(self) -> int | None:
-        """This rank's samples in this step, 0 if they are borrowed; None where the user shards."""
-        return self._share.counts[self._exchange.rank] if self._share is not None else None
-
-    @property
-    def too_large(self) -> bool:
-        """Whether memory ran out with as many samples as this rank has in this step, or with fewer."""
-        return 0 < self._fails <= (self.local_batch or 0)
-
-    def count(self) -> float:
-        """What this rank's batch counts for; the host waits for the device."""
-        return float(self._count)
-
-    def count_of(self, part: Any, samples: int) -> float:
-        """What a part of the batch counts for; the host waits for the device.
-
-        Args:
-            part: as `training_step` gets it.
-            samples: in it.
-        """
-        self.samples = samples
-        return float(self._counter(self._module, part))
-
-    def average(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The mean of the gradients over all ranks, after backward passes that each made by itself."""
-        self._averaged_after_backward = True
-        self._clock.gradients_ready()  # it runs again when the backward pass is over
-        self._watch.enter(self._step)
-        try:
-            average_gradients(parameters, self._exchange)
-        finally:
-            self._watch.leave()
-
-    def computed_in_parts(self, found: MemoryFound) -> None:
-        """This rank has computed its batch in parts."""
-        self._cut = True
-        fits, fails = found.fits, found.fails
-        if not self.local_batch or fails is None:  # borrowed samples are no measure
-            return
-        known = self._largest[self._exchange.rank]  # in one piece
-        self._fits = min(self._fits or fits, fits) if known >= self.local_batch else max(self._fits, fits, known)
-        self._fails = max(min(self._fails or fails, fails), self._fits + 1)
-
-    def remember_random_states(self) -> None:
-        """A borrowed batch is about to be loaded in this process."""
-        self._random = RandomState()
-
-    def arrive(self, share: Share | None) -> None:
-        """The batch of a step has been loaded; nothing of the user's code has seen it yet."""
-        self._share = share
-        self.samples = self.local_batch or None
-        self._begun = self._cut = self._averaged_after_backward = False
-        larger = share is not None and any(map(int.__gt__, share.counts, self._largest))
-        self.risky = share is not None and larger and not self.fits_in_memory(share.counts)
-        self._weight = 1.0
-        if self._ties is not None:
-            self._ties.begin_step(borrowed=self.borrowed)
-        self._memory.start(self.local_batch or 0)
-        if self.borrowed:
-            self._random = self._random or RandomState()
-            self._state = ModuleSnapshot(self._module)
-
-    def begin(self, step: int, batch: Any, *, drawn: int, content: float, stop: bool) -> None:
-        """Count the batch as `training_step` gets it, and send the message of the step.
-
-        Closures that are called again change nothing. An error in counting is sent as a count that is none, so that
-        all ranks hear of it; it is raised by `weight`.
-        """
-        if self._begun:
-            return
-        self._begun = True
-        self._step = step
-        self._fault = None
-        count: float | Tensor = 0.0
-        if not self.borrowed:
-            try:
-                count = self._counter(self._module, batch)
-            except Exception as error:  # noqa: BLE001 - whatever the user's rule raises has to reach the other ranks
-                self._fault, count = error, float("nan")
-        self._count = count
-        # What the host does not know it does not ask for, since that would make it wait for the device.
-        self._hidden = count if isinstance(count, Tensor) and self._on_device else None
-        known = float(count) if self._hidden is None else 1.0
-        self._empty = known == 0
-        if self._on_device:
-            self._add_up_on_device(count)
-        self._pending = self._send(
-            TRAINS,
-            drawn,
-            count=known,
-            checksum=self._share.checksum if self._share is not None else 0,
-            content=content,
-            stop=stop,
-        )
-
-    def tell(self, step: int, *, drawn: int) -> None:
-        """Tell what is known of the last steps before the batch of `step` is fetched, and hear of the others.
-
-        Nothing is told between the micro-batches of an optimizer step.
+    def receive(self) -> StepMessages | None:
+        """Wait for the messages of all ranks, from which this rank's weight follows; None where that was done before.
 
         Raises:
-            RuntimeError: see `weighting.check`.
-        """
-        if self._earlier:
-            return
-        self._step = step
-        rows = self._receive(self._send(FETCHES, drawn))
-        check(rows)
-        self._pass_on(rows)
-
-    def _send(self, kind: int, drawn: int, **more: float) -> PendingRows:
-        news: dict[str, float] = {}
-        if self._finished and self._finished[0].known():
-            measured = self._finished.popleft().measured()
-            news = {
-                "measured": measured.step,
-                "seconds": measured.compute_seconds,
-                "averaging": measured.sync_seconds,
-                "apart": float(measured.averaged_after_backward),
-            }
-        message = StepMessage(
-            kind=kind,
-            step=self._step,
-            drawn=drawn,
-            **news,
-            **more,
-            memory=self._peak,
-            held=self._held,
-            resting=self._memory.resting,
-            fits=self._fits,
-            fails=self._fails,
-        )
-        return self._exchange.start(message.row())
-
-    def _receive(self, pending: PendingRows) -> Rows:
-        return pending.wait(partial(check_backward, self._exchange.rank, self._exchange.world_size, self._step))
-
-    def _pass_on(self, rows: Rows) -> None:
-        self._largest = tuple(map(max, self._largest, column(rows, "held").astype(int).tolist()))
-        self._on_rows(int(column(rows, "step")[0]), rows)
-
-    def _add_up_on_device(self, count: float | Tensor) -> None:
-        """On CUDA counts are added up on the device: reading them would make the host wait for it."""
-        if isinstance(count, Tensor):
-            own = count.to(self._device, torch.float64, non_blocking=True)
-        else:
-            own = torch.full((), count, dtype=torch.float64, device=self._device)
-        total = own.clone()
-        work = dist.all_reduce(total, async_op=True) if self._exchange.world_size > 1 else None
-        self._device_counts = (own, total, work)
-
-    def weight(self) -> float | Tensor:
-        """The weight of this rank's loss; waits for the other ranks' messages the first time in a step.
-
-        Raises:
-            RuntimeError, ValueError: see `weighting.check`; or what counting the batch raised on this rank.
+            RuntimeError, ValueError: see `StepMessages.check`; or what counting the batch raised on this rank.
         """
         if self._pending is None:
-            return self._weight
+            return None
         pending, self._pending = self._pending, None
-        with self._clock.waiting():
-            rows = self._receive(pending)
-            if self._device_counts is not None and (work := self._device_counts[2]) is not None:
-                work.wait()  # orders the streams, so that the device waits here; the host goes on
-        if self._fault is not None:
-            raise self._fault
-        check(rows)
-        if self._device_counts is not None:
-            own, total, _ = self._device_counts
-            self._device_counts = None
-            self._zero_count.check_on_device(total)
-            self._weight = torch.where(total > 0, self._exchange.world_size * own / total, 0.0)
+        context = self._context
+        with context.timer.waiting():
+            messages = pending.wait(lambda: context.long_backward.check_others(self.loaded.step))
+            if self._device_total is not None:
+                self._device_total.wait()
+        if self.count.error is not None:
+            raise self.count.error
+        messages.check()
+        if self._device_total is not None:
+            context.zero_counts.check_on_device(self._device_total.total)
+            self.weight = self._device_total.weight()
         else:
-            self._zero_count.check(self._step, float(column(rows, "count").sum()))
-            self._weight = loss_weight(column(rows, "count"), self._exchange.rank)
-        self.loss_weight = self._count
-        if self._share is not None:
-            uniform = self._hidden is None and tuple(column(rows, "count").tolist()) == tuple(self._share.counts)
-            self.loss_weight = None if uniform else self._weight * sum(self._share.counts) / self._exchange.world_size
-        self._pass_on(rows)
-        return self._weight
+            context.zero_counts.check(self.loaded.step, float(messages.loss_counts.sum()))
+            self.weight = loss_weight(messages.loss_counts, context.group.rank)
+        self.logged_weight = self._logged_weight(messages)
+        return messages
+
+    def _logged_weight(self, messages: StepMessages) -> float | Tensor | None:
+        share = self.loaded.share
+        if share is None:
+            return self.count.value
+        if self.count.on_device is None and tuple(messages.loss_counts.tolist()) == tuple(share.counts):
+            return None
+        return self.weight * sum(share.counts) / self._context.group.world_size
 
     @contextmanager
-    def weighted(self, loss: Tensor, *, averaged: bool, masks_accumulate: bool) -> Iterator[Tensor]:
+    def weighted(self, loss: Tensor, *, averaged: bool, keeps_gradients: bool) -> Iterator[Tensor]:
         """The loss to go backward from; gradients of a batch in which nothing counts are left alone meanwhile.
 
         Args:
             loss: the user's.
             averaged: the backward pass inside waits for those of the other ranks.
-            masks_accumulate: gradients may hold those of earlier backward passes of the same step.
+            keeps_gradients: gradients may hold those of earlier backward passes of the same step.
         """
-        factor = self.weight()
-        if averaged:
-            self._watch.enter(self._step)
-        # Samples of which nothing counts take part in synchronised statistics: their gradients are not zero there.
-        counts = not self._empty if self._hidden is None else self._hidden > 0
-        tied = self._ties if self._ties is not None and not self.borrowed and counts is not True else None
+        context, positive = self._context, self.count.is_positive
+        # Samples of which nothing counts take part in synchronized statistics: their gradients are not zero there.
+        layers = context.batch_norm_group if not self.loaded.borrowed and positive is not True else None
         # A mask of buckets would wipe out the gradients of earlier micro-batches, which they hold too.
-        masked = averaged and not masks_accumulate and self._earlier == 0
-        if tied is None and isinstance(counts, Tensor) and masked:
-            self.mask = counts
-        try:
-            with ExitStack() as hooks:
-                if tied is not None:
-                    hooks.enter_context(tied.backward_pass(counts))
-                    hooks.enter_context(gradients_without_nan(self._module, counts))
-                elif self._empty:
-                    hooks.enter_context(gradients_left_alone(self._module))
-                elif isinstance(counts, Tensor) and not masked:
-                    hooks.enter_context(gradients_left_alone(self._module, unless=counts))
-                if isinstance(factor, Tensor):
-                    loss = loss * factor.to(loss.dtype)
-                elif factor != 1.0 and not (self._empty and tied is None):  # there only its graph matters
-                    loss = loss * factor
-                yield loss
-        finally:
-            self.mask = None
-            self._watch.leave()
-            self._clock.backward_over()
+        masked = averaged and not keeps_gradients and not self._accumulates
+        with ExitStack() as hooks:
+            hooks.callback(context.timer.backward_over)
+            if averaged:
+                hooks.enter_context(_watched(context.long_backward, self.loaded.step))
+            if layers is not None:
+                hooks.enter_context(layers.backward_pass(positive))
+                hooks.enter_context(gradients_without_nan(context.module, positive))
+            elif self.count.is_zero:
+                hooks.enter_context(gradients_left_alone(context.module))
+            elif isinstance(positive, Tensor) and masked:
+                hooks.enter_context(context.mask.applied(positive))
+            elif isinstance(positive, Tensor):
+                hooks.enter_context(gradients_left_alone(context.module, unless=positive))
+            if isinstance(self.weight, Tensor):
+                loss = loss * self.weight.to(loss.dtype)
+            elif self.weight != 1.0 and (layers is not None or not self.count.is_zero):  # else only its graph matters
+                loss = loss * self.weight
+            yield loss
 
-    def global_loss(self, closure: Callable[[], Any], reduce: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
-        """A closure that returns the loss of the global batch, for optimizers that decide by it (LBFGS).
+    def part_of_global_loss(self, loss: Tensor) -> Tensor:
+        """What this rank's loss adds to the mean over all ranks that is the loss of the global batch."""
+        part = loss.detach() * self.weight
+        return torch.where(torch.as_tensor(self.count.is_positive, device=part.device), part, torch.zeros_like(part))
 
-        Args:
-            closure: computes the loss of this rank, and its gradients.
-            reduce: the mean over all ranks.
-        """
+    def average_after_backward(self, parameters: Sequence[nn.Parameter]) -> None:
+        """The mean of the gradients over all ranks, after backward passes that each rank made by itself."""
+        context = self._context
+        context.timer.gradients_ready()  # it runs again when the backward pass is over
+        with _watched(context.long_backward, self.loaded.step):
+            average_gradients(parameters, context.group)
 
-        def computed() -> Any:
-            loss = closure()
-            if not isinstance(loss, Tensor):
-                return loss
-            factor = self.weight()
-            part = loss.detach() * factor
-            if self._hidden is not None:
-                return reduce(torch.where(self._hidden > 0, part, torch.zeros_like(part)))
-            return reduce(torch.zeros_like(part) if self._empty else part)
 
-        return computed
-
-    @contextmanager
-    def logged(self, logging: Logging) -> Iterator[Callable[[Any], None]]:
-        """The module's training step runs inside; give what it returned to the callable."""
-        loss: Tensor | None = None
-
-        def returned(output: Any) -> None:
-            nonlocal loss
-            value = output.get("loss") if isinstance(output, dict) else output
-            loss = value if isinstance(value, Tensor) else None
-
-        logging.begin(borrowed=self.borrowed, empty=self._empty, samples=self.local_batch, count=self._hidden)
-        try:
-            yield returned
-        finally:
-            logging.end(loss)
-
-    def end(self, *, stepped: bool, global_batch: int | None) -> None:
-        """The step is over.
-
-        Args:
-            stepped: the optimizer has made its step, or may have.
-            global_batch: samples of a full step; None where the user shards.
-        """
-        self.weight()  # a module in manual optimization may have had nothing to go backward from
-        reading = self._clock.stop()
-        self._held = 0 if self._cut else self.local_batch or 0
-        if self._fits:
-            self._fits = max(self._fits, self._held)
-            self._fails = max(self._fails, self._fits + 1)
-        self._peak = self._memory.of_step(self._held) if self._held else 0.0
-        if global_batch is not None:
-            self._window.add(
-                reading,
-                self._share,
-                global_batch,
-                in_parts=self._cut,
-                averaged_after_backward=self._averaged_after_backward,
-            )
-        self._earlier = 0 if stepped else self._earlier + 1
-        if stepped:
-            if self._window.is_comparable():
-                self._finished.append(self._window)
-            self._window = AccumulationWindow()
-        if self._state is not None:
-            self._state.restore()
-        if self._random is not None and self.borrowed:
-            self._random.restore()
-        self._state = self._random = self._share = None
-
-    def leave_epoch(self, step: int) -> None:
-        """Tell the others that this rank has no more batches in this epoch.
-
-        Raises:
-            RuntimeError: another rank has.
-        """
-        self._zero_count.end_epoch()
-        check(self._exchange.start(StepMessage(LEFT_EPOCH, step).row()).wait())
+@contextmanager
+def _watched(monitor: LongBackwardMonitor, step: int) -> Iterator[None]:
+    """A backward pass that is averaged over all ranks happens inside."""
+    monitor.enter(step)
+    try:
+        yield
+    finally:
+        monitor.leave()

@@ -1,257 +1,145 @@
-"""Validation, test and prediction: every rank evaluates its part by itself, and ranks meet at the end only."""
-# ruff: noqa: SLF001 - what is read of a Trainer's loops is guarded by tests
+"""Validation, test and prediction: how fast each rank evaluates, and what must not be exchanged meanwhile.
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+Every rank evaluates its part of a loader by itself, in as many batches as it has; ranks meet before and after.
+"""
+# ruff: noqa: SLF001 - what is read of a Trainer's loops is guarded by `tests/test_private_names.py`
+
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops import _EvaluationLoop, _PredictionLoop
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from torch import Tensor
-from typing_extensions import override
+from lightning.pytorch.trainer.states import RunningStage
 
-from lightning_hetero.device.step_timer import DeviceClock, device_clock
+from lightning_hetero.device.step_timer import DeviceClock
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.planning.evaluation_split import EvaluationTimes, Measured
-from lightning_hetero.planning.planner import Planner, Shares, learns
-from lightning_hetero.sampling.eval_sampler import EvaluationSampler, Scope
-from lightning_hetero.trainer.communicating import Communicating
-from lightning_hetero.trainer.torchmetrics import MetricSync
+from lightning_hetero.planning.evaluation_split import BatchTimes, EvaluationTimes
+from lightning_hetero.planning.shares import Shares
+from lightning_hetero.sampling.eval_sampler import Scope
+from lightning_hetero.trainer.planners import Planners
+
+_TRANSFER_HOOKS = frozenset(
+    {"batch_to_device", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"}
+)
 
 
-def _loop(trainer: "pl.Trainer", mode: RunningStage) -> _EvaluationLoop | _PredictionLoop:
-    """The loop that evaluates in a stage."""
-    if mode == RunningStage.PREDICTING:
-        return trainer.predict_loop
-    if mode == RunningStage.TESTING:
-        return trainer.test_loop
-    return trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == TrainerFn.FITTING else trainer.validate_loop
+def batch_hook(module: "pl.LightningModule | None") -> str | None:
+    """The hook of an evaluation batch that is running; None outside of one.
+
+    Ranks evaluate different numbers of batches, so whoever exchanges in such a hook waits for a rank that may not come.
+    """
+    if module is None or module._trainer is None:
+        return None
+    stage, hook = module._trainer.state.stage, module._current_fx_name
+    if stage is None or hook is None or not (stage.evaluating or stage == RunningStage.PREDICTING):
+        return None
+    is_of_a_batch = hook.endswith(("_step", "_batch_start", "_batch_end")) or hook in _TRANSFER_HOOKS
+    return hook if is_of_a_batch else None
 
 
-def scope_of(trainer: "pl.Trainer", mode: RunningStage, sampler: EvaluationSampler) -> Scope:
-    """How much of the sampler's loader the run that is about to begin takes; see `Scope`."""
-    loop = _loop(trainer, mode)
-    combined = loop._combined_loader
-    if combined is None:
-        return Scope()
-    samplers = [getattr(loader, "batch_sampler", None) for loader in combined.flattened]
-    numbers = [n for n, own in enumerate(samplers) if sampler in (own, getattr(own, "_batch_sampler", None))]
-    if not numbers:
-        return Scope()
-    number = numbers[0]
-    limit = int(loop.max_batches[number])
-    if combined._mode == "sequential":
-        return Scope(number, limit)
-    finite = [int(batches) for batches in loop.max_batches if batches != float("inf")]
-    steps = min(finite) if combined._mode == "min_size" else max(finite)
-    return Scope(0, limit, steps, cycles=combined._mode == "max_size_cycle")
+def exchange_error(call: str, hook: str, place: str) -> RuntimeError:
+    """The error where one rank alone would exchange with the others.
+
+    Args:
+        call: that is made, such as "all_gather".
+        hook: of an evaluation batch, that makes it.
+        place: rank and device.
+    """
+    stage = next((stage for stage in ("test", "predict") if stage in hook), "validation")
+    return RuntimeError(
+        f"{place} calls {call} in {hook}, but ranks evaluate different numbers of batches, so the others may never "
+        f"join: exchange at the end, such as in on_{stage}_epoch_end, or let self.log do it"
+    )
+
+
+class RememberedBroadcasts:
+    """Strings that rank 0 has broadcast while all ranks were together, to be had again while they are not.
+
+    `Trainer.log_dir` is such a broadcast: the way to save pictures in any batch.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[str, Any] = {}
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._results.clear()
+
+    def add(self, own: object, result: Any) -> None:
+        """Remember what became of a rank's own value, if that is a string."""
+        if isinstance(own, str):
+            self._results[own] = result
+
+    def __contains__(self, own: object) -> bool:
+        return isinstance(own, str) and own in self._results
+
+    def __getitem__(self, own: str) -> Any:
+        return self._results[own]
 
 
 @dataclass
-class _Pass:
+class _EvaluatedLoader:
     """A rank's part of a loader while it is evaluated.
 
     Args:
-        key: what is evaluated.
+        key: what is evaluated: stage and loader.
         sizes: samples in each of the rank's batches.
-        marks: the begin, and the end of each batch.
+        times: of the begin, and of the end of each batch, on the rank's device.
     """
 
     key: tuple[str, int]
     sizes: Sequence[int]
-    marks: list[Any] = field(default_factory=list)
+    times: list[Any] = field(default_factory=list)
 
 
-class Evaluation:
-    """What a Trainer's evaluations take, and what follows for the next one.
+class EvaluationBalancer:
+    """How long ranks take to evaluate, and so how the next evaluation is split.
 
     Args:
-        exchange: between the ranks.
-        marks: points in time on the rank's device.
-        times: what is known of all ranks.
-        proportions: what the ranks do in training, W numbers; until evaluations have told.
-        metrics: of the module that is evaluated.
+        group: of all ranks.
+        clock: of this rank's device.
+        shares: the user's.
+        planners: know the shares of training, which hold until evaluations have been measured.
     """
 
-    def __init__(
-        self,
-        exchange: RankGroup,
-        marks: DeviceClock,
-        times: EvaluationTimes,
-        proportions: Callable[[], Sequence[float]],
-        metrics: MetricSync,
-    ) -> None:
-        self._exchange = exchange
-        self._marks = marks
-        self._times = times
-        self._proportions = proportions
-        self._passes: list[_Pass] = []
-        self.metrics = metrics
+    def __init__(self, group: RankGroup, clock: DeviceClock, shares: Shares, planners: Planners) -> None:
+        self._group = group
+        self._clock = clock
+        self._shares = shares
+        self._planners = planners
+        self._times = EvaluationTimes(group.world_size, adaptive=shares.adaptive)
+        self._loaders: list[_EvaluatedLoader] = []
 
     def seconds(self, mode: RunningStage, scope: Scope, batch: int) -> tuple[float, ...]:
         """What a batch of the loader takes on each rank; W numbers, of which only the ratios matter."""
-        return self._times.seconds((mode.dataloader_prefix or "", scope.number), batch, self._proportions())
+        training = self._planners.newest_split() if self._shares.adaptive else None
+        proportions = training or self._shares.proportions_for(self._group.world_size)
+        return self._times.seconds((mode.dataloader_prefix or "", scope.number), batch, proportions)
 
     def begin(self, mode: RunningStage, scope: Scope, sizes: Sequence[int]) -> None:
         """This rank begins with a loader."""
-        new = _Pass((mode.dataloader_prefix or "", scope.number), sizes, [self._marks.mark()])
-        if self._passes and len(self._passes[-1].marks) == 1:
-            self._passes.pop()  # it was looked at only, or goes side by side with this one
-        self._passes.append(new)
+        loader = _EvaluatedLoader((mode.dataloader_prefix or "", scope.number), sizes, [self._clock.now()])
+        if self._loaders and len(self._loaders[-1].times) == 1:
+            self._loaders.pop()  # Lightning only looked at it, or it goes side by side with this one
+        self._loaders.append(loader)
 
-    def step_over(self) -> None:
+    def end_batch(self) -> None:
         """This rank has evaluated a batch."""
-        if self._passes:
-            self._passes[-1].marks.append(self._marks.mark())
+        if self._loaders:
+            self._loaders[-1].times.append(self._clock.now())
 
-    def end(self, *, learn: bool = True) -> None:
-        """The evaluation is over, on all ranks.
-
-        Args:
-            learn: whether it is typical; a sanity check is not.
-        """
-        passes, self._passes = self._passes, []
-        if not learn or self._exchange.world_size == 1:
-            return
+    def measured(self) -> BatchTimes:
+        """What this rank has measured since the last time, by what was evaluated."""
+        loaders, self._loaders = self._loaders, []
         measured: dict[Hashable, list[tuple[int, float]]] = {}
-        for one in passes:
-            points = [mark for mark in one.marks if self._marks.known(mark)]  # the host does not wait for the device
-            for size, start, end in zip(one.sizes, points, points[1:], strict=False):
-                seconds = self._marks.seconds(start, end)
+        for loader in loaders:
+            times = [time for time in loader.times if self._clock.has_passed(time)]  # the host does not wait
+            for size, start, end in zip(loader.sizes, times, times[1:], strict=False):
+                seconds = self._clock.seconds(start, end)
                 if seconds > 0:
-                    measured.setdefault(one.key, []).append((size, seconds))
-        told: Measured = measured
-        self._times.update(self._exchange.gather(told))
+                    measured.setdefault(loader.key, []).append((size, seconds))
+        return measured
 
-
-class Evaluating(Communicating):
-    """DDP whose evaluation steps are each rank's own: past DDP's wrapper, and without exchanges.
-
-    Ranks evaluate different numbers of batches, so whoever exchanges in a step waits for a rank that may never come.
-    """
-
-    def __init__(self, **ddp_options: Any) -> None:
-        super().__init__(**ddp_options)
-        self._evaluation: Evaluation | None = None
-        self._apart = ""  # the evaluation step that this rank is in
-
-    def _evaluations(self, exchange: RankGroup, shares: Shares, planner: Callable[[], Planner | None]) -> Evaluation:
-        """What all runs of this strategy evaluate with."""
-        if self._evaluation is None:
-            given = [1.0] * self.world_size if isinstance(shares, str) else [float(share) for share in shares]
-
-            def proportions() -> Sequence[float]:
-                now = planner() if learns(shares) else None
-                return now.schedule.newest.local_batches if now is not None else given
-
-            times = EvaluationTimes(self.world_size, learns=learns(shares))
-            metrics = MetricSync(exchange, lambda: bool(self._apart))
-            self._evaluation = Evaluation(exchange, device_clock(self.root_device), times, proportions, metrics)
-        return self._evaluation
-
-    @contextmanager
-    def _by_itself(self, step: str) -> Iterator[None]:
-        self._apart = step
-        try:
-            yield
-        finally:
-            self._apart = ""
-        if self._evaluation is not None:
-            self._evaluation.step_over()
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        with self._by_itself("validation_step"), self.precision_plugin.val_step_context():
-            return self.lightning_module.validation_step(*args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        with self._by_itself("test_step"), self.precision_plugin.test_step_context():
-            return self.lightning_module.test_step(*args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        with self._by_itself("predict_step"), self.precision_plugin.predict_step_context():
-            return self.lightning_module.predict_step(*args, **kwargs)
-
-    # ---- before and after ----
-
-    @override
-    def setup(self, trainer: "pl.Trainer") -> None:
-        super().setup(trainer)
-        self._take_over_metrics()
-
-    def _take_over_metrics(self) -> None:
-        if self._evaluation is not None and self.lightning_module is not None and self.world_size > 1:
-            self._evaluation.metrics.attach(self.lightning_module)
-
-    @override
-    def on_validation_start(self) -> None:
-        super().on_validation_start()
-        self._take_over_metrics()
-
-    @override
-    def on_test_start(self) -> None:
-        super().on_test_start()
-        self._take_over_metrics()
-
-    @override
-    def on_validation_end(self) -> None:
-        super().on_validation_end()
-        self._evaluated()
-
-    @override
-    def on_test_end(self) -> None:
-        super().on_test_end()
-        self._evaluated()
-
-    @override
-    def on_predict_end(self) -> None:
-        super().on_predict_end()
-        self._evaluated()
-
-    def _evaluated(self) -> None:
-        if self._evaluation is not None and self.lightning_module is not None:
-            self._evaluation.end(learn=not self.lightning_module.trainer.sanity_checking)
-
-    @override
-    def teardown(self) -> None:
-        if self._evaluation is not None:
-            self._evaluation.metrics.detach()
-        super().teardown()
-
-    # ---- exchanges, which no evaluation step can have ----
-
-    def _refuse(self, what: str) -> None:
-        if self._apart and self.world_size > 1:
-            raise RuntimeError(
-                f"rank {self.global_rank} ({self.root_device}) calls {what} in {self._apart}, but ranks evaluate "
-                "different numbers of batches, so the others may never join: exchange at the end, such as in "
-                f"on_{self._apart.removesuffix('_step')}_epoch_end, or let self.log do it"
-            )
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if self._apart:  # what is logged on step level with `sync_dist` stays this rank's own
-            return tensor
-        return super().reduce(tensor, group, reduce_op)
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        self._refuse("barrier")
-        super().barrier(*args, **kwargs)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        self._refuse("broadcast")
-        return super().broadcast(obj, src)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        self._refuse("all_gather")
-        return super().all_gather(tensor, group, sync_grads)
+    def update(self, measured: Sequence[BatchTimes]) -> None:
+        """All ranks have reported what they have measured."""
+        self._times.update(measured)

@@ -6,9 +6,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import Precision
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_hetero.step.out_of_memory import Passes
+from lightning_hetero.step.batch_norm import smallest_local_batch
+from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, Passes, find_obstacle
+
+
+def make_recovery(
+    module: "pl.LightningModule", model: nn.Module | None, precision: Precision, *, place: str, custom_hook: bool
+) -> OutOfMemoryRecovery:
+    """How the steps of a fit recover from running out of memory.
+
+    Args:
+        module: of the Trainer.
+        model: what the strategy has wrapped it in.
+        precision: the Trainer's plugin.
+        place: rank and device, for messages.
+        custom_hook: the user gave DDP a communication hook, or a wrapper for one.
+    """
+    automatic = module.automatic_optimization
+    obstacle = find_obstacle(module, model, automatic_optimization=automatic, custom_hook=custom_hook)
+    return OutOfMemoryRecovery(
+        module, model, make_passes(module, precision), place, smallest_local_batch(module), obstacle
+    )
 
 
 def make_passes(module: "pl.LightningModule", precision: Precision) -> Passes:

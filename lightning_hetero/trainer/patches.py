@@ -1,91 +1,16 @@
-"""Whatever the strategy sets on a Trainer beyond Lightning's public interface goes through this room.
+"""All that is replaced on a Trainer for a run, beyond Lightning's public interface, and how it is put back.
 
-Each is an attribute that Lightning calls on the instance, set on one Trainer only and taken away afterwards. A test
-fails when Lightning changes any of them.
+Each is an attribute that Lightning reads on one object; a test fails when Lightning no longer has one of them.
 """
-# ruff: noqa: SLF001 - that is what this room is for
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
-from typing_extensions import override
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 
-Patch = tuple[Any, str, Any]
-"""An object, the name of an attribute that Lightning calls on it, and what stands in for it during a run."""
-
-
-def following(first: Callable[[], None], then: Callable[..., Any]) -> Callable[..., Any]:
-    """One call that makes both, and returns what the second returns."""
-
-    def both(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return then(*args, **kwargs)
-
-    return both
-
-
-class StepCallback(Callback):
-    """Hears of the end of batches and epochs, and of results being looked at, before the user's callbacks do.
-
-    Args:
-        on_batch_end: a training batch is over.
-        on_epoch_end: this rank has no more batches in this epoch.
-        on_look: a validation begins, or training is over: on all ranks.
-    """
-
-    def __init__(
-        self, on_batch_end: Callable[[], None], on_epoch_end: Callable[[], None], on_look: Callable[[], None]
-    ) -> None:
-        self._on_batch_end = on_batch_end
-        self._on_epoch_end = on_epoch_end
-        self._on_look = on_look
-
-    @override
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        self._on_batch_end()
-
-    @override
-    def on_train_epoch_end(self, *_: Any, **__: Any) -> None:
-        self._on_epoch_end()
-
-    @override
-    def on_validation_start(self, *_: Any, **__: Any) -> None:
-        self._on_look()
-
-    @override
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._on_look()
-
-
-class StopRequest:
-    """A signal that asks this rank to stop, until all ranks know of it.
-
-    Lightning's own handler, and its check before each batch, are blocking broadcasts: a rank that meets one alone hangs
-    there. Here the handler sets a flag; it travels with the next step's message, and all ranks stop after that step.
-
-    Args:
-        trainer: whose; between ranks only training has messages, so other runs stop by themselves.
-    """
-
-    def __init__(self, trainer: "pl.Trainer") -> None:
-        self._trainer = trainer
-        self.made = False
-
-    def handle(self, signum: int, _: object) -> None:
-        """The handler of SIGTERM."""
-        launcher = self._trainer.strategy.launcher
-        if not self.made and launcher is not None:
-            launcher.kill(signum)
-        self.made = True
-        if self._trainer.state.fn != TrainerFn.FITTING:
-            self.grant()
-
-    def grant(self) -> None:
-        """All ranks know: Lightning stops at the end of the step."""
-        self._trainer._signal_connector.received_sigterm = True
+from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 
 
 class TrainerPatches:
@@ -93,43 +18,90 @@ class TrainerPatches:
 
     Args:
         trainer: whose.
+        metrics: of the run; closed when the Trainer is restored.
         prepare_dataloader: in place of Lightning's, which injects samplers.
-        before_batch: called before a batch is fetched, in place of a broadcast; see `StopRequest`.
-        stop: handles SIGTERM.
-        callback: see `StepCallback`.
-        more: further attributes to set.
+        before_batch: called before a batch is fetched, in place of a broadcast; see `signals.StopRequest`.
+        on_sigterm: the handler of SIGTERM.
+        callbacks: called before the user's.
+
+    Raises:
+        RuntimeError: Lightning has no such attribute; the Trainer is then as it was.
     """
 
     def __init__(
         self,
         trainer: "pl.Trainer",
+        metrics: MetricSynchronizer,
         *,
         prepare_dataloader: Callable[..., object],
         before_batch: Callable[[], None],
-        stop: StopRequest,
-        callback: Callback,
-        more: Sequence[Patch] = (),
+        on_sigterm: Callable[[int, Any], None],
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        self._set: list[tuple[Any, str]] = []
-        epoch_loop = trainer.fit_loop.epoch_loop
-        for owner, name, value in (
-            (trainer._data_connector, "_prepare_dataloader", prepare_dataloader),
-            (epoch_loop, "_broadcast_sigterm_tensor", before_batch),
-            (trainer._signal_connector, "_sigterm_notifier_fn", stop.handle),
-            *more,
-        ):
-            if not hasattr(owner, name):
-                raise RuntimeError(f"this Lightning has no {type(owner).__name__}.{name}: use lightning 2.6")
-            setattr(owner, name, value)
-            self._set.append((owner, name))
-        self._callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy can't see it
-        self._callback = callback
-        self._callbacks.insert(0, callback)
+        self._trainer = trainer
+        self._metrics = metrics
+        self._callbacks = list(callbacks)
+        self._before: list[tuple[dict[str, Any], str, dict[str, Any]]] = []  # attributes, a name, what it was
+        validating, evaluating, testing = metrics.evaluation_results
+        try:
+            for path, value in {
+                "_data_connector._prepare_dataloader": prepare_dataloader,
+                "_signal_connector._sigterm_notifier_fn": on_sigterm,
+                "_logger_connector": metrics.connector,
+                "fit_loop.epoch_loop._broadcast_sigterm_tensor": before_batch,
+                "fit_loop.epoch_loop._should_check_val_fx": metrics.is_validation_due,
+                "fit_loop.epoch_loop._results": metrics.step_logging.results,
+                "fit_loop.epoch_loop.val_loop._results": validating,
+                "validate_loop._results": evaluating,
+                "test_loop._results": testing,
+            }.items():
+                self._replace(path, value)
+            self._before_monitors(metrics.epoch_over)
+            self._list()[:0] = self._callbacks
+        except BaseException:
+            self.restore()
+            raise
 
-    def remove(self) -> None:
-        """Leave the Trainer as it was."""
-        for owner, name in self._set:
-            vars(owner).pop(name, None)
-        self._set.clear()
-        if self._callback in self._callbacks:
-            self._callbacks.remove(self._callback)
+    def _replace(self, path: str, value: object) -> None:
+        parent, _, name = path.rpartition(".")
+        try:
+            owner = attrgetter(parent)(self._trainer) if parent else self._trainer
+            getattr(owner, name)
+        except AttributeError:
+            raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
+        self._set(owner, name, value)
+
+    def _set(self, owner: object, name: str, value: object) -> None:
+        attributes = vars(owner)
+        self._before.append((attributes, name, {name: attributes[name]} if name in attributes else {}))
+        attributes[name] = value
+
+    def _before_monitors(self, call: Callable[[], None]) -> None:
+        """Call it between the module's hook at the end of a training epoch and callbacks that monitor what it logs.
+
+        Lightning takes only these two kinds there, and the Trainer gives the first of each to users as the one that
+        they have set, so a callback of our own can't come before them.
+        """
+        first = next((one for one in self._list() if isinstance(one, EarlyStopping | Checkpoint)), None)
+        if first is not None:
+            hook = first.on_train_epoch_end
+
+            def on_train_epoch_end(*args: Any, **kwargs: Any) -> None:
+                call()
+                hook(*args, **kwargs)
+
+            self._set(first, "on_train_epoch_end", on_train_epoch_end)
+
+    def _list(self) -> list[Callback]:
+        callbacks: list[Callback] = getattr(self._trainer, "callbacks")  # noqa: B009 - set where mypy can't see it
+        return callbacks
+
+    def restore(self) -> None:
+        """Leave the Trainer as it was; idempotent."""
+        while self._before:
+            attributes, name, value = self._before.pop()
+            attributes.pop(name, None)
+            attributes.update(value)
+        callbacks = self._list()
+        callbacks[:] = [one for one in callbacks if not any(one is own for own in self._callbacks)]
+        self._metrics.close()

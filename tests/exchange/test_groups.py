@@ -1,11 +1,11 @@
-"""Waiting for the other ranks' rows: patience may end just when they come."""
+"""Calls between ranks, without processes: rows on their way, and tables that are gathered."""
 
 from datetime import timedelta
 
 import pytest
 import torch
 
-from lightning_hetero.exchange.groups import PendingRows
+from lightning_hetero.exchange.groups import LostConnectionError, PendingRows, RankGroup, gather_rows
 
 
 class Work:
@@ -35,7 +35,29 @@ def test_rows_that_come_just_after_patience_has_ended_are_taken(given_up: int) -
 
 
 @pytest.mark.parametrize("given_up", [0, 1, 2])
-def test_an_exchange_that_has_failed_says_why(given_up: int) -> None:
+def test_a_call_that_has_failed_says_why(given_up: int) -> None:
     pending = PendingRows(torch.ones(2, 3, dtype=torch.float64), Work(given_up, "connection closed"))  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="connection closed"):
+    with pytest.raises(LostConnectionError, match="connection closed"):
         pending.wait()
+
+
+def test_a_sum_of_tables_with_one_row_each_is_a_gather() -> None:
+    """On the device and in the type of the row; a number that is none stays on its own row."""
+    rows = [torch.tensor([1.5, float("nan")]), torch.tensor([-2.0, 3.0]), torch.zeros(2)]
+    tables: list[torch.Tensor] = []
+    for rank, row in enumerate(rows):
+        gather_rows(row, rank, 3, lambda table: tables.append(table.clone()))
+    gathered = gather_rows(rows[0], 0, 3, lambda table: table.copy_(sum(tables)))
+    assert gathered.dtype == torch.float32
+    assert torch.equal(gathered.nan_to_num(7.0), torch.stack(rows).nan_to_num(7.0))
+
+
+def test_one_rank_needs_no_processes() -> None:
+    group = RankGroup(0, 1, None)
+    assert group.table([1.0, 2.0]).tolist() == [[1.0, 2.0]]
+    assert group.gather("a") == ["a"]
+    assert group.broadcast("b") == "b"
+    assert group.any_of([True, False]) == [True, False]
+    assert group.from_rank_zero(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        group.from_rank_zero(lambda: 1 // 0)

@@ -1,48 +1,59 @@
-"""What ranks tell each other before each backward pass: where they differ, all of them stop and say so."""
+"""The messages of a step: where ranks differ, all of them stop and say so."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, check, weight
+from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
 
 
-def rows(*messages: StepMessage) -> np.ndarray:
-    return np.array([message.row() for message in messages])
+def gathered(*messages: StepMessage) -> StepMessages:
+    return StepMessages(np.array([message.row() for message in messages]))
 
 
 def test_ranks_at_the_same_place_go_on() -> None:
-    check(rows(*[StepMessage(TRAINS, 7, count=count, checksum=5) for count in (0, 3, 2.5)]))
+    gathered(*[StepMessage(TRAINS, 7, loss_count=count, plan_checksum=5) for count in (0, 3, 2.5)]).check()
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (StepMessage(TRAINS, 7, checksum=6), "split global batch 7 differently"),
-        (StepMessage(TRAINS, 8, checksum=5), "rank 0 trains on global batch 7; rank 1 trains on global batch 8"),
-        (StepMessage(FETCHES, 8, checksum=5), "rank 0 trains on global batch 7; rank 1 fetches global batch 8"),
-        (StepMessage(LEFT_EPOCH, 7, checksum=5), "rank 1 left the epoch after global batch 6"),
+        (StepMessage(TRAINS, 7, plan_checksum=6), "split global batch 7 differently"),
+        (StepMessage(TRAINS, 8, plan_checksum=5), "rank 0 trains on global batch 7; rank 1 trains on global batch 8"),
+        (StepMessage(FETCHES, 8, plan_checksum=5), "rank 0 trains on global batch 7; rank 1 fetches global batch 8"),
+        (StepMessage(LEFT_EPOCH, 7, plan_checksum=5), "rank 1 left the epoch after global batch 6"),
     ],
 )
 def test_ranks_that_go_different_ways_stop(other: StepMessage, said: str) -> None:
     """Another split on one rank would be a wrong gradient, not an error, if it went unnoticed."""
     with pytest.raises(RuntimeError, match=said):
-        check(rows(StepMessage(TRAINS, 7, checksum=5), other))
+        gathered(StepMessage(TRAINS, 7, plan_checksum=5), other).check()
 
 
 @pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
 def test_a_count_that_can_not_be_weighted_is_named(count: float) -> None:
     with pytest.raises(ValueError, match=r"loss count of global batch 7 is .* on rank 1; it has to be finite"):
-        check(rows(StepMessage(TRAINS, 7), StepMessage(TRAINS, 7, count=count)))
+        gathered(StepMessage(TRAINS, 7), StepMessage(TRAINS, 7, loss_count=count)).check()
 
 
-@given(st.lists(st.integers(0, 1000), min_size=1, max_size=16))
-def test_weights_make_a_plain_mean_the_mean_over_counts(counts: list[int]) -> None:
-    """(1/W) sum of w_r m_r = sum of c_r m_r / sum of c_r, for any means m_r."""
-    means = np.arange(len(counts)) + 1.0
-    weights = [weight(counts, rank) for rank in range(len(counts))]
-    if not sum(counts):
-        assert weights == [0.0] * len(counts)
-        return
-    assert np.mean(weights * means) == pytest.approx(np.dot(counts, means) / sum(counts))
+def test_each_field_comes_back_under_its_name() -> None:
+    """Also what is measured: two fields that changed places would be a wrong plan, not an error."""
+    first = StepMessage(TRAINS, 7, 2.5, 5, 9, 4, 0.5, 0.25, 1, 2**30, 11, 0, 6, 2**20, 12, 13, 14)
+    second = StepMessage(TRAINS, 7, 3.5, 5, 8, -1, stop_requested=True)
+    messages = gathered(first, second)
+    messages.check()
+    assert messages.step == 7
+    assert messages.kinds.tolist() == [TRAINS, TRAINS]
+    assert messages.loss_counts.tolist() == [2.5, 3.5]
+    assert messages.content_hashes.tolist() == [11, 0]
+    assert messages.stop_requested.tolist() == [False, True]
+    assert messages.local_batches.tolist() == [6, 0]
+    assert messages.input_shapes.tolist() == [14, 0]
+    reports = messages.reports()
+    assert (reports.step, reports.last_drawn) == (7, 9)
+    assert reports.measured_steps.tolist() == [4, -1]
+    assert reports.compute_seconds.tolist() == [0.5, 0]
+    assert reports.sync_seconds.tolist() == [0.25, 0]
+    assert reports.averaged_after_backward.tolist() == [True, False]
+    memory = reports.memory
+    arrays = (memory.local_batches, memory.peaks, memory.resting, memory.fits, memory.fails)
+    assert [array.tolist() for array in arrays] == [[6, 0], [2**30, 0], [2**20, 0], [12, 0], [13, 0]]

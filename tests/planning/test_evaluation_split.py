@@ -1,16 +1,10 @@
 """Which samples of an evaluation each rank takes."""
 
-from itertools import chain
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import RandomSampler
 
 from lightning_hetero.planning.evaluation_split import EvaluationTimes, pieces_of, samples_of_ranks
-from lightning_hetero.sampling.eval_sampler import EvaluationSampler, Scope
-from lightning_hetero.sampling.global_batches import Chunks, GlobalBatches
 
 SPEEDS = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
 SIZES = st.lists(st.integers(0, 9), max_size=40)
@@ -49,7 +43,7 @@ def test_whole_batches_where_they_do_as_well():
     assert samples_of_ranks([], (1.0, 1.0)) == (0, 0)
 
 
-def test_times_are_learnt_for_each_stage_by_itself():
+def test_each_stage_has_times_of_its_own():
     times = EvaluationTimes(2)
     assert times.seconds("val", 8, (3, 1)) == pytest.approx((1 / 3, 1))
     times.update([{"val": [(8, 0.9), (8, 0.1), (8, 0.1), (4, 0.05)]}, {"val": [(8, 0.5)] * 3}])
@@ -57,13 +51,13 @@ def test_times_are_learnt_for_each_stage_by_itself():
     assert times.seconds("test", 8, (3, 1)) == pytest.approx((1 / 3, 1))
 
 
-def test_a_rank_that_was_never_measured_is_guessed_beside_those_that_were():
+def test_a_rank_that_was_never_measured_follows_its_proportion_beside_those_that_were():
     times = EvaluationTimes(3)
     times.update([{"val": [(8, 0.1)]}, {"val": [(8, 0.3)]}, {}])
     assert times.seconds("val", 8, (3, 1, 2)) == pytest.approx((0.1, 0.3, 0.15))
 
 
-def test_times_of_part_of_a_batch_tell_of_a_whole_one():
+def test_times_of_part_of_a_batch_say_what_a_whole_one_takes():
     times = EvaluationTimes(2)
     times.update([{"val": [(2, 0.1)] * 3}, {"val": [(8, 0.3)] * 3}])
     first, second = times.seconds("val", 8, (1, 1))
@@ -71,61 +65,11 @@ def test_times_of_part_of_a_batch_tell_of_a_whole_one():
     assert second == pytest.approx(0.3)
 
 
-def test_fixed_shares_are_not_learnt():
-    times = EvaluationTimes(2, learns=False)
+def test_fixed_shares_do_not_follow_times():
+    times = EvaluationTimes(2, adaptive=False)
     times.update([{"val": [(8, 0.1)]}, {"val": [(8, 0.3)]}])
     assert times.seconds("val", 8, (1, 1)) == (1, 1)
 
 
 def test_a_share_of_nothing_gets_nothing():
     assert samples_of_ranks([4] * 5, EvaluationTimes(2).seconds("val", 4, (1, 0))) == (20, 0)
-
-
-# -------------------------------------------------------------------------------------------------------------- sampler
-
-
-def samplers(world_size: int, size: int, scope: Scope, shares: list[float], **options: Any) -> list[EvaluationSampler]:
-    return [
-        EvaluationSampler(
-            GlobalBatches(RandomSampler(range(size)), Chunks(4, whole=True), 5, lambda drawn, complete: drawn),
-            rank,
-            scope=lambda _: scope,
-            seconds=lambda _, __: [1 / share for share in shares],
-            epoch=lambda: 2,
-            **options,
-        )
-        for rank in range(world_size)
-    ]
-
-
-@given(st.integers(1, 5), st.integers(1, 60), st.data())
-def test_ranks_take_the_stream_in_turn(world_size, size, data):
-    shares = data.draw(st.lists(st.floats(0.1, 9), min_size=world_size, max_size=world_size))
-    limit = data.draw(st.one_of(st.none(), st.integers(0, 20)))
-    (one,) = samplers(1, size, Scope(batches=limit), [1.0])
-    ranks = samplers(world_size, size, Scope(batches=limit), shares)
-    given_out = [list(rank) for rank in ranks]
-    assert list(chain.from_iterable(chain.from_iterable(given_out))) == list(chain.from_iterable(one))
-    assert {len(rank) for rank in ranks} == {len(one)} == {-(-size // 4)}
-    assert max((len(batch) for batches in given_out for batch in batches), default=0) <= 4
-    assert [list(rank) for rank in ranks] == given_out, "asking again gives the same"
-    assert all(len(batches) <= (len(one) if limit is None else limit) for batches in given_out)
-
-
-def test_a_pass_says_what_it_begins_with():
-    told = []
-    (sampler,) = samplers(1, 10, Scope(3), [1.0], on_begin=lambda scope, sizes: told.append((scope.number, sizes)))
-    iter(sampler)
-    assert told == [(3, [4, 4, 2])]
-
-
-def test_side_by_side_shorter_loaders_end_or_begin_again():
-    long, short = 24, 9
-    for cycles in (False, True):
-        scope = Scope(steps=6, cycles=cycles)
-        first = [list(rank) for rank in samplers(2, long, scope, [2.0, 1.0])]
-        second = [list(rank) for rank in samplers(2, short, scope, [2.0, 1.0])]
-        assert list(map(len, first)) == [4, 2]
-        assert list(map(len, second)) == ([4, 2] if cycles else [3, 0])
-        if cycles:
-            assert second[0] + second[1] == 2 * second[0][:3]

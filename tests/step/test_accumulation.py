@@ -23,7 +23,7 @@ def test_the_mean_of_micro_batches() -> None:
     window.add(timing(2.0, 0.5), share(4, 6, 2), 8)
     window.add(timing(4.0, 1.5), share(5, 6, 2), 8, averaged_after_backward=True)
     assert window.is_comparable()
-    assert window.known()
+    assert window.has_passed()
     assert window.measured() == WindowMeasurement(5, 3.0, 1.0, averaged_after_backward=True)
 
 

@@ -153,13 +153,18 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
 }
 
 
+def borrows(module: pl.LightningModule) -> bool:
+    """Whether this rank computes other ranks' samples in the step that it is in."""
+    steps = getattr(module.trainer.strategy, "_steps", None)  # other strategies have none
+    return steps is not None and steps.borrowed
+
+
 class Recording(Regression):
     """Remembers the samples of each step that count, and draws from the global generators by their number."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        steps = getattr(self.trainer.strategy, "_steps", None)
         indices = batch["index"].tolist()
-        self.seen.append([] if steps is not None and steps.borrowed else indices)
+        self.seen.append([] if borrows(self) else indices)
         torch.rand(len(indices) + 3 * self.global_rank)
         np.random.rand(len(indices))
         random.random()
@@ -173,7 +178,11 @@ def quiet() -> None:
 
 
 def fit(
-    data: Any, strategy: dict[str, Any] | None = None, module: Recording | None = None, **options: Any
+    data: Any,
+    strategy: dict[str, Any] | None = None,
+    module: Recording | None = None,
+    ckpt_path: str | None = None,
+    **options: Any,
 ) -> tuple[pl.Trainer, Recording]:
     """Train on this rank; ranks begin with different seeds."""
     from lightning_hetero import HeteroStrategy
@@ -186,7 +195,7 @@ def fit(
     if isinstance(data, pl.LightningDataModule):
         trainer.fit(module, datamodule=data)
     elif data is None:
-        trainer.fit(module)
+        trainer.fit(module, ckpt_path=ckpt_path)
     else:
         trainer.fit(module, data)
     return trainer, module

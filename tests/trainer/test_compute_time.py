@@ -12,11 +12,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torchmetrics import CatMetric, MeanMetric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_hetero import HeteroStrategy
 from lightning_hetero.device import step_timer
-from lightning_hetero.exchange.groups import PendingRows
-from lightning_hetero.exchange.messages import Rows, column
+from lightning_hetero.exchange.groups import PendingRows, RankGroup
+from lightning_hetero.exchange.messages import StepMessages
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 
@@ -77,6 +79,20 @@ class Buffered(Worked):
         self.register_buffer("seen_before", torch.zeros(1))
 
 
+class Measuring(Worked):
+    """Computes metrics over all ranks in its training step: states are summed, lists joined, or the user gathers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics = torch.nn.ModuleList([MeanMetric(), CatMetric(), MeanMetric(dist_sync_fn=gather_all_tensors)])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for metric in self.metrics:
+            metric.update(batch["y"])
+            metric.compute()
+        return super().training_step(batch, batch_idx)
+
+
 class Saves(Callback):
     """Takes its time after every batch, as saving a checkpoint does."""
 
@@ -92,10 +108,11 @@ class Listening(HeteroStrategy):
         super().__init__(**options)
         self.heard: list[tuple[list[float], list[float]]] = []
 
-    def _hear(self, step: int, rows: Rows) -> None:
-        super()._hear(step, rows)
-        if column(rows, "measured").max() >= 0:
-            self.heard.append((column(rows, "measured").tolist(), column(rows, "seconds").tolist()))
+    def _hear(self, messages: StepMessages) -> None:
+        super()._hear(messages)
+        reports = messages.reports()
+        if reports.measured_steps.max() >= 0:
+            self.heard.append((reports.measured_steps.tolist(), reports.compute_seconds.tolist()))
 
 
 def waiting_mean(state: Any, bucket: Any) -> Any:
@@ -116,6 +133,7 @@ FITS: dict[str, tuple[type[Worked], dict[str, Any]]] = {
     "manual optimization": (ByHand, {}),
     "a hook that waits": (Worked, {"ddp_comm_hook": waiting_mean}),
     "rank 0's buffers in every step": (Buffered, {"broadcast_buffers": True}),
+    "metrics in every step": (Measuring, {}),
 }
 
 
@@ -132,11 +150,14 @@ def takes_long(function: Any) -> Any:
 
 def fit_all() -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    # In this process, which ends with the test: waiting for messages, and for the gradients of the others, takes long.
+    # In this process, which ends with the test: waiting for messages, for the gradients of the others, and for whatever
+    # is gathered, takes long.
     step_timer.perf_counter = lambda: Clock.now
     PendingRows.wait = takes_long(PendingRows.wait)
     step_timer.ComputeTimer.gradients_ready = takes_long(step_timer.ComputeTimer.gradients_ready)
     DistributedDataParallel._sync_buffers = takes_long(DistributedDataParallel._sync_buffers)
+    RankGroup.gather = takes_long(RankGroup.gather)
+    torch.distributed.all_gather = takes_long(torch.distributed.all_gather)
     heard = {}
     for name, (module, options) in FITS.items():
         of_ddp = {key: value for key, value in options.items() if key in ("ddp_comm_hook", "broadcast_buffers")}
@@ -166,6 +187,7 @@ def heard() -> list[dict[str, Any]]:
         ("manual optimization", 1.0),
         ("a hook that waits", 1.0),
         ("rank 0's buffers in every step", 1.0),
+        ("metrics in every step", 1.0),
     ],
 )
 def test_own_work_is_loading_training_and_the_optimizer(heard: list[dict[str, Any]], name: str, steps: float) -> None:

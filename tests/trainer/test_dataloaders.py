@@ -175,8 +175,8 @@ def test_a_users_distributed_sampler_is_left_alone():
         assert list(chain.from_iterable(result["sharded batches"])) == [*range(rank, SIZE, 2), *[0] * rank]
 
 
-class GlobalBatches(IterableDataset[Any]):
-    """Each rank's own stream, of its own length, shared out to the workers."""
+class OwnSamples(IterableDataset[Any]):
+    """Each rank's own samples, as many as it has, shared out to the workers."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -199,10 +199,10 @@ def iterable_fits() -> dict[str, Any]:
         ("drop_last", [29, 10], {"drop_last": True}),
         ("workers", [60, 20], {"num_workers": 2, "persistent_workers": True}),
     ):
-        trainer, module = fit(DataLoader(GlobalBatches(sizes), batch_size=6, **options))
+        trainer, module = fit(DataLoader(OwnSamples(sizes), batch_size=6, **options))
         results[name] = module.seen, parameters_of(module), trainer.global_step
     module = Recording()
-    data = DataLoader(GlobalBatches([60, 20]), batch_size=6, num_workers=1)
+    data = DataLoader(OwnSamples([60, 20]), batch_size=6, num_workers=1)
     trainer, _ = fit(data, module=module, max_epochs=1, limit_train_batches=2)
     trainer.fit_loop.max_epochs = 2
     trainer.limit_train_batches = 3
@@ -227,7 +227,7 @@ def test_iterable_data_follow_the_plan_and_end_on_all_ranks(name):
             "rank 0 is dry": [[9, 9, 2] * 2, [3, 3, 3] * 2],
             "rank 1 is dry": [[9, 9, 9] * 2, [3, 3, 1] * 2],
             "drop_last": [[9, 9, 9] * 2, [3, 3, 3] * 2],
-            # Each worker has a part of the stream, and ends by itself: 30 and 10 samples in batches of 9 and 3.
+            # Each worker has a part of the samples, and ends by itself: 30 and 10 samples in batches of 9 and 3.
             "workers": [[9, 9, 9, 9, 9, 9, 3, 3] * 2, [3, 3, 3, 3, 3, 3, 1, 1] * 2],
             "twice": [[9, 9, 9, 9, 9], [3, 3, 3, 3, 3]],
         }[name]
@@ -235,7 +235,7 @@ def test_iterable_data_follow_the_plan_and_end_on_all_ranks(name):
     if name != "twice":
         for rank, result in enumerate(iterables()):
             half = len(result[name][0]) // 2
-            assert result[name][0][:half] == result[name][0][half:], "each epoch reads the stream from its start"
+            assert result[name][0][:half] == result[name][0][half:], "each epoch begins with the first sample"
             if name != "workers":
                 assert list(chain.from_iterable(result[name][0][:half])) == [
                     1000 * rank + i for i in range(sum(sizes[rank]) // 2)

@@ -166,13 +166,15 @@ def copies() -> tuple[Any, Any]:
     """A copy that is made while a metric is taken over gathers for itself."""
     from datetime import timedelta
 
+    from lightning_hetero.device.step_timer import ComputeTimer, HostClock
     from lightning_hetero.exchange.groups import RankGroup
     from lightning_hetero.trainer.torchmetrics import MetricSync
 
     rank = torch.distributed.get_rank()
     module = torch.nn.Module()
     module.map = MeanAveragePrecision()
-    sync = MetricSync(RankGroup(rank, 2, 1, timedelta(seconds=30)), lambda: False).attach(module)
+    group, timer = RankGroup(rank, 2, timedelta(seconds=30)), ComputeTimer(HostClock())
+    sync = MetricSync(group, timer, lambda: False).attach(module)
     sync.attach(module)
     copied = module.map.clone()
     for index in range(3 - 2 * rank):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import make_trainer, merged
+from tests.trainer.loading import borrows
 
 
 def make_scene(folder: str) -> None:
@@ -88,8 +89,7 @@ class Segmentation(pl.LightningModule):
         self.validated: list[Any] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        steps = getattr(self.trainer.strategy, "_steps", None)
-        self.seen.append([] if steps is not None and steps.borrowed else self.places(batch))
+        self.seen.append([] if borrows(self) else self.places(batch))
         return torch.nn.functional.cross_entropy(self.net(batch["image"] / 100), batch["mask"].long())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

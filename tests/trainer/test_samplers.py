@@ -1,4 +1,4 @@
-"""All of TorchGeo's samplers, through its data modules: one stream, whatever the devices and the shares."""
+"""All of TorchGeo's samplers, through its data modules: the same global batches on any devices, with any shares."""
 
 import contextlib
 from collections import Counter
@@ -140,7 +140,7 @@ def together(drawn: Any, job: str, name: str) -> list[Any]:
     return merged(result[name] for result in drawn[job])
 
 
-def test_the_stream_is_the_same_on_any_devices(drawn, name):
+def test_global_batches_are_the_same_on_any_devices(drawn, name):
     """Global batches of two epochs, in their order, though ranks draw unequally from the global generator."""
     if name in SYSTEMS_ENTROPY:
         pytest.skip("has no seed, so no two runs are alike")

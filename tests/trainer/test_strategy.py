@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader
 
 import lightning_hetero
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.step.gradients import allreduce_mean
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer, parameters_of, relative_error
 
@@ -147,7 +147,7 @@ CALLS: list[int] = []
 
 def counted_mean(state: object, bucket: Any) -> Any:
     CALLS.append(1)
-    return allreduce_mean(None, bucket)
+    return allreduce_hook(None, bucket)
 
 
 def with_hook() -> int:
@@ -218,34 +218,66 @@ class Looks(Callback):
     """Sees the Trainer's inside while it trains."""
 
     def __init__(self) -> None:
-        self.during: list[bool] = []
+        self.during: list[dict[str, Any]] = []
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        self.during.append("_prepare_dataloader" in vars(trainer._data_connector))
+        self.during.append(inside(trainer))
+
+
+class Logs(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", super().training_step(batch, batch_idx), batch_size=len(batch["y"]))
+
+
+def inside(trainer: Any) -> dict[str, Any]:
+    """The attributes of what the strategy may touch, and which objects a run's values go through."""
+    owners = {
+        "data": trainer._data_connector,
+        "signals": trainer._signal_connector,
+        "training": trainer.fit_loop.epoch_loop,
+        "validating": trainer.fit_loop.epoch_loop.val_loop,
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+    }
+    found: dict[str, Any] = {name: sorted(vars(owner)) for name, owner in owners.items()}
+    for name in ("training", "validating", "validate", "test"):
+        found[f"{name} results"] = id(owners[name]._results)
+    return found | {
+        "connector": id(trainer._logger_connector),
+        "callbacks": list(map(id, trainer.callbacks)),
+        "stopping": "on_train_epoch_end" in vars(trainer.early_stopping_callback),
+    }
 
 
 def left_as_it_was() -> Any:
-    look = Looks()
-    trainer = make_trainer(HeteroStrategy(), 2, callbacks=[look])
-    before = list(trainer.callbacks)
-    trainer.fit(Regression(), DataLoader(Numbers(24), batch_size=4))
-    val_loop = trainer.fit_loop.epoch_loop.val_loop
-    touched = (
-        (trainer._data_connector, "_prepare_dataloader"),
-        (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
-        (trainer._signal_connector, "_sigterm_notifier_fn"),
-        *((trainer.fit_loop.epoch_loop._results, name) for name in ("update_metrics", "_get_cache", "metrics")),
-        *((trainer._logger_connector, name) for name in ("on_epoch_end", "on_batch_end", "update_train_step_metrics")),
-        *((val_loop._results, name) for name in ("update_metrics", "_get_cache")),
-        *((val_loop, name) for name in ("_store_dataloader_outputs", "on_run_end")),
-        *((loop, name) for loop in (trainer.validate_loop, trainer.test_loop) for name in vars(type(loop))),
-    )
-    return all(look.during), [name for owner, name in touched if name in vars(owner)], trainer.callbacks == before
+    look, early = Looks(), EarlyStopping("val_loss", patience=9)
+    trainer = make_trainer(HeteroStrategy(), 2, callbacks=[look, early], max_epochs=1)
+    before = inside(trainer)
+    trainer.fit(Logs(), DataLoader(Numbers(24), batch_size=4), DataLoader(Numbers(24), batch_size=4))
+    after = inside(trainer)
+    changed = {key for key in before if any(during.get(key) != before[key] for during in look.during)}
+    metrics = [
+        {key: float(value) for key, value in found.items()}
+        for found in (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics)
+    ]
+    return changed, [key for key in before if after[key] != before[key]], [sorted(found) for found in metrics]
 
 
 def test_the_trainer_is_left_as_it_was() -> None:
-    """What the strategy replaces on its Trainer for a run is Lightning's own again afterwards."""
-    assert run_ranks(2, left_as_it_was) == [(True, [], True)] * 2
+    """What the strategy replaces on its Trainer for a run is Lightning's own again, and has what was logged."""
+    for changed, left, (seen, logged, shown) in run_ranks(2, left_as_it_was):
+        assert changed == {
+            *("data", "training", "signals", "stopping", "connector", "callbacks"),
+            *(f"{name} results" for name in ("training", "validating", "validate", "test")),
+        }
+        assert left == []
+        assert seen == logged == ["loss", "val_loss"]
+        assert shown == ["loss"]
 
 
 SCRIPT = """

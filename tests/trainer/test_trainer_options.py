@@ -22,6 +22,7 @@ from tests.trainer.loading import (
     Recording,
     UnsizedSampler,
     Validating,
+    borrows,
     fit,
     loader,
     once,
@@ -218,9 +219,7 @@ class Two(Recording):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         a, b = batch.values() if isinstance(batch, dict) else batch
-        steps = getattr(self.trainer.strategy, "_steps", None)
-        borrowed = steps is not None and steps.borrowed
-        self.other.append(b["index"].tolist() if b is not None and not borrowed else [])
+        self.other.append(b["index"].tolist() if b is not None and not borrows(self) else [])
         first = super().training_step(a, batch_idx) if a is not None else 0.0
         if a is None:
             self.seen.append([])

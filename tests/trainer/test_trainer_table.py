@@ -226,9 +226,11 @@ def test_a_compiled_module_is_compiled_for_its_first_size_and_once_for_all_other
 # ---- several runs in one process ----
 
 
-class Endless(IterableDataset[Any]):
+class Part(IterableDataset[Any]):
+    """Each rank's own samples."""
+
     def __iter__(self) -> Any:
-        return iter(Numbers(24))
+        return iter(Numbers(48)[i] for i in range(dist.get_rank(), 48, 2))
 
 
 def groups_of_reloads() -> list[int]:
@@ -245,7 +247,7 @@ def groups_of_reloads() -> list[int]:
     for epochs in (1, 3):
         made.append(0)
         module = Regression()
-        module.train_dataloader = lambda: DataLoader(Endless(), 4)
+        module.train_dataloader = lambda: DataLoader(Part(), 4)
         options = {"max_epochs": epochs, "reload_dataloaders_every_n_epochs": 1}
         make_trainer(HeteroStrategy(shares=[3, 1]), 2, **options).fit(module)
     return made

@@ -1,0 +1,96 @@
+"""Finds out that a rank waits in a backward pass which another rank has skipped, so that neither waits for ever."""
+
+import contextlib
+import threading
+from time import monotonic
+
+from torch.distributed.distributed_c10d import Store
+
+_KEY = "lightning_hetero/long_backward/{}"
+
+_LONG = 5.0
+"""Seconds: far longer than most backward passes, so that the store is hardly ever written to, and short for a user who
+waits for the error."""
+
+
+class LongBackwardMonitor:
+    """Publishes that this rank has been in a backward pass for long, and looks for other ranks that have.
+
+    A backward pass ends when all ranks have made theirs. So a rank that is at a later step while another is still in
+    one has skipped it. The main thread can't publish anything while it is inside a backward pass; a thread of the
+    monitor does.
+
+    Args:
+        rank: this rank.
+        world_size: W.
+        store: that all ranks read and write; None where there is only this one.
+        seconds: after which a backward pass is published.
+    """
+
+    def __init__(self, rank: int, world_size: int, store: Store | None, seconds: float = _LONG) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._store = store
+        self._seconds = seconds
+        # Held while the store is written to as well: so what `leave` clears can't be published after it.
+        self._lock = threading.Lock()
+        self._inside: tuple[int, float] | None = None  # step, and since when
+        self._is_published = False
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="long backward monitor", daemon=True)
+        if store is not None:
+            self._thread.start()
+
+    def enter(self, step: int) -> None:
+        """A backward pass that is averaged over all ranks begins."""
+        with self._lock:
+            self._inside = (step, monotonic())
+
+    def leave(self) -> None:
+        """It has ended, or there was none."""
+        with self._lock:
+            self._inside = None
+            if self._is_published:
+                self._set("")
+
+    def stop(self) -> None:
+        """The run is over."""
+        self._stopped.set()
+        if self._store is not None:
+            self._thread.join()
+        self.leave()  # a backward pass that was broken off does not belong to the next run
+
+    def check_others(self, step: int) -> None:
+        """See that no other rank is in the backward pass of an earlier step than `step`, at which this rank is.
+
+        Raises:
+            RuntimeError: one is, so this rank has skipped a backward pass that the others made.
+        """
+        if self._store is None:
+            return
+        for other in range(self._world_size):
+            key = _KEY.format(other)
+            if other == self._rank or not self._store.check([key]):
+                continue
+            text = self._store.get(key).decode()
+            if text and int(text) < step:
+                raise RuntimeError(
+                    f"rank {self._rank} is at global batch {step} while rank {other} waits in the backward pass of "
+                    f"global batch {text}: rank {self._rank} has skipped a backward pass that rank {other} made. Let "
+                    "all ranks make the same."
+                )
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._seconds / 2):
+            with self._lock:
+                if self._inside is None or self._is_published:
+                    continue
+                step, since = self._inside
+                if monotonic() - since > self._seconds:
+                    self._set(str(step))
+
+    def _set(self, text: str) -> None:
+        self._is_published = bool(text)
+        with contextlib.suppress(Exception):  # without the store nothing can be published
+            if self._store is not None:
+                self._store.set(_KEY.format(self._rank), text)

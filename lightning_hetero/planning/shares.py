@@ -1,0 +1,86 @@
+"""What a user may say of the shares, parsed once: adaptive or fixed, proportions, a profile to begin from."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How global batches are to be split; see `parse`.
+
+    Attributes:
+        adaptive: the split follows what is measured.
+        proportions: one number a rank, 0 or more and not all 0, of which only the ratios matter; None where the user
+            gave none.
+        profile: path of the profile that the user named; None for none.
+    """
+
+    adaptive: bool
+    proportions: tuple[float, ...] | None = None
+    profile: str | None = None
+
+    @classmethod
+    def parse(cls, value: str | Sequence[float] | NDArray[Any]) -> Self:
+        """Read what the user gave.
+
+        Args:
+            value: "auto", "equal", one number a rank, or the path of a profile (``….json``) to begin from.
+
+        Raises:
+            ValueError: it can't be used, in one sentence.
+        """
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, str):
+            profile = value if value.endswith(".json") else None
+            if value not in ("auto", "equal") and profile is None:
+                raise ValueError(
+                    f"shares={value!r} is unknown: use 'auto', 'equal', one number a rank such as [4, 1], or the path "
+                    "of a profile.json"
+                )
+            return cls(adaptive=value != "equal", profile=profile)
+        try:
+            proportions = tuple(float(share) for share in value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"shares={value!r} has to be 'auto', 'equal', or one number a rank such as [4, 1]"
+            ) from None
+        for rank, share in enumerate(proportions):
+            if not math.isfinite(share) or share < 0:
+                raise ValueError(
+                    f"shares={_listed(proportions)}: the share of rank {rank} is {share:g}; give a number of 0 or more"
+                )
+        if sum(proportions) <= 0:
+            raise ValueError(f"shares={_listed(proportions)} add up to 0; at least one rank needs a share above 0")
+        return cls(adaptive=False, proportions=proportions)
+
+    def check_world_size(self, world_size: int) -> None:
+        """See that there is one number a rank, where there are numbers.
+
+        Raises:
+            ValueError: there isn't, in one sentence.
+        """
+        if self.proportions is None or (numbers := len(self.proportions)) == world_size:
+            return
+        raise ValueError(
+            f"shares={_listed(self.proportions)} has {numbers} number{'s' if numbers != 1 else ''}, but there "
+            f"{'are' if world_size != 1 else 'is'} {world_size} rank{'s' if world_size != 1 else ''}: give one a rank"
+        )
+
+    def proportions_for(self, world_size: int) -> tuple[float, ...]:
+        """W numbers: those of the user, or ones.
+
+        Raises:
+            ValueError: see `check_world_size`.
+        """
+        self.check_world_size(world_size)
+        return self.proportions or (1.0,) * world_size
+
+
+def _listed(proportions: Sequence[float]) -> str:
+    return f"[{', '.join(f'{share:g}' for share in proportions)}]"

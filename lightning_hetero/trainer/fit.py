@@ -1,0 +1,358 @@
+"""One training: what happens in each of its steps, in order."""
+# ruff: noqa: SLF001 - `tests/test_private_names.py` guards what is read of the Trainer
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_hetero.device.peak_memory import PeakMemory
+from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
+from lightning_hetero.exchange.long_backward import LongBackwardMonitor
+from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
+from lightning_hetero.exchange.store import default_store
+from lightning_hetero.planning.planner import SplitPlanner
+from lightning_hetero.step import loss_count
+from lightning_hetero.step.buffers import BufferMerge
+from lightning_hetero.step.compute_times import ComputeTimes
+from lightning_hetero.step.input_shape import input_shape, shape_number
+from lightning_hetero.step.memory_use import MemoryUse
+from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, StepInParts
+from lightning_hetero.step.step import LoadedBatch, LocalCount, Step, StepContext
+from lightning_hetero.step.zero_count import ZeroCountWarning
+from lightning_hetero.trainer.reporting import make_reporter
+from lightning_hetero.trainer.run import Run
+from lightning_hetero.trainer.run_folder import run_folder
+
+
+class Fit:
+    """The training of a run, from `on_train_start` to `on_train_end`; made on all ranks together.
+
+    Args:
+        run: the call of the Trainer.
+        recovery: from running out of memory.
+        buffers: merged now and then; None where DDP copies rank 0's in each step.
+    """
+
+    def __init__(self, run: Run, recovery: OutOfMemoryRecovery, buffers: BufferMerge | None) -> None:
+        job, module = run.job, run.trainer.lightning_module
+        self._run = run
+        self._job = job
+        self._module = module
+        self._recovery = recovery
+        self._buffers = buffers
+        counter = loss_count.find(module, job.options.loss_count)
+        if counter.advice:
+            rank_zero_warn(counter.advice)
+        self._context = StepContext(
+            module=module,
+            counter=counter,
+            group=job.group,
+            device=job.device,
+            timer=job.timer,
+            mask=job.mask,
+            long_backward=LongBackwardMonitor(job.group.rank, job.group.world_size, default_store()),
+            zero_counts=ZeroCountWarning(counter.rule, job.group.rank),
+            batch_norm_group=job.batch_norm_group,
+        )
+        self._times = ComputeTimes()
+        self._memory = MemoryUse(PeakMemory(job.device), job.group.rank, job.group.world_size)
+        self._duplicates = DuplicateDataCheck()
+        run.loaders.begin_training()
+        self._folder = run_folder(run.trainer)
+        self._planner = job.planners.current
+        if isinstance(self._planner, SplitPlanner):
+            self._planner.forget_memory()
+        self._reporter = make_reporter(run.trainer, self._planner, job.devices, self._folder)
+        self._input_shape = ""  # of the first batch
+        self._profile = run.profile  # until its input shape was compared with that
+        self._content = 0.0
+        self._loaded: LoadedBatch | None = None  # from the batch to its end
+        self._step: Step | None = None  # from the call of training_step to the end of the batch
+        self._in_parts: StepInParts | None = None  # where memory may run out in the step
+
+    # ---- the steps, in order ----
+
+    def before_batch(self) -> None:
+        """A batch is about to be fetched: CPU ranks report first what they have measured, while that can change plans.
+
+        Nothing is reported between the micro-batches of an optimizer step.
+        """
+        self._reporter.begin_batch()
+        job = self._job
+        if job.on_cpus and self._planner.is_exploring and not self._times.accumulates:
+            step = job.batches.next_step()
+            pending = job.group.start_messages(self._message(FETCHES, step))
+            messages = pending.wait(lambda: self._context.long_backward.check_others(step))
+            messages.check()
+            self._update(messages)
+        job.timer.start()
+
+    def load(self, batch: Any) -> None:
+        """A batch has been fetched."""
+        job, loaders = self._job, self._run.loaders
+        step = job.batches.begin()
+        shares = loaders.take(step)
+        share = shares[0] if shares else None
+        self._step = self._in_parts = None
+        self._loaded = loaded = LoadedBatch(step, share, job.group.rank, self._module)
+        if job.batch_norm_group is not None:
+            job.batch_norm_group.begin_step(borrowed=loaded.borrowed)
+        self._memory.start(loaded.local_batch or 0)
+        if self._buffers is not None:
+            self._buffers.add_batch(share, batch)
+        self._input_shape = self._input_shape or input_shape(batch)
+        self._content = loaders.content_hash(batch)
+
+    def training_step(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's training step.
+
+        Args:
+            compute: as plain DDP does it.
+            *args: the batch first.
+            **kwargs: further arguments of the module's.
+        """
+        if isinstance(args[0], Iterator):
+            raise TypeError(
+                "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
+            )
+        step, logging = self._begin(args[0]), self._run.metrics.step_logging
+        logging.begin(
+            borrowed=step.loaded.borrowed,
+            empty=step.count.is_zero,
+            samples=step.loaded.local_batch,
+            count=step.count.on_device,
+        )
+        output: Any = None
+        try:
+            with self._explained(step):
+                if self._in_parts is not None:
+                    output = self._in_parts.training_step(logging, *args, **kwargs)
+                else:
+                    output = compute(*args, **kwargs)
+        finally:
+            logging.end(_loss(output))
+        return output
+
+    def backward(self, compute: Callable[[Tensor], Tensor], loss: Tensor, *, averaged: bool) -> Tensor:
+        """A backward pass.
+
+        Args:
+            compute: from the weighted loss, as plain DDP does it.
+            loss: the user's.
+            averaged: it waits for those of the other ranks.
+        """
+        step, parts = self._running_step(), self._in_parts
+        self._receive(step)
+        keeps_gradients = not self._module.automatic_optimization
+        with (
+            self._explained(step),
+            step.weighted(loss, averaged=averaged and parts is None, keeps_gradients=keeps_gradients) as weighted,
+        ):
+            if parts is None:
+                return compute(weighted)
+            return self._backward_in_parts(parts, weighted, loss, step if averaged else None)
+
+    def global_loss(self, closure: Callable[[], Any], reduce: Callable[[Tensor], Any]) -> Callable[[], Any]:
+        """A closure that returns the loss of the global batch, for optimizers that decide by it (LBFGS).
+
+        Args:
+            closure: computes the loss of this rank, and its gradients.
+            reduce: the mean over all ranks.
+        """
+
+        def computed() -> Any:
+            loss = closure()
+            if not isinstance(loss, Tensor):
+                return loss
+            step = self._running_step()
+            self._receive(step)
+            return reduce(step.part_of_global_loss(loss))
+
+        return computed
+
+    def end_batch(self) -> None:
+        """A training step is over, and the hooks at its end follow."""
+        step, job = self._running_step(), self._job
+        stepped = not (self._module.automatic_optimization and self._run.trainer.fit_loop._should_accumulate())
+        self._receive(step)  # a module in manual optimization may have had nothing to go backward from
+        found = self._in_parts.found if self._in_parts is not None else None
+        self._memory.end(step.loaded.local_batch or 0, found)
+        self._times.add(
+            job.timer.stop(),
+            step.loaded.share,
+            self._planner.global_batch or 0,  # where the user shards, nothing is compared
+            stepped=stepped,
+            in_parts=found is not None,
+            averaged_after_backward=self._in_parts is not None,
+        )
+        step.loaded.undo_borrowed()
+        self._run.metrics.batch_over(step.logged_weight)
+        self._reporter.end_batch(step.loaded.step, stepped=stepped)
+        self._loaded = self._step = self._in_parts = None
+
+    def end_epoch(self) -> None:
+        """This rank has no more batches in this epoch; all ranks have to be at the same place.
+
+        Raises:
+            RuntimeError: another rank has more.
+        """
+        self._context.zero_counts.end_epoch()
+        message = StepMessage(LEFT_EPOCH, self._job.batches.next_step(), stop_requested=self._run.stop.requested)
+        messages = self._job.group.start_messages(message).wait()
+        messages.check()
+        self._stop_if_requested(messages)
+        self._run.metrics.epoch_over()
+        self.pause()
+
+    def pause(self) -> None:
+        """What comes until the next batch is fetched is no part of a step: validation, a checkpoint."""
+        self._reporter.pause()
+
+    def end(self) -> None:
+        """Training is over: say what was gained, and keep what was measured for the next run."""
+        self._reporter.end_run()
+        if isinstance(self._planner, SplitPlanner):
+            state = self._planner.state_dict()
+            self._job.profiles.save(self._folder, self._run.job_facts, state, self._input_shape)
+
+    def close(self) -> None:
+        """Stop what runs beside the training, also after an error."""
+        self._context.long_backward.stop()
+
+    # ---- within a step ----
+
+    def _backward_in_parts(self, parts: StepInParts, weighted: Tensor, loss: Tensor, averaged: Step | None) -> Tensor:
+        """A backward pass past DDP's wrapper, as the precision in use wants it."""
+        precision = self._run.trainer.precision_plugin
+        scaled = precision.pre_backward(weighted, self._module)
+        average = averaged.average_after_backward if averaged is not None else None
+        parts.backward(scaled, weighted, loss, average=average)
+        return precision.post_backward(scaled, self._module)
+
+    def _begin(self, batch: Any) -> Step:
+        """Count the batch and announce it; a closure that is called again goes on with the same step."""
+        if self._step is not None:
+            return self._step
+        if self._loaded is None:
+            raise RuntimeError("training_step needs a batch that the Trainer has moved to the device")
+        loaded, context = self._loaded, self._context
+        count = LocalCount.of(context, batch, loaded)
+        message = self._message(
+            TRAINS,
+            loaded.step,
+            loss_count=count.on_host,
+            plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
+            content_hash=self._content,
+        )
+        pending = self._job.group.start_messages(message)
+        self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
+        if self._is_risky(loaded) and self._recovery.can_recover():
+            too_large = self._memory.is_too_large(loaded.local_batch or 0)
+            partial = _PartialStep(context, step, self._receive)
+            self._in_parts = self._recovery.start(partial, too_large=too_large)
+        return step
+
+    def _is_risky(self, loaded: LoadedBatch) -> bool:
+        """Whether a rank has more samples than it is known to be able to compute; the same on all ranks."""
+        if loaded.share is None:
+            return False
+        counts = loaded.share.counts
+        return self._memory.exceeds_completed(counts) and not self._planner.fits_in_memory(counts)
+
+    def _explained(self, step: Step) -> AbstractContextManager[None]:
+        """An out-of-memory error inside says where it happened, why it ends the run, and what to do."""
+        return self._recovery.explained(step.loaded.local_batch, risky=self._is_risky(step.loaded))
+
+    def _running_step(self) -> Step:
+        if self._step is None:
+            raise RuntimeError("there is no training step to go backward in: call manual_backward in training_step")
+        return self._step
+
+    # ---- what ranks tell each other ----
+
+    def _message(self, kind: int, step: int, **more: Any) -> StepMessage:
+        """This rank's message of a step, with what it has measured since the last one."""
+        measured: dict[str, Any] = {}
+        if (measurement := self._times.next_measurement()) is not None:
+            measured = asdict(measurement)
+            measured["measured_step"] = measured.pop("step")
+        return StepMessage(
+            kind=kind,
+            step=step,
+            last_drawn=self._run.loaders.last_drawn,
+            stop_requested=self._run.stop.requested,
+            input_shape=shape_number(self._input_shape),
+            **measured,
+            **asdict(self._memory.report),
+            **more,
+        )
+
+    def _receive(self, step: Step) -> None:
+        """Wait for the messages of a step, the first time; afterwards its weight is known."""
+        messages = step.receive()
+        if messages is not None:
+            self._update(messages)
+
+    def _update(self, messages: StepMessages) -> None:
+        """What follows from the messages of all ranks: the same on each of them."""
+        self._memory.update(messages.local_batches.tolist())
+        self._stop_if_requested(messages)
+        loaders, steps = self._run.loaders, self._run.trainer.num_training_batches
+        self._duplicates.check(messages, steps, loaders.duplicate_data_sentence)
+        if self._job.planners.current is not self._planner:  # the training data was set up anew, and differs
+            self._planner = self._job.planners.current
+            self._reporter = make_reporter(self._run.trainer, self._planner, self._job.devices, self._folder)
+        self._compare_with_profile(messages)
+        update = self._planner.update(messages.reports())
+        for warning in update.warnings:
+            rank_zero_warn(warning)
+        self._reporter.update(update)
+
+    def _stop_if_requested(self, messages: StepMessages) -> None:
+        if messages.stop_requested.any():
+            self._run.stop.stop()
+
+    def _compare_with_profile(self, messages: StepMessages) -> None:
+        """A profile holds for samples of the same shape only, which the first batch tells; rank 0's decides for all."""
+        profile, self._profile = self._profile, None
+        if profile is None or not isinstance(self._planner, SplitPlanner):
+            return
+        if int(messages.input_shapes[0]) != shape_number(profile.input_shape):
+            self._planner.discard_profile()
+            rank_zero_warn(
+                f"the profile {profile.path} is of samples of another shape ({profile.input_shape}; here "
+                f"{self._input_shape}), so the shares are measured anew"
+            )
+
+
+@dataclass(frozen=True)
+class _PartialStep:
+    """The step at hand as the recovery from running out of memory needs it; see `PartialStep`."""
+
+    context: StepContext
+    step: Step
+    receive: Callable[[Step], None]
+
+    @property
+    def local_batch(self) -> int | None:
+        return self.step.loaded.local_batch
+
+    def weight(self) -> float | Tensor:
+        self.receive(self.step)
+        return self.step.weight
+
+    def count(self) -> float:
+        return float(self.step.count.value)
+
+    def count_of(self, part: Any, samples: int) -> float:
+        return float(self.context.counter(self.context.module, part, samples))
+
+
+def _loss(output: Any) -> Tensor | None:
+    """The loss in what `training_step` has returned."""
+    value = output.get("loss") if isinstance(output, dict) else output
+    return value if isinstance(value, Tensor) else None

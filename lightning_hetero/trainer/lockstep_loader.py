@@ -1,0 +1,88 @@
+"""An iterable data set's loader that ends on all ranks when it ends on one."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from lightning_hetero.exchange.duplicate_data import content_hash
+from lightning_hetero.exchange.groups import RankGroup
+
+
+class LockstepGroups:
+    """The process groups of loaders in lockstep, one for each position among the training loaders.
+
+    A group takes sockets and threads. So it is made once in a process, and used by all later loaders at its position,
+    whether they were made anew for an epoch or belong to a later run.
+
+    Args:
+        group: of all ranks.
+    """
+
+    def __init__(self, group: RankGroup) -> None:
+        self._group = group
+        self._made: dict[int, RankGroup] = {}
+
+    def at(self, position: int) -> RankGroup:
+        """The group of the training loader at a position; all ranks have to ask for it together."""
+        if position not in self._made:
+            group = self._group
+            self._made[position] = RankGroup(group.rank, group.world_size, group.timeout)
+        return self._made[position]
+
+
+class LockstepLoader:
+    """An iterable data set's loader that ends on all ranks when it ends on one.
+
+    It holds one batch ahead: whether all ranks have that one is asked for while the batch before is trained on.
+
+    Args:
+        loader: this rank's own, with a `LocalBatchSizeSampler`.
+        group: of its own, so that its exchanges keep no order with others.
+    """
+
+    def __init__(self, loader: DataLoader[Any], group: RankGroup) -> None:
+        vars(self).update(_loader=loader, _group=group, _compared=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_loader":
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets `worker_init_fn` when workers are to be seeded, and `_iterator` when it has shut them down.
+        setattr(self._loader, name, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._loader)
+        end = object()
+        ahead = next(iterator, end)
+        compares = not self._compared and ahead is not end
+        # One row a rank: whether it has a batch, and a number that stands for its first sample.
+        ready = self._group.start([ahead is not end, _first_sample_hash(ahead) if compares else 0.0])
+        rows = ready.wait()  # (W, 2)
+        if not self._compared:
+            vars(self)["_compared"] = True
+            self._compare(rows[:, 1].tolist())
+        while rows[:, 0].all():
+            batch, ahead = ahead, next(iterator, end)
+            ready = self._group.start([ahead is not end, 0.0])
+            yield batch
+            rows = ready.wait()
+
+    def _compare(self, first_samples: list[float]) -> None:
+        if len(first_samples) > 1 and first_samples[0] and len(set(first_samples)) == 1:
+            rank_zero_warn(
+                f"the first sample of {type(self._loader.dataset).__name__} is the same on all ranks. An iterable data "
+                "set can't be split by the strategy: let each rank iterate over samples of its own, by "
+                "torch.distributed.get_rank(), or all ranks train on the same data"
+            )
+
+
+def _first_sample_hash(batch: Any) -> float:
+    """A number that stands for the first sample of a batch; 0 where nothing can be compared."""
+    tree_map = torch.utils._pytree.tree_map  # noqa: SLF001 - there is no public one
+    first = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, batch)
+    return content_hash(first)

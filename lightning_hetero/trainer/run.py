@@ -1,0 +1,131 @@
+"""One call of the Trainer: what is put on it for `fit`, `validate`, `test` or `predict`, and taken off at the end."""
+
+import os
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_hetero.device.speed_test import speed
+from lightning_hetero.exchange import consistency, failures
+from lightning_hetero.planning.planner import SplitPlanner
+from lightning_hetero.step.batch_norm import smallest_local_batch
+from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
+from lightning_hetero.trainer.evaluation import RememberedBroadcasts, batch_hook
+from lightning_hetero.trainer.evaluation_loaders import EvaluationLoaders
+from lightning_hetero.trainer.hooks import HookCallback, Hooks
+from lightning_hetero.trainer.job import Job
+from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
+from lightning_hetero.trainer.patches import TrainerPatches
+from lightning_hetero.trainer.profiles import Profile
+from lightning_hetero.trainer.run_folder import run_folder
+from lightning_hetero.trainer.signals import StopRequest
+from lightning_hetero.trainer.training_loaders import TrainingLoaders
+
+
+class Run:
+    """A call of the Trainer, from the setup of the environment to its teardown.
+
+    Args:
+        job: of this process.
+        trainer: whose.
+        hooks: called before the user's.
+
+    Attributes:
+        number: of this run, the same on all ranks.
+        profile: what an earlier run has measured, once the planner has begun with it.
+        job_facts: what a profile of this run holds for; empty before the training data is set up.
+        stop: handles SIGTERM.
+        log_dirs: what `Trainer.log_dir` is in an evaluation.
+        loaders: of the training.
+        metrics: what is logged, on all ranks alike.
+    """
+
+    def __init__(self, job: Job, trainer: "pl.Trainer", hooks: Hooks) -> None:
+        self.job = job
+        self.trainer = trainer
+        seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed()) % 2**32
+        seed, self.number = job.group.broadcast((seed, failures.new_run()))
+        self.profile: Profile | None = None
+        self.job_facts: dict[str, Any] = {}
+        self.stop = StopRequest(trainer)
+        self.log_dirs = RememberedBroadcasts()
+        self.loaders = TrainingLoaders(
+            trainer,
+            job.group,
+            job.lockstep_groups,
+            seed=seed,
+            global_batch=job.options.global_batch,
+            planners=self,
+            next_step=job.batches.next_step,
+        )
+        evaluation_loaders = EvaluationLoaders(trainer, job.group, seed, job.evaluation)
+        self.metrics = MetricSynchronizer(
+            trainer,
+            job.group,
+            job.timer,
+            job.device,
+            loss_count=job.options.loss_count,
+            in_evaluation_batch=self.in_evaluation_batch,
+        )
+        self._patches = TrainerPatches(
+            trainer,
+            self.metrics,
+            prepare_dataloader=TrainerDataLoaders(trainer, self.loaders, evaluation_loaders).prepare,
+            before_batch=hooks.before_batch,
+            on_sigterm=self.stop.handle,
+            callbacks=[HookCallback(hooks)],
+        )
+
+    def end(self) -> None:
+        """Leave the Trainer as it was."""
+        self._patches.restore()
+
+    def in_evaluation_batch(self) -> bool:
+        """Whether this rank is in a hook of an evaluation batch, which other ranks may not have."""
+        return batch_hook(self.trainer.lightning_module) is not None
+
+    def for_global_batch(self, global_batch: int, *, first: bool) -> SplitPlanner:
+        """The planner for a training loader's global batch; all ranks ask together.
+
+        Args:
+            global_batch: samples.
+            first: it is for the first of the loaders that are trained on together, or the only one.
+        """
+        job, options, module = self.job, self.job.options, self.trainer.lightning_module
+        facts = {**consistency.job(module, self.trainer.precision), "global batch": global_batch}
+        minimum = smallest_local_batch(module, synchronised=job.batch_norm_group is not None)
+
+        def make() -> SplitPlanner:
+            self.job_facts = facts
+            self.profile = job.profiles.load(options.shares, run_folder(self.trainer), facts)
+            measures = options.shares.adaptive and self.profile is None and job.on_cpus and job.group.world_size > 1
+            return SplitPlanner(
+                options.shares,
+                job.group.world_size,
+                global_batch,
+                minimum=minimum,
+                granularity=options.granularity,
+                profile=self.profile.state if self.profile is not None else None,
+                speeds=job.group.gather(speed()) if measures else None,
+                memory=job.memory,
+            )
+
+        return job.planners.get({**facts, "minimum": minimum}, make, first=first)
+
+    def begin_evaluation(self) -> None:
+        """An evaluation begins, on all ranks together."""
+        if self.job.group.world_size > 1:
+            self.log_dirs.clear()
+            _ = self.trainer.log_dir  # the strategy remembers what becomes of it
+
+    def end_evaluation(self) -> None:
+        """An evaluation is over, on all ranks: they exchange how long it took, and whether one of them is to stop."""
+        measured = self.job.evaluation.measured()
+        if self.job.group.world_size == 1:
+            return
+        typical = not self.trainer.sanity_checking
+        reports = self.job.group.gather((measured if typical else {}, self.stop.requested))
+        self.job.evaluation.update([times for times, _ in reports])
+        if any(requested for _, requested in reports):
+            self.stop.stop()

@@ -1,0 +1,34 @@
+"""SIGTERM: a signal to one rank stops all ranks after the same step."""
+# ruff: noqa: SLF001 - Lightning has no public way to stop as a signal does; `tests/test_private_names.py` guards it
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class StopRequest:
+    """A signal that asks this rank to stop, until all ranks know of it.
+
+    Lightning's own handler, and its check before each batch, are blocking broadcasts: a rank that meets one alone hangs
+    there. Here the handler sets a flag; it travels with the next message of a training step, or with what ranks
+    exchange at the end of a validation, and all of them stop there.
+
+    Args:
+        trainer: whose; only in `fit` ranks exchange messages, so other runs stop by themselves.
+    """
+
+    def __init__(self, trainer: "pl.Trainer") -> None:
+        self._trainer = trainer
+        self.requested = False
+
+    def handle(self, signum: int, _: object) -> None:
+        """The handler of SIGTERM."""
+        launcher = self._trainer.strategy.launcher
+        if not self.requested and launcher is not None:
+            launcher.kill(signum)
+        self.requested = True
+        if self._trainer.state.fn != TrainerFn.FITTING:
+            self.stop()
+
+    def stop(self) -> None:
+        """Let Lightning stop as soon as it looks: at the end of a training step, within an evaluation."""
+        self._trainer._signal_connector.received_sigterm = True

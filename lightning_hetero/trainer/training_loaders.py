@@ -1,0 +1,282 @@
+"""Prepares the loaders of a training, and keeps what they were given for each step."""
+# ruff: noqa: SLF001 - what is touched of a Trainer is guarded by tests
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from lightning_hetero.exchange.duplicate_data import NO_DATA_LOADER, USER_SHARDS, DuplicateDataCheck, content_hash
+from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.planning.plan import Schedule
+from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping
+from lightning_hetero.sampling.position import EpochPasses, Position
+from lightning_hetero.sampling.train_sampler import LocalBatchSampler, LocalBatchSizeSampler, Share
+from lightning_hetero.trainer.epoch import epoch_of
+from lightning_hetero.trainer.loader_agreement import agreed_batches, require_same_loader
+from lightning_hetero.trainer.lockstep_loader import LockstepGroups, LockstepLoader
+from lightning_hetero.trainer.user_loader import (
+    HashingBatchSampler,
+    batch_size_of,
+    has_plain_batches,
+    is_distributed,
+    name_of,
+    replace_batch_sampler,
+)
+
+
+class Planned(Protocol):
+    """What samplers need of a planner."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Its plans."""
+
+    @property
+    def minimum(self) -> int:
+        """The least that a rank can compute with."""
+
+
+class Planners(Protocol):
+    """Makes or keeps the planner of a run, once its global batch is known."""
+
+    def for_global_batch(self, global_batch: int, *, first: bool) -> Planned:
+        """The planner for a training loader; `first` for the first of those that are trained on together."""
+
+
+@dataclass
+class _Together:
+    """The training loaders that are trained on together.
+
+    Args:
+        key: tells them from those that were prepared before.
+        prepared: how many of them so far.
+        samplers: of those that the strategy splits.
+        hashing: batch samplers of those that the user shards.
+        unsplit: positions of the iterables that are no DataLoader.
+    """
+
+    key: object
+    prepared: int = 0
+    samplers: list[LocalBatchSampler | LocalBatchSizeSampler] = field(default_factory=list)
+    hashing: list[HashingBatchSampler] = field(default_factory=list)
+    unsplit: list[int] = field(default_factory=list)
+
+
+class TrainingLoaders:
+    """The training loaders of one call of a Trainer.
+
+    Args:
+        trainer: whose.
+        group: of all ranks.
+        lockstep_groups: for iterable data sets.
+        seed: of all passes over samplers, shared by all ranks.
+        global_batch: the user's, or None for each loader's `batch_size` × W.
+        planners: of the training.
+        next_step: how many global batches were started so far, which is the number of the next one.
+    """
+
+    def __init__(
+        self,
+        trainer: "pl.Trainer",
+        group: RankGroup,
+        lockstep_groups: LockstepGroups,
+        *,
+        seed: int,
+        global_batch: int | None,
+        planners: Planners,
+        next_step: Callable[[], int],
+    ) -> None:
+        self._trainer = trainer
+        self._group = group
+        self._lockstep_groups = lockstep_groups
+        self._seed = seed
+        self._given_global_batch = global_batch
+        self._planners = planners
+        self._next_step = next_step
+        self.user_shards = not trainer._accelerator_connector.use_distributed_sampler
+        """Whether the user said so, with `use_distributed_sampler=False`."""
+        self._together = _Together(key=None)
+        self._hashed = 0  # batches of which a hash was made
+        self._warned_inexact = False
+
+    def _position(self) -> Position:
+        """Where training stands."""
+        return Position(epoch_of(self._trainer), self._next_step())
+
+    def prepare(self, loader: object) -> object:
+        """A training loader as this rank reads it; called for every one, on all ranks alike.
+
+        Raises:
+            ValueError: it can't be split, or is not the same on all ranks.
+        """
+        together = self._loaders_together()
+        together.prepared += 1
+        if not isinstance(loader, DataLoader):
+            together.unsplit.append(together.prepared - 1)
+            return loader
+        if self.user_shards and loader.batch_sampler is not None:
+            together.hashing.append(HashingBatchSampler(loader.batch_sampler))
+            return replace_batch_sampler(loader, together.hashing[-1])
+        if self.user_shards or is_distributed(loader):
+            return loader
+        if loader.batch_sampler is None:
+            raise ValueError(
+                f"the training loader of {name_of(loader.dataset)} has batch_size=None and no batch sampler, so its "
+                "samples can't be split over the ranks: give it a batch_size or a batch_sampler, or shard the data "
+                "yourself with Trainer(use_distributed_sampler=False)"
+            )
+        global_batch = self._global_batch(loader)
+        require_same_loader(self._group, loader, "the training data", global_batch=global_batch)
+        if isinstance(loader.dataset, IterableDataset):
+            return self._in_lockstep(loader, global_batch)
+        return self._split(loader, global_batch)
+
+    def _loaders_together(self) -> _Together:
+        """The training loaders that are being prepared; Lightning prepares all of them in one go.
+
+        While it does, neither its own collection of them nor the position changes; before it does so again, one has.
+        """
+        key = (id(self._trainer.fit_loop._combined_loader), self._position())
+        if self._together.key != key:
+            self._together = _Together(key)
+        return self._together
+
+    def _split(self, loader: DataLoader[Any], global_batch: int | None) -> object:
+        number = len(self._together.samplers)
+        batches = self._global_batches(loader, global_batch, number)
+        batches.draw(self._position().epoch, 0)
+        if batches.first_size == 0:
+            raise ValueError(
+                f"the training loader has no batches: {name_of(batches.sampler)} drew too few samples for a global "
+                f"batch of {global_batch or 'at least one sample'}{' with drop_last' if loader.drop_last else ''}: let "
+                "it draw more (TorchGeo's samplers have a length=), or choose a smaller batch_size"
+            )
+        planner = self._planners.for_global_batch(global_batch or batches.first_size, first=number == 0)
+        sampler = LocalBatchSampler(
+            EpochPasses(batches, self._position),
+            planner.schedule,
+            self._group.rank,
+            minimum=planner.minimum,
+            # Workers are given indices steps ahead, and what has no length is loaded one batch ahead by Lightning:
+            # putting back the random state from then would undo the steps in between.
+            loads_in_process=loader.num_workers == 0 and not batches.endless,
+        )
+        self._together.samplers.append(sampler)
+        return replace_batch_sampler(loader, sampler)
+
+    def _in_lockstep(self, loader: DataLoader[Any], global_batch: int | None) -> object:
+        assert global_batch is not None, "torch gives an iterable data set its own batch sampler, with a batch size"
+        number = len(self._together.samplers)
+        planner = self._planners.for_global_batch(global_batch, first=number == 0)
+        sampler = LocalBatchSizeSampler(
+            planner.schedule,
+            self._group.rank,
+            global_batch=global_batch,
+            minimum=planner.minimum,
+            position=self._position,
+        )
+        self._together.samplers.append(sampler)
+        return LockstepLoader(replace_batch_sampler(loader, sampler), self._lockstep_groups.at(number))
+
+    def _global_batch(self, loader: DataLoader[Any]) -> int | None:
+        """Samples of a step; None where only what the batch sampler draws can tell."""
+        own = batch_size_of(loader)
+        given = self._given_global_batch
+        if given is None:
+            return own * self._group.world_size if own is not None else None
+        if own is None:
+            raise ValueError(
+                f"global_batch={given} can't be made up of the batches of {name_of(loader.batch_sampler)}, which "
+                "doesn't say how many samples it draws as one: give it an attribute batch_size"
+            )
+        if not has_plain_batches(loader) and given % own:
+            raise ValueError(
+                f"global_batch={given} is not a multiple of the {own} samples that {name_of(loader.batch_sampler)} "
+                "draws as one batch"
+            )
+        return given
+
+    def _global_batches(self, loader: DataLoader[Any], global_batch: int | None, number: int) -> GlobalBatches:
+        if has_plain_batches(loader):
+            plain = loader.batch_sampler
+            assert isinstance(plain, BatchSampler)
+            assert global_batch is not None, "torch's own batch sampler has a batch size"
+            sampler: Any = plain.sampler
+            grouping = Grouping(global_batch, drop_last=plain.drop_last)
+        else:
+            sampler, own = loader.batch_sampler, batch_size_of(loader)
+            batches = global_batch // own if global_batch and own else self._group.world_size
+            grouping = Grouping(batches, batched=True)
+        return agreed_batches(self._group, sampler, grouping, self._seed + number)
+
+    # ---- while training ----
+
+    def begin_training(self) -> None:
+        """The Trainer knows at which epoch it begins: draw anew what was drawn for another one.
+
+        A resumed run sets its loaders up before that, in the worst case before it has loaded where it stands, and reads
+        its first epoch from what was drawn then.
+        """
+        fetcher = self._trainer.fit_loop._data_fetcher
+        drawn = {sampler.passes.epoch for sampler in self._together.samplers if isinstance(sampler, LocalBatchSampler)}
+        if fetcher is not None and drawn - {None, self._position().epoch}:
+            iter(fetcher)
+
+    def take(self, step: int) -> list[Share]:
+        """This rank's share of global batch `step` in every loader that is split; see `PendingShares.take`."""
+        pending = [sampler.pending_shares for sampler in self._together.samplers]
+        shares = [loader.take(step) for loader in pending if not loader.exhausted(step)]
+        if len(shares) > 1 and not self._warned_inexact and not _proportional(shares):
+            self._warned_inexact = True
+            rank_zero_warn(
+                "several training loaders whose batches can't be split in the same proportion: one weight serves for "
+                "all of them, so the gradient is only nearly that of the global batch. Choose batch sizes that are "
+                "multiples of each other."
+            )
+        return shares
+
+    @property
+    def last_drawn(self) -> int:
+        """The last step whose share any loader was given; -1 for none."""
+        return max((sampler.pending_shares.last_drawn for sampler in self._together.samplers), default=-1)
+
+    def content_hash(self, batch: Any) -> float:
+        """A number that stands for one of the first batches, where ranks may train on the same data.
+
+        Args:
+            batch: all of the step's, on the CPU.
+
+        Returns:
+            0 for later batches, where nothing in the batch can be compared, and where the strategy splits the data.
+        """
+        unsplit = self._together.unsplit
+        if self._hashed >= DuplicateDataCheck.WATCHED or not (self.user_shards or unsplit):
+            return 0.0
+        self._hashed += 1
+        drawn = [sampler.hashes.popleft() for sampler in self._together.hashing if sampler.hashes]
+        return content_hash(batch if self.user_shards else self._parts(batch, unsplit), "".join(drawn))
+
+    def _parts(self, batch: Any, positions: list[int]) -> list[Any]:
+        """The parts of a batch that come from the loaders at these positions."""
+        combined = self._trainer.fit_loop._combined_loader
+        try:
+            parts: list[Any] = cast("Any", combined)._spec.flatten_up_to(batch)
+        except ValueError:  # the module has made something else of it
+            return [batch]
+        return [parts[position] for position in positions]
+
+    @property
+    def duplicate_data_sentence(self) -> str:
+        """What is wrong where all ranks train on the same data, and what to do."""
+        return USER_SHARDS if self.user_shards else NO_DATA_LOADER
+
+
+def _proportional(shares: list[Share]) -> bool:
+    first = shares[0].counts
+    return all(
+        a * sum(first) == b * sum(share.counts) for share in shares for a, b in zip(share.counts, first, strict=True)
+    )

@@ -1,0 +1,338 @@
+"""Logged values over ranks, without a Trainer: how they are combined, kept for a step, and exchanged."""
+
+import math
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, SumMetric
+
+from lightning_hetero.device.step_timer import ComputeTimer, HostClock
+from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.trainer.logged_values import REDUCTIONS, LoggedKey, combined, on_host, union
+from lightning_hetero.trainer.results import EvaluationResults, MetricExchange
+from lightning_hetero.trainer.step_logging import StepLogging
+from tests.ranks import fails_on_ranks, run_ranks
+
+# ---- one value of many ----
+
+ranks = st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 50)), min_size=1, max_size=9)
+
+
+@given(ranks, st.sampled_from(sorted(REDUCTIONS)))
+def test_ranks_together_are_one_process(of_ranks: list[tuple[float, int]], reduction: str) -> None:
+    """A mean over all samples, or the sum, least or most of all values, wherever they were logged."""
+    values, weights = np.array([v for v, _ in of_ranks]), np.array([float(n) for _, n in of_ranks])
+    found = combined(reduction, values * weights if reduction == "mean" else values, weights)
+    if reduction == "mean" and not weights.any():
+        assert math.isnan(found)
+    elif reduction == "mean":
+        assert found == pytest.approx(np.average(values, weights=weights), abs=1e-12)
+    else:
+        assert found == pytest.approx(
+            float(REDUCTIONS[reduction.removeprefix("Python's ")](torch.tensor(values))), abs=1e-12
+        )
+
+
+@given(st.floats(-1e6, 1e6), st.lists(st.sampled_from([1.0, 2.0, 4.0]), min_size=1, max_size=9))
+def test_a_mean_of_equal_values_is_exactly_that_value(value: float, weights: list[float]) -> None:
+    """Such as a learning rate: no rounding makes it another one."""
+    assert combined("mean", value * np.array(weights), np.array(weights)) == value
+
+
+KEY = LoggedKey(
+    key="training_step.loss",
+    fx="training_step",
+    name="loss",
+    prog_bar=False,
+    logger=True,
+    on_step=True,
+    on_epoch=True,
+    reduction="mean",
+    enable_graph=False,
+    add_dataloader_idx=True,
+    dataloader_idx=None,
+    metric_attribute=None,
+    is_tensor=True,
+    sync_dist=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({}, None),
+        ({"prog_bar": True}, None),
+        ({"sync_dist": True}, None),
+        ({"reduction": "max"}, "reduction='mean' and reduction='max'"),
+        ({"on_epoch": False}, "on_epoch=True and on_epoch=False"),
+        ({"is_tensor": False}, "is_tensor=True and is_tensor=False"),
+        ({"dataloader_idx": 1}, "dataloader_idx=None and dataloader_idx=1"),
+    ],
+)
+def test_what_makes_values_under_one_key_different(change: dict[str, Any], difference: str | None) -> None:
+    """How a value is shown may differ between ranks; what it means may not."""
+    assert KEY.difference(replace(KEY, **change)) == difference
+
+
+def test_all_ranks_order_keys_alike() -> None:
+    """By rank, and by what each logged first."""
+    a, b, c = (replace(KEY, key=name) for name in "abc")
+    assert union([[b], [c, b], [a]]) == [b, c, a]
+    with pytest.raises(ValueError, match="ranks 1 and 2 log 'loss' in different ways"):
+        union([[b], [a], [replace(a, reduction="max")]])
+
+
+def test_a_key_makes_what_lightning_would_have_registered() -> None:
+    """So that the rank may still log it by itself, with the same arguments."""
+    results = step_logging().results
+    results.log("training_step", "loss", torch.tensor(1.0), on_step=True, sync_dist_fn=sum)
+    key = LoggedKey.of("training_step.loss", results["training_step.loss"])
+    assert key == KEY
+    assert key.make_metric(sum).meta == results["training_step.loss"].meta
+
+
+def test_numbers_are_read_in_order() -> None:
+    assert on_host([1, torch.tensor(2.5, dtype=torch.float64), 3.0]) == [1.0, 2.5, 3.0]
+
+
+# ---- a training step of one rank ----
+
+
+def exchange(module: nn.Module | None = None) -> MetricExchange:
+    """Between all ranks of this test, or with nobody."""
+    import torch.distributed as dist
+
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    group = RankGroup(rank, world_size, 1, timedelta(seconds=30))
+    return MetricExchange(group, ComputeTimer(HostClock()), no_reduction, module or nn.Module(), torch.device("cpu"))
+
+
+def no_reduction(value: Any, *_: Any, **__: Any) -> Any:
+    raise AssertionError("what is logged communicates only where it is exchanged")
+
+
+def step_logging() -> StepLogging:
+    return StepLogging(exchange())
+
+
+def step(
+    logging: StepLogging,
+    loss: float,
+    *,
+    samples: int,
+    weight: float | Tensor | None = None,
+    borrowed: bool = False,
+    empty: bool = False,
+    count: Tensor | None = None,
+) -> None:
+    """A training step that logs its loss and the number of its samples."""
+    logging.results.set_batch(torch.zeros(samples))
+    logging.begin(borrowed=borrowed, empty=empty, samples=samples, count=count)
+    value = torch.tensor(loss, dtype=torch.float64)
+    logging.results.log("training_step", "loss", value, on_step=True, sync_dist=True, sync_dist_fn=no_reduction)
+    logging.results.log("training_step", "samples", torch.tensor(float(samples)), reduce_fx=torch.sum)
+    logging.end(value)
+    logging.batch_over(weight)
+
+
+def logged(logging: StepLogging, *, on_step: bool) -> dict[str, float]:
+    return {name: float(value) for name, value in logging.results.metrics(on_step)["callback"].items()}
+
+
+def test_a_loss_weighs_what_it_weighs_in_the_global_batch() -> None:
+    """In the mean of an epoch; everything else counts as often as Lightning says."""
+    logging = step_logging()
+    step(logging, 2.0, samples=4, weight=1.0)
+    step(logging, 4.0, samples=2, weight=3.0)
+    assert logged(logging, on_step=False)["loss"] == (2.0 * 1 + 4.0 * 3) / 4
+    assert logged(logging, on_step=False)["samples"] == 6
+    assert logged(logging, on_step=True)["loss_step"] == 4.0
+
+
+@pytest.mark.parametrize("weight", [5.0, torch.tensor(5.0)])
+def test_nothing_is_read_before_the_batch_is_over(weight: float | Tensor) -> None:
+    """The weight is known only then; until then nothing has been logged."""
+    logging = step_logging()
+    logging.begin(borrowed=False, empty=False, samples=3, count=None)
+    logging.results.set_batch(torch.zeros(3))
+    logging.results.log("training_step", "loss", torch.tensor(7.0))
+    assert float(logging.results["training_step.loss"].cumulated_batch_size) == 0
+    logging.end(torch.tensor(7.0))
+    logging.batch_over(weight)
+    assert float(logging.results["training_step.loss"].cumulated_batch_size) == 5
+
+
+def test_a_borrowed_step_registers_its_keys_and_adds_nothing() -> None:
+    logging = step_logging()
+    step(logging, 9.0, samples=4, borrowed=True)
+    assert set(logging.results) == {"training_step.loss", "training_step.samples"}
+    step(logging, 2.0, samples=4)
+    assert logged(logging, on_step=False)["loss"] == 2.0
+    assert logged(logging, on_step=False)["samples"] == 4
+
+
+@pytest.mark.parametrize("count", [None, torch.tensor(0.0)])
+def test_nan_is_left_out_where_nothing_counts(count: Tensor | None) -> None:
+    """Also where only the device knows that; where something counts, NaN stays NaN."""
+    logging = step_logging()
+    step(logging, math.nan, samples=4, empty=count is None, count=count, weight=0.0)
+    step(logging, 2.0, samples=4)
+    assert logged(logging, on_step=False)["loss"] == 2.0
+    step(logging, math.nan, samples=4)
+    assert math.isnan(logged(logging, on_step=False)["loss"])
+
+
+def in_parts(logging: StepLogging, sizes: list[int], values: Tensor) -> None:
+    """A step that is computed in parts of a batch, one of which fails at first."""
+    logging.begin(borrowed=False, empty=False, samples=sum(sizes), count=None)
+    with logging.in_parts() as parts:
+        parts.begin(values)
+        logging.results.log("training_step", "loss", values.mean())  # the part turns out not to fit
+        for part in values.split(sizes):
+            parts.begin(part)
+            logging.results.log("training_step", "loss", part.mean(), on_step=False, on_epoch=True)
+            logging.results.log("training_step", "most", part.max(), reduce_fx=torch.max)
+            logging.results.log("training_step", "sum", part.sum(), reduce_fx=torch.sum)
+            parts.keep(part.mean(), float(len(part)))
+    logging.end(values.mean())
+    logging.batch_over(None)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_parts_log_what_the_whole_batch_would_have(sizes: list[int]) -> None:
+    """Once, with the batch's size; and the batch is the loop's again."""
+    logging = step_logging()
+    logging.results.set_batch("the loop's")
+    values = torch.randn(sum(sizes), dtype=torch.float64, generator=torch.Generator().manual_seed(len(sizes)))
+    in_parts(logging, sizes, values)
+    found = logged(logging, on_step=False)
+    assert found["loss"] == pytest.approx(float(values.mean()), abs=1e-12)
+    assert found["most"] == float(values.max())
+    assert found["sum"] == pytest.approx(float(values.sum()), abs=1e-12)
+    assert float(logging.results["training_step.loss"].cumulated_batch_size) == len(values)
+    assert logging.results.batch == "the loop's"
+
+
+def test_a_part_in_which_nothing_counts_is_left_out() -> None:
+    logging = step_logging()
+    logging.begin(borrowed=False, empty=False, samples=4, count=None)
+    with logging.in_parts() as parts:
+        for loss, count in ((math.nan, 0.0), (3.0, 2.0)):
+            parts.begin(torch.zeros(2))
+            logging.results.log("training_step", "loss", torch.tensor(loss))
+            parts.keep(torch.tensor(loss), count)
+    logging.batch_over(None)
+    assert logged(logging, on_step=False)["loss"] == 3.0
+
+
+# ---- between ranks ----
+
+
+class Measures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+        self.total = SumMetric()
+
+
+def training_on_ranks() -> Any:
+    rank = torch.distributed.get_rank()
+    logging = StepLogging(exchange())
+    seen = []
+    for losses, samples, weights in (((1.0, 5.0), (3, 1), (3.0, 1.0)), ((2.0, 8.0), (3, 1), (6.0, 2.0))):
+        step(logging, losses[rank], samples=samples[rank], weight=weights[rank])
+        if rank == 1:  # which the other rank does not know yet
+            logging.results.log("on_train_batch_end", "own", torch.tensor(7.0), on_step=True, on_epoch=False)
+        before = logged(logging, on_step=True)
+        logging.results.exchange_steps()
+        seen.append((before, logged(logging, on_step=True)))
+    logging.results.log("training_step", "bar", torch.tensor(1.0 + rank), prog_bar=True, on_step=True, on_epoch=False)
+    shown = logging.results.metrics(on_step=True)["pbar"]
+    unknown = logged(logging, on_step=False)
+    logging.results.exchange_epoch()
+    return seen, shown, unknown, logged(logging, on_step=False), [key.name for key in logging.results.logged_keys]
+
+
+def test_training_values_are_those_of_all_ranks_after_an_exchange() -> None:
+    """Steps by the weights of their losses; before an exchange nobody sees a value that is a rank's own."""
+    outs = run_ranks(2, training_on_ranks)
+    for seen, _, unknown, epoch, keys in outs:
+        (first, one), (second, two) = seen
+        assert first == {}
+        assert one == {"loss": (3 * 1.0 + 5.0) / 4, "loss_step": (3 * 1.0 + 5.0) / 4, "own": 7.0}
+        assert second == one, "until the next exchange"
+        assert two["loss_step"] == (6 * 2.0 + 2 * 8.0) / 8
+        assert unknown == {}
+        assert epoch == {"loss": 36 / 12, "loss_epoch": 36 / 12, "samples": 8}
+        assert sorted(keys) == ["bar", "loss", "own", "samples"]
+    assert [out[1] for out in outs] == [{"bar": 1.0}, {}], "the first rank's bar shows its own meanwhile"
+
+
+def evaluation_on_ranks() -> Any:
+    rank = torch.distributed.get_rank()
+    module = Measures()
+    results = EvaluationResults(exchange(module), count=lambda batch: float((batch >= 0).sum()))
+    for index in range(2):  # loaders; the same metric for both
+        results.dataloader_idx = index
+        if rank == 0 or index == 1:  # rank 1 has no batch of the first
+            results.batch, results.batch_size = torch.tensor([1.0, 2.0 + index, 3.0 * rank]), None
+            module.mean.update(results.batch)
+            results.log("validation_step", "mean", module.mean, metric_attribute="mean")
+            results.log("validation_step", "loss", results.batch.mean(), sync_dist=True, sync_dist_fn=no_reduction)
+            results.batch = torch.full((3,), -1.0)  # nothing counts
+            results.batch_size = None
+            results.log("validation_step", "loss", torch.tensor(math.nan), sync_dist=True, sync_dist_fn=no_reduction)
+            results.loader_over()
+            module.mean.reset()
+    before = logged_evaluation(results)
+    module.mean.update(77.0)  # of what comes later
+    results.exchange_epoch()
+    after = logged_evaluation(results)
+    results.exchange_epoch()  # nothing is new
+    return before, after, logged_evaluation(results), float(module.mean.compute())
+
+
+def logged_evaluation(results: EvaluationResults) -> dict[str, float]:
+    found = {}
+    for index in range(2):
+        results.dataloader_idx = index
+        found |= {name: float(value) for name, value in results.metrics(on_step=False)["callback"].items()}
+    return found
+
+
+def test_evaluation_values_are_those_of_all_ranks_after_an_exchange() -> None:
+    """Each loader's, though one metric was used for both and a rank had no batch of the first; NaN is left out."""
+    for before, after, again, later in run_ranks(2, evaluation_on_ranks):
+        assert before == {}
+        assert after == pytest.approx(
+            {
+                "mean/dataloader_idx_0": 1.0,
+                "loss/dataloader_idx_0": 1.0,
+                "mean/dataloader_idx_1": 11 / 6,
+                "loss/dataloader_idx_1": 11 / 6,
+            }
+        )
+        assert again == after
+        assert later == 77.0, "what was added meanwhile is there"
+
+
+def lacking() -> None:
+    module = Measures()
+    results = EvaluationResults(exchange(module), count=lambda _: 1.0)
+    if torch.distributed.get_rank() == 0:
+        module.total.update(1.0)
+        results.log("validation_step", "total", module.total, metric_attribute="another")
+    results.exchange_epoch()
+
+
+def test_a_metric_that_a_rank_has_not_got() -> None:
+    """One sentence that names the rank and the metric."""
+    errors = fails_on_ranks(2, lacking)
+    assert "rank 1 (cpu) has to compute the metric 'total'" in errors[1]

@@ -127,7 +127,7 @@ def test_one_value_on_all_ranks_is_refused() -> None:
 
 
 def test_layers_are_themselves_again() -> None:
-    """Parameters, buffers, hooks, copies and pickles survive; torch's own synchronised layers are taken over."""
+    """Parameters, buffers and hooks are kept, copies and pickles work; torch's own SyncBatchNorm is converted too."""
     net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
     before = {name: id(value) for name, value in [*net.named_parameters(), *net.named_buffers()]}
     batch_norm_group = BatchNormGroup()

@@ -39,7 +39,7 @@ class Limited(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """Runs out of memory with more than `fits` samples; tells which sizes were tried, and what was logged."""
+    """Runs out of memory with more than `fits` samples; keeps the sizes that were tried, and what was logged."""
 
     def __init__(self, fits: int, *, where: str = "forward") -> None:
         super().__init__()
@@ -65,14 +65,14 @@ class Net(nn.Module):
             x = Limited.apply(x.clone().requires_grad_())
         out = self(x)
         valid = batch["valid"]
-        loss = ((out - y)[valid] ** 2).mean()  # NaN where nothing is valid
+        loss = ((out - y) ** 2 * valid).sum() / valid.sum()  # NaN, as its gradients, where nothing is valid
         if self.is_logging:
             self.logged.append(float(loss.detach()))
         return {"loss": loss, "out": out}
 
 
 class Step:
-    """What the step at hand knows; the valid entries count."""
+    """The step at hand, in which valid entries count."""
 
     def __init__(self, batch: Any, weight: float | Tensor = 1.0, count: Callable[[Any], float] | None = None) -> None:
         self.local_batch: int | None = len(batch["x"])
@@ -302,7 +302,7 @@ def test_all_ranks_end_with_the_gradient_of_the_global_batch(where: str) -> None
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-# ---- whether, and what is said otherwise ----
+# ---- whether steps can be repeated in parts, and errors ----
 
 
 def ddp(net: nn.Module, **options: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""BatchNorm's statistics and other buffers: each rank's own during steps, the same wherever they are looked at."""
+"""BatchNorm's statistics and other buffers: each rank's own during steps, the same wherever they are read."""
 
 import inspect
 import warnings
@@ -58,20 +58,20 @@ class Buffered(Regression):
         self.log("loss", self.net(batch["x"]).sum(), sync_dist=True, batch_size=len(batch["x"]))
 
 
-class Looks(Callback):
+class Statistics(Callback):
     """Keeps the statistics as a callback sees them when a validation begins and when training is over."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def _look(self, module: Any) -> None:
+    def _read(self, module: Any) -> None:
         self.seen.append((module.net[1].running_mean.clone(), module.net[1].running_var.clone()))
 
     def on_validation_start(self, trainer: Any, module: Any) -> None:
-        self._look(module)
+        self._read(module)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        self._look(module)
+        self._read(module)
 
 
 def state_of(module: Any) -> dict[str, torch.Tensor]:
@@ -79,19 +79,19 @@ def state_of(module: Any) -> dict[str, torch.Tensor]:
 
 
 def fit(options: dict[str, Any], size: int = 26, **trainer_options: Any) -> Any:
-    module, looks = Buffered(), Looks()
+    module, statistics = Buffered(), Statistics()
     if torch.distributed.get_rank():
         module.net[1].running_mean.fill_(7.0)  # rank 0's is what all begin with
         module.wide.fill_(5)
     trainer = make_trainer(
         HeteroStrategy(**options), torch.distributed.get_world_size(), **({"max_epochs": 1} | trainer_options)
     )
-    trainer.callbacks.append(looks)
+    trainer.callbacks.append(statistics)
     trainer.fit(module, DataLoader(Numbers(size), batch_size=4), DataLoader(Numbers(8), batch_size=4))
     return {
         "state": state_of(module),
         "before": module.before,
-        "looks": looks.seen,
+        "statistics": statistics.seen,
         "frozen": Buffered().net[2].running_mean,
     }
 
@@ -110,7 +110,7 @@ def test_statistics_are_merged_before_validation_and_at_the_end() -> None:
     for out in outs:
         assert len(out["before"]) == 6
         assert [entry[2] for entry in out["before"]] != []
-        _, first, end = out["looks"]  # the sanity check's, the epoch's, the end's
+        _, first, end = out["statistics"]  # the sanity check's, the epoch's, the end's
         for got in (first, end):
             for value, expected in zip(got, by_hand(outs, range(6)), strict=True):
                 assert torch.equal(value, expected)
@@ -147,7 +147,7 @@ def test_a_borrowed_step_counts_nothing() -> None:
     outs[1]["before"].pop()
     outs[1]["before"].append((*outs[1]["before"][-1][:2], 0))
     for out in outs:
-        for value, expected in zip(out["looks"][-1], by_hand(outs, range(len(counts[0]))), strict=True):
+        for value, expected in zip(out["statistics"][-1], by_hand(outs, range(len(counts[0]))), strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-14, atol=1e-14)
 
 
@@ -270,7 +270,7 @@ def failing(folder: str) -> None:
     )
 
 
-def test_a_checkpoint_at_an_exception_asks_nobody(tmp_path: Path) -> None:
+def test_a_checkpoint_at_an_exception_waits_for_nobody(tmp_path: Path) -> None:
     """A rank that fails saves while the others sit in another exchange; both come to their end."""
     errors = fails_on_ranks(2, failing, str(tmp_path))
     assert "my own mistake" in errors[1]

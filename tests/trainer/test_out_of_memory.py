@@ -123,7 +123,7 @@ class Ignoring(MaskedMean):
 
 
 class Constant(Regression):
-    """Its counts say nothing, and those of parts don't add up to that of the batch."""
+    """The counts of parts don't add up to that of the batch."""
 
     def loss_count(self, batch: Any) -> float:
         return 5.0
@@ -174,7 +174,7 @@ def test_parameters_end_as_in_one_process_and_every_sample_is_trained_on_once() 
             assert error <= EXACT, f"{name}: rank {rank} is off by {error:.1e}"
             assert out["step"] == plain["step"], name
         assert len(outs[0]["warned"]) == 1, name
-        assert not outs[1]["warned"], "rank 0 says it once"
+        assert not outs[1]["warned"], "only rank 0 warns, and once"
         assert outs[0]["plans"] == outs[1]["plans"], name
 
 
@@ -194,7 +194,7 @@ def test_the_share_is_capped_at_once_and_the_others_take_the_surplus() -> None:
 
 
 def test_what_fits_is_not_forgotten_where_a_smaller_batch_is_cut() -> None:
-    """Step 1 was drawn already: its 5 may fit, and are cut in 3 and 2, which says nothing new of the 4."""
+    """Step 1 was drawn already: its 5 may fit, and are cut in 3 and 2, which shows nothing new about the 4."""
     recipe = Recipe(module=hungry, loader=partial(sized, 26), batch_size=8)
     ranks = run_ranks(2, fit, recipe, {"shares": [1, 1]})
     assert [size for step, size in ranks[1]["tries"] if step <= 1] == [8, 4, 4, 5, 3, 2]
@@ -340,7 +340,7 @@ def test_a_rank_whose_system_gives_it_no_more_memory() -> None:
 
 
 def test_a_global_batch_that_fits_nowhere() -> None:
-    """Both ranks can hold 3: the sum is known after two steps, and both say the same."""
+    """Both ranks can hold 3: the sum is known after two steps, and both raise the same error."""
     errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, fits=3, ranks=(0, 1))), {})
     for rank in (0, 1):
         assert "ValueError: a global batch of 12 does not fit into memory: 6 samples too many" in errors[rank]
@@ -379,14 +379,14 @@ def test_a_batch_that_can_not_be_cut() -> None:
     assert "its batch can't be cut into parts: a tensor of shape (3,) is in it, and not 6 entries long" in errors[1]
 
 
-def test_manual_optimization_says_so() -> None:
+def test_manual_optimization_is_named() -> None:
     errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, Manual)), {})
     assert (
         "rank 1 (cpu) ran out of memory at a local batch of 6, and in manual optimization a step can't be" in errors[1]
     )
 
 
-def test_unused_parameters_say_so() -> None:
+def test_unused_parameters_are_named() -> None:
     """DDP counts what is used also in passes that go past its wrapper, and would expect it in the next step."""
     errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, Unused)), {"find_unused_parameters": True})
     assert "ran out of memory at a local batch of 6, and with find_unused_parameters a step can't be" in errors[1]

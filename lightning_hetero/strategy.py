@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,11 +22,14 @@ from typing_extensions import override
 
 from lightning_hetero.device import memory
 from lightning_hetero.device.allocator import keep_freed_memory
+from lightning_hetero.device.name import device_name
+from lightning_hetero.device.speed_test import speed
 from lightning_hetero.device.step_timer import compute_timer
 from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
 from lightning_hetero.exchange.groups import RankGroup, own_total, total
 from lightning_hetero.exchange.messages import COLUMNS, Rows, column
+from lightning_hetero.planning.balancer import STATE_VERSION
 from lightning_hetero.planning.memory import MemoryLimits
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.planner import SplitPlanner
@@ -36,6 +40,7 @@ from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.step.buffers import BufferMerge, broadcast_apart, broadcast_in_forward
 from lightning_hetero.step.gradients import allreduce_mean, masked, until_last_bucket
+from lightning_hetero.step.input_shape import input_shape
 from lightning_hetero.step.step import TrainingSteps
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.trainer.checks import check_devices, check_job, check_options, check_trainable
@@ -43,11 +48,11 @@ from lightning_hetero.trainer.dataloaders import Context, Loaders
 from lightning_hetero.trainer.evaluation import Evaluating
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
-from lightning_hetero.trainer.observer import Observer
 from lightning_hetero.trainer.patches import StepCallback, StopRequest, TrainerPatches
-from lightning_hetero.trainer.profile_store import ProfileStore, run_folder
-from lightning_hetero.trainer.reporting import device_name
+from lightning_hetero.trainer.profiles import ProfileStore
+from lightning_hetero.trainer.reporting import SilentReporter, make_reporter
 from lightning_hetero.trainer.results import MetricExchange
+from lightning_hetero.trainer.run_folder import run_folder
 from lightning_hetero.trainer.step_logging import StepLogging
 from lightning_hetero.trainer.survival import Survival, name_unused
 
@@ -108,7 +113,10 @@ class HeteroStrategy(Evaluating):
         self._same_data = DuplicateDataCheck()
         self._content = 0.0
         self._last_ready = -1
-        self._observer: Observer | None = None  # on the first rank, while it trains
+        self._reporter = SilentReporter()
+        self._reported: SplitPlanner | None = None
+        self._folder: Path | None = None
+        self._input_shape = ""
         self._devices: list[str] = []
         self._on_cpus = False  # all ranks: they know what a step has taken them as soon as it is over
         self._limits: tuple[float, ...] = ()  # bytes that each rank may hold
@@ -171,7 +179,7 @@ class HeteroStrategy(Evaluating):
             self._exchange = RankGroup(self.global_rank, self.world_size, len(COLUMNS), self._timeout)
             self._devices = self._exchange.gather(device_name(self.root_device))
             self._on_cpus = set(self._devices) == {"cpu"}
-            self._learnt = ProfileStore(self._shares, self._exchange, self.root_device)
+            self._learnt = ProfileStore(self._exchange, self.root_device)
             if type(self._layer_sync) is TorchSyncBatchNorm and self.world_size > 1:
                 self._ties = BatchNormGroup(
                     self.global_rank, self.world_size, own_total(self._timeout), self._clock.waiting
@@ -226,15 +234,18 @@ class HeteroStrategy(Evaluating):
         if self._planner is None or (first and self._planned != key):
             self._planned = key
             assert self._learnt is not None
-            known = self._learnt.find(self.lightning_module, global_batch)
+            assert self._exchange is not None
+            facts, folder = {**self._planned, "version": STATE_VERSION}, run_folder(self.lightning_module.trainer)
+            profile = self._learnt.load(self._shares, folder, facts)
+            probes = profile is None and self._shares.adaptive and self._on_cpus and self.world_size > 1
             self._planner = SplitPlanner(
                 self._shares,
                 self.world_size,
                 global_batch,
                 minimum=minimum,
                 granularity=self._granularity,
-                profile=known,
-                speeds=self._learnt.probe() if known is None and self._on_cpus else None,
+                profile=profile.state if profile is not None else None,
+                speeds=self._exchange.gather(speed()) if probes else None,
                 memory=MemoryLimits(self._limits, tuple(self._devices)),
             )
         return self._planner
@@ -310,31 +321,32 @@ class HeteroStrategy(Evaluating):
         super().on_train_start()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        folder = run_folder(trainer)  # all ranks ask together
-        if self._planner is not None and self.is_global_zero:
-            self._observer = Observer(trainer, self._planner, self._devices, self._granularity, folder)
+        self._folder = run_folder(trainer)
+        self._report_planner()
+
+    def _report_planner(self) -> None:
+        if self._planner is not None and self._planner is not self._reported:
+            assert self.lightning_module is not None
+            self._reported = self._planner
+            self._reporter = make_reporter(self.lightning_module.trainer, self._planner, self._devices, self._folder)
 
     @override
     def on_validation_start(self) -> None:
         super().on_validation_start()
-        self._pause_observer()
+        self._reporter.pause()
 
     @override
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(*args, **kwargs)
-        self._pause_observer()
-
-    def _pause_observer(self) -> None:
-        if self._observer is not None:
-            self._observer.pause()
+        self._reporter.pause()
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self._observer is not None:
-            self._observer.end_run()
-        if self._learnt is not None and self.lightning_module is not None:
-            self._learnt.keep(self.lightning_module.trainer, self._planner)
+        self._reporter.end_run()
+        if self._learnt is not None and self._planner is not None:
+            facts = {**self._planned, "version": STATE_VERSION}
+            self._learnt.save(self._folder, facts, self._planner.state_dict(), self._input_shape)
 
     @override
     def teardown(self) -> None:
@@ -344,7 +356,8 @@ class HeteroStrategy(Evaluating):
         if self._watch is not None:
             self._watch.stop()
             self._watch = None
-        self._steps = self._survival = self._merge = self._observer = None
+        self._steps = self._survival = self._merge = None
+        self._reporter, self._reported = SilentReporter(), None
         super().teardown()
 
     @override
@@ -364,6 +377,7 @@ class HeteroStrategy(Evaluating):
         if self._steps is not None and self._is_new_batch():
             assert self._loaders is not None
             shares = self._loaders.take(self._batches)
+            self._input_shape = self._input_shape or input_shape(batch)
             self._steps.arrive(shares[0] if shares else None)
             if self._merge is not None:
                 self._merge.count(shares[0] if shares else None, batch)
@@ -436,8 +450,7 @@ class HeteroStrategy(Evaluating):
         return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     def _before_batch(self) -> None:
-        if self._observer is not None:
-            self._observer.begin_batch()
+        self._reporter.begin_batch()
         if self._on_cpus and self._steps is not None and self._planner is not None and self._planner.is_exploring:
             assert self._loaders is not None
             self._steps.tell(self._batches, drawn=self._loaders.drawn())
@@ -453,15 +466,14 @@ class HeteroStrategy(Evaluating):
         self._steps.end(stepped=stepped, global_batch=self._planner.global_batch if self._planner is not None else None)
         assert self._logging is not None
         self._logging.batch_over(self._steps.loss_weight)
-        if self._observer is not None:
-            self._observer.end_batch(self._batches - 1, stepped=stepped)
+        self._reporter.end_batch(self._batches - 1, stepped=stepped)
 
     def _epoch_over(self) -> None:
         assert self._steps is not None
         self._steps.leave_epoch(self._batches)
         assert self._logging is not None
         self._logging.epoch_over()
-        self._pause_observer()
+        self._reporter.pause()
 
     def _hear(self, step: int, rows: Rows) -> None:
         """All ranks' messages of a step."""
@@ -471,11 +483,11 @@ class HeteroStrategy(Evaluating):
         self._same_data.look(step, rows, self.lightning_module.trainer.num_training_batches)
         if self._planner is None:
             return
-        news = self._planner.update(_reports(rows))
-        for sentence in news.warnings:
+        self._report_planner()
+        update = self._planner.update(_reports(rows))
+        for sentence in update.warnings:
             rank_zero_warn(sentence)
-        if self._observer is not None:
-            self._observer.update(self._planner, rows, news.plans)
+        self._reporter.update(update)
 
     @override
     def _register_ddp_hooks(self) -> None:

@@ -1,65 +1,119 @@
-"""What a run has learnt of its devices, kept in its folder for the next run of the same job.
+"""Profiles: what a run has measured of its devices, kept in its folder, for the next run of the same job.
 
-A profile is the balancer's state beside the facts that it holds for, as plain JSON.
+A profile is a cache, and no more: one that can't be used is ignored.
 """
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-_VERSION = 1
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_hetero.exchange.consistency import machine
+from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.planning.shares import Shares
+
 _FILE = Path("hetero") / "profile.json"
 
 
-def write(folder: str | Path, facts: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
-    """Keep what was learnt; the file is either the old or the new one, never a part.
+@dataclass(frozen=True)
+class Profile:
+    """What an earlier run of the same job has measured.
+
+    Attributes:
+        state: of its planner, see `SplitPlanner.state_dict`.
+        input_shape: of its first batch, see `input_shape.input_shape`. It belongs to the job, but is not known before
+            the first batch is there: whoever uses the profile has to compare it then.
+        path: the file.
+    """
+
+    state: Mapping[str, Any]
+    input_shape: str
+    path: Path
+
+
+class ProfileStore:
+    """Loads and saves profiles; all ranks have to make it together.
 
     Args:
-        folder: of the run.
-        facts: what the job is, as JSON has it: the state holds for an equal one only.
-        state: `Balancer.state_dict()`.
+        group: of all ranks.
+        device: of this rank; a profile holds for the same devices only.
     """
-    path = Path(folder) / _FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps({"version": _VERSION, "facts": dict(facts), "state": dict(state)}), encoding="utf-8")
-    part.replace(path)
-    return path
 
+    def __init__(self, group: RankGroup, device: torch.device) -> None:
+        self._group = group
+        self._devices = group.gather(machine(device))
 
-def read(path: str | Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in a profile of an equal job.
+    def load(self, shares: Shares, folder: Path | None, facts: Mapping[str, Any]) -> Profile | None:
+        """The profile that the user names, or else the newest of the same job in the run's folder or one beside it.
 
-    Raises:
-        ValueError: it is none, or of another job; the sentence says what differs.
-    """
-    try:
-        profile = json.loads(Path(path).read_text(encoding="utf-8"))
-        version, known, state = profile["version"], dict(profile["facts"]), dict(profile["state"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no profile of a run: {type(error).__name__}: {error}") from None
-    if version != _VERSION:
-        raise ValueError(f"the profile {path} is of version {version}, this library reads version {_VERSION}")
-    own = json.loads(json.dumps(dict(facts)))  # lists for tuples
-    names = [name for name in {**own, **known} if known.get(name) != own.get(name)]
-    if differences := [f"{name} {known.get(name)!r} there, {own.get(name)!r} here" for name in names]:
-        raise ValueError(f"the profile {path} is of another job: {'; '.join(differences)}")
-    result: dict[str, Any] = state
-    return result
+        All ranks have to call this together, and get what the first one finds. Profiles of which none can be used
+        cause one warning, which says why.
 
+        Args:
+            shares: only adaptive ones need a profile, and may name one.
+            folder: of the run; None for none.
+            facts: what else the job is, as JSON has it; it has to be the same for a profile to hold.
+        """
+        if not shares.adaptive:
+            return None
+        return self._group.from_rank_zero(lambda: self._find(_candidates(shares, folder), facts))
 
-def find(folder: str | Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state of the newest profile of an equal job, in a run's folder or in those of the runs beside it."""
-    own = Path(folder)
-    beside = sorted(own.parent.glob(f"version_*/{_FILE}"), key=_age)
-    for path in (own / _FILE, *beside):
+    def save(
+        self, folder: Path | None, facts: Mapping[str, Any], state: Mapping[str, Any] | None, input_shape: str
+    ) -> None:
+        """Write a profile on the first rank; the file is either the old or the new one, never a part.
+
+        Args:
+            folder: of the run; None: nothing is written.
+            facts: see `load`.
+            state: of the planner; None: nothing is written.
+            input_shape: of the run's first batch.
+        """
+        if self._group.rank != 0 or folder is None or state is None:
+            return
+        path = folder / _FILE
+        content = {
+            "facts": self._all_facts(facts),
+            "input_shape": input_shape,
+            "state": dict(state),
+            "checksum": _checksum(state),
+        }
+        part = path.with_name(f"{path.name}.{os.getpid()}")
         try:
-            return read(path, facts)
-        except ValueError:
-            continue  # it is not for this job
-    return None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(content), encoding="utf-8")
+            part.replace(path)
+        except OSError as error:  # what was trained is worth more
+            rank_zero_warn(f"the profile of this run could not be written: {error}")
+
+    def _find(self, paths: list[Path], facts: Mapping[str, Any]) -> Profile | None:
+        problems = []
+        for path in paths:
+            try:
+                return _read(path, self._all_facts(facts))
+            except ValueError as error:
+                problems.append(f"the profile {path} is ignored: {error}")
+        if problems:
+            rank_zero_warn(problems[0])
+        return None
+
+    def _all_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        return {**facts, "devices": self._devices}
+
+
+def _candidates(shares: Shares, folder: Path | None) -> list[Path]:
+    if shares.profile is not None:
+        return [Path(shares.profile)]
+    if folder is None:
+        return []
+    beside = sorted(folder.parent.glob(f"version_*/{_FILE}"), key=_age)
+    return list(dict.fromkeys([*folder.glob(str(_FILE)), *beside]))
 
 
 def _age(path: Path) -> float:
@@ -67,3 +121,29 @@ def _age(path: Path) -> float:
         return -path.stat().st_mtime
     except OSError:  # it has just been removed
         return 0.0
+
+
+def _read(path: Path, facts: Mapping[str, Any]) -> Profile:
+    """The profile in a file.
+
+    Raises:
+        ValueError: it can't be used; the sentence says why.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known, state, input_shape = dict(content["facts"]), dict(content["state"]), str(content["input_shape"])
+        damaged = content["checksum"] != _checksum(state)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"it can't be read ({type(error).__name__}: {error})") from None
+    if damaged:
+        raise ValueError("it is damaged")
+    here = json.loads(json.dumps(dict(facts)))  # lists for tuples
+    names = [name for name in {**here, **known} if known.get(name) != here.get(name)]
+    if differences := [f"{name} {known.get(name)!r} there, {here.get(name)!r} here" for name in names]:
+        raise ValueError(f"it is of another job, with {'; '.join(differences)}")
+    return Profile(state, input_shape, path)
+
+
+def _checksum(state: Mapping[str, Any]) -> int:
+    """The same for a state and what JSON makes of it."""
+    return crc32(json.dumps(dict(state)).encode())

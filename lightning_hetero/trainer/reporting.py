@@ -1,57 +1,187 @@
-"""What a user sees of a run, in words: tables, sentences, and lines of JSON."""
+"""Tells the user how a run goes: in the log, in the Trainer's loggers and in `plan.jsonl`. Waits for no device."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_hetero.planning.allocation import proportional
+from lightning_hetero.planning.efficiency import LARGEST_FACTOR, EfficiencyModel
 from lightning_hetero.planning.plan import Plan
+from lightning_hetero.planning.planner import Planner, PlanUpdate, SplitPlanner
+from lightning_hetero.planning.step_statistics import StepStatistics
+
+SETTLED_STEPS = 10
+"""Steps measured at the newest plan before ranks are said not to pay: exploring stays at a plan for fewer."""
+
+MOST_NAMED = 8
+"""Ranks that are named at most, of those that do not pay: what one line holds."""
 
 
-def device_name(device: torch.device) -> str:
-    """A device as a person calls it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+class SilentReporter:
+    """Says nothing: on all ranks but the first, and where the user shards the data.
 
-
-def table(plan: Plan, devices: Sequence[str], memory: Sequence[float] | None = None) -> str:
-    """A plan as a table, one row a rank.
-
-    Args:
-        plan: what is shown.
-        devices: W names.
-        memory: W numbers of bytes, the most that each rank has held; None before anything is known.
+    `begin_batch` comes before a training batch is fetched, `pause` before what is no training step, `update` with the
+    planner's, `end_batch` after global batch `step`; `stepped` says whether the optimizer has made a step.
     """
+
+    def begin_batch(self) -> None: ...
+    def pause(self) -> None: ...
+    def update(self, update: PlanUpdate) -> None: ...
+    def end_batch(self, step: int, *, stepped: bool) -> None: ...
+    def end_run(self) -> None: ...
+
+
+class RunReporter(SilentReporter):
+    """Tells how a run goes, on its first rank; for the arguments see `make_reporter`."""
+
+    def __init__(self, trainer: pl.Trainer, planner: SplitPlanner, devices: Sequence[str], folder: Path | None) -> None:
+        self._trainer, self._planner, self._devices = trainer, planner, devices
+        self._path = folder / "hetero" / "plan.jsonl" if folder is not None else None
+        self._statistics = StepStatistics()
+        self._shown: tuple[int, ...] = ()
+        self._said_who_pays = False
+        self._step = -1
+        self._report_plan(planner.schedule.newest)
+
+    def begin_batch(self) -> None:
+        self._statistics.begin(perf_counter())
+
+    def pause(self) -> None:
+        self._statistics.pause()
+
+    def end_batch(self, step: int, *, stepped: bool) -> None:
+        self._step = step
+        self._statistics.end(perf_counter(), step, stepped=stepped)
+        if stepped and self._trainer.loggers and self._trainer._logger_connector.should_update_logs:  # noqa: SLF001
+            values = self.scalars()
+            for logger in self._trainer.loggers:
+                logger.log_metrics(values, step=self._trainer.fit_loop.epoch_loop._batches_that_stepped)  # noqa: SLF001
+        latest, plan = self._statistics.splits[-1:], self._planner.schedule.newest.local_batches
+        settled = latest and latest[0].local_batches == plan and len(latest[0].seconds) >= SETTLED_STEPS
+        if settled and not self._said_who_pays and (model := self._efficiency()) is not None:
+            self._said_who_pays = True
+            self._report_who_pays(model)
+
+    def update(self, update: PlanUpdate) -> None:
+        self._statistics.update(update.measured)
+        for plan in update.plans:
+            self._report_plan(plan)
+
+    def end_run(self) -> None:
+        if not self._statistics.splits or len(self._devices) == 1:
+            return
+        first, last, planner = self._statistics.splits[0], self._statistics.splits[-1], self._planner
+        split, seconds, size = last.local_batches, median(last.seconds), planner.global_batch
+        before = median(first.seconds) if first.local_batches != split else None
+        equal = proportional(size, [1.0] * len(split), minimum=planner.minimum, granularity=planner.granularity)
+        model = self._efficiency()
+        event = {
+            "event": "end",
+            "step": self._step,
+            "local_batches": split,
+            "step_seconds": seconds,
+            "samples_per_second": size / seconds,
+            "first_local_batches": first.local_batches,
+            "first_step_seconds": before,
+            "measured_gain": before / seconds if before else None,
+            "predicted_gain": model.split_seconds(equal) / model.split_seconds(split) if model else None,
+            "fraction_of_limit": size / seconds / model.limit(size) if model else None,
+        }
+        self._report(event, end_sentence(event) if model else None)
+
+    def scalars(self) -> dict[str, float]:
+        """What the loggers get after a step; averages are over the steps since the last call."""
+        plan, averages, model = self._planner.schedule.at(self._step), self._statistics.averages(), self._efficiency()
+        values = {f"hetero/share/rank{rank}": b / plan.global_batch for rank, b in enumerate(plan.local_batches)}
+        if averages is not None:
+            seconds, idle = averages
+            speed = plan.global_batch / seconds
+            values |= {"hetero/step_seconds": seconds, "hetero/idle_fraction": idle, "hetero/samples_per_second": speed}
+            if model is not None:
+                values["hetero/fraction_of_limit"] = speed / model.limit(plan.global_batch)
+        return values
+
+    def _report_plan(self, plan: Plan) -> None:
+        event = {
+            "event": "plan",
+            "step": plan.first_step,
+            "local_batches": plan.local_batches,
+            "predicted_seconds": plan.predicted_seconds or (),
+            "reason": plan.reason,
+        }
+        table = None
+        if not self._shown or differs(plan.local_batches, self._shown):
+            caps, self._shown = self._planner.caps, plan.local_batches
+            table = plan_table(plan, self._devices, caps.peaks() if caps is not None else None)
+        self._report(event, table)
+
+    def _report_who_pays(self, model: EfficiencyModel) -> None:
+        self.pause()  # what is computed here is no part of a step
+        size, ranks = self._planner.global_batch, range(len(self._devices))
+        paying = model.paying(size)
+        others = sorted(set(ranks).difference(paying), key=lambda rank: -model.shortest[rank])[:MOST_NAMED]
+        event = {
+            "event": "paying",
+            "step": self._step,
+            "global_batch": size,
+            "predicted_seconds": model.step_seconds(size, ranks),
+            "predicted_seconds_without": model.step_seconds(size, paying),
+            "not_paying": [{"rank": rank, "pays_from": model.pays_from(rank, size)} for rank in others],
+        }
+        self._report(event, not_paying_sentence(event, self._devices) if others else None)
+
+    def _efficiency(self) -> EfficiencyModel | None:
+        planner, models = self._planner, self._planner.models()
+        if models is None:
+            return None
+        least = -(-planner.minimum // planner.granularity) * planner.granularity
+        maximum = planner.caps.allowed if planner.caps is not None else None
+        return EfficiencyModel(models, planner.exposed_communication(), least, planner.granularity, maximum)
+
+    def _report(self, event: Mapping[str, Any], text: str | None) -> None:
+        """Add a line to `plan.jsonl`, and say something; a folder that can't be written to does not end the run."""
+        if text is not None:
+            rank_zero_info(text)
+        try:
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            rank_zero_warn(f"the plans of this run are not written down: {error}")
+            self._path = None
+
+
+def make_reporter(trainer: pl.Trainer, planner: Planner, devices: Sequence[str], folder: Path | None) -> SilentReporter:
+    """The reporter of this rank, for W devices by name; writes `hetero/plan.jsonl` into a folder, if there is one."""
+    speaks = trainer.is_global_zero and isinstance(planner, SplitPlanner)
+    return RunReporter(trainer, planner, devices, folder) if speaks else SilentReporter()
+
+
+def plan_table(plan: Plan, devices: Sequence[str], peaks: Sequence[float] | None = None) -> str:
+    """A plan as a table, one row a rank; peaks: W numbers of bytes, the most that each has held, 0 where unknown."""
     rows = [("rank", "device", "samples/s", "share", "predicted", "memory")]
     for rank, (device, local_batch) in enumerate(zip(devices, plan.local_batches, strict=True)):
         seconds = plan.predicted_seconds[rank] if plan.predicted_seconds else None
-        rows.append(
-            (
-                str(rank),
-                device,
-                f"{local_batch / seconds:.1f}" if seconds else "-",
-                f"{local_batch} ({local_batch / plan.global_batch:.0%})",
-                f"{seconds * 1000:.0f} ms" if seconds else "-",
-                f"{memory[rank] / 2**30:.2f} GiB" if memory and memory[rank] > 0 else "-",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        speed, predicted = (f"{local_batch / seconds:.1f}", f"{seconds * 1000:.0f} ms") if seconds else ("-", "-")
+        memory = f"{peaks[rank] / 2**30:.2f} GiB" if peaks and peaks[rank] > 0 else "-"
+        share = f"{local_batch} ({local_batch / plan.global_batch:.0%})"
+        rows.append((str(rank), device, speed, share, predicted, memory))
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     head = f"hetero: global batch {plan.global_batch} from step {plan.first_step} on ({plan.reason})"
     return "\n".join([head, *lines])
 
 
 def differs(split: Sequence[int], shown: Sequence[int]) -> bool:
-    """Whether a split is worth a table after the one that was shown last: a share moves by more than noise does.
-
-    Noise is one sample, or 2% of the global batch if that is more.
-    """
-    noise = max(1.0, 0.02 * sum(split))
-    return any(abs(a - b) > noise for a, b in zip(split, shown, strict=True))
+    """Whether a local batch has moved by more than noise: one sample, or 2% of the global batch if that is more."""
+    return max(abs(a - b) for a, b in zip(split, shown, strict=True)) > max(1.0, 0.02 * sum(split))
 
 
 def duration(seconds: float) -> str:
@@ -61,160 +191,29 @@ def duration(seconds: float) -> str:
     return f"{seconds:#.3g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
-def about(samples: int) -> int:
-    """A predicted number to two figures, rounded up."""
-    unit: int = 10 ** max(0, math.floor(math.log10(samples)) - 1)
-    return -(-samples // unit) * unit
+def not_paying_sentence(event: Mapping[str, Any], devices: Sequence[str]) -> str:
+    """Which of W devices do not pay at this global batch, and from which one they would, from the event."""
+    size, others = event["global_batch"], [(entry["rank"], entry["pays_from"]) for entry in event["not_paying"]]
+    names = " and ".join(f"rank {rank} ({devices[rank]})" for rank, _ in others)
+    verb, them = ("does", "it") if len(others) == 1 else ("do", "them")
+    never = f"not at any up to {LARGEST_FACTOR * size}"
+    # A prediction: two figures are enough.
+    froms = [f"from about {float(f'{first:.2g}'):.0f} on" if first else never for _, first in others]
+    when = ", ".join(f"rank {rank} would {text}" for (rank, _), text in zip(others, froms, strict=True))
+    seconds, without = duration(event["predicted_seconds"]), duration(event["predicted_seconds_without"])
+    return (
+        f"hetero: {names} {verb} not pay at a global batch of {size}: without {them} a step would take {without} "
+        f"instead of {seconds}; {when}"
+    )
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """Which ranks do not pay.
-
-    Args:
-        global_batch: at which.
-        seconds: predicted for a step of all ranks at the best split.
-        without: predicted for a step of those that pay.
-        pays_from: by rank, the global batch from which it would pay, or None for never; the worst rank first. Ranks
-            that pay are not in it.
-        farthest: the largest global batch that was looked at.
-    """
-
-    global_batch: int
-    seconds: float
-    without: float
-    pays_from: Mapping[int, int | None]
-    farthest: int
-
-    def event(self, step: int) -> dict[str, Any]:
-        """As a line of `plan.jsonl`."""
-        return {
-            "event": "outlook",
-            "step": step,
-            "global_batch": self.global_batch,
-            "predicted_seconds": self.seconds,
-            "predicted_seconds_without": self.without,
-            "left_out": [{"rank": rank, "pays_from": first} for rank, first in self.pays_from.items()],
-        }
-
-    def sentence(self, devices: Sequence[str]) -> str | None:
-        """For the log; None if all ranks pay.
-
-        Args:
-            devices: W names.
-        """
-        ranks = list(self.pays_from)
-        if not ranks:
-            return None
-        named = [f"{rank} ({devices[rank]})" for rank in ranks]
-        one = len(ranks) == 1
-        instead = f"{duration(self.without)} instead of {duration(self.seconds)}"
-        if one:
-            first = self.pays_from[ranks[0]]
-            then = f"from a global batch of about {about(first)} on it would" if first else self._never("it")
-        else:
-            whens = [
-                f"rank {rank} would from about {about(first)} on" if first else self._never(f"rank {rank}")
-                for rank, first in self.pays_from.items()
-            ]
-            then = ", ".join(whens)
-        listed = named[0] if one else f"{', '.join(named[:-1])} and {named[-1]}"
-        return (
-            f"hetero: rank{'' if one else 's'} {listed} do{'es' if one else ''} not pay at a global batch of "
-            f"{self.global_batch}: without {'it' if one else 'them'} a step would take {instead}; {then}"
-        )
-
-    def _never(self, who: str) -> str:
-        return f"{who} would not at any up to {self.farthest}"
-
-
-@dataclass(frozen=True)
-class Ending:
-    """What a run has come to.
-
-    Args:
-        split: W samples, of the last steps.
-        seconds: of the last steps, median.
-        first_seconds: of the steps at the split with which the run began, median; None if there were none, or the run
-            has stayed there.
-        began_equal: that split was the equal one.
-        predicted_gain: how many times as fast as at an equal split the models say that it is; None without models.
-        limit: samples a second of all devices, each alone with the whole global batch; None without models.
-    """
-
-    split: tuple[int, ...]
-    seconds: float
-    first_seconds: float | None = None
-    began_equal: bool = True
-    predicted_gain: float | None = None
-    limit: float | None = None
-
-    @property
-    def samples_per_second(self) -> float:
-        """Of the last steps."""
-        return sum(self.split) / self.seconds
-
-    def event(self, step: int) -> dict[str, Any]:
-        """As a line of `plan.jsonl`."""
-        return {
-            "event": "end",
-            "step": step,
-            "local_batches": list(self.split),
-            "step_seconds": self.seconds,
-            "first_step_seconds": self.first_seconds,
-            "equal_step_seconds": self.first_seconds if self.began_equal else None,
-            "measured_gain": self.first_seconds / self.seconds if self.first_seconds and self.began_equal else None,
-            "predicted_gain": self.predicted_gain,
-            "samples_per_second": self.samples_per_second,
-            "fraction_of_limit": self.samples_per_second / self.limit if self.limit else None,
-        }
-
-    def sentence(self) -> str | None:
-        """For the log; None if nothing was learnt."""
-        if self.predicted_gain is None or self.limit is None:
-            return None
-        gain = f"{self.predicted_gain:.2f} times as fast as an equal split by the models"
-        if self.first_seconds:
-            was = f"({duration(self.first_seconds)} before)"
-            measured = "as measured" if self.began_equal else "as fast as at its first split as measured"
-            gain = f"{gain}, {self.first_seconds / self.seconds:.2f} times {measured} {was}"
-        return (
-            f"hetero: a step took {duration(self.seconds)}, {gain}; {self.samples_per_second:.4g} samples/s are "
-            f"{self.samples_per_second / self.limit:.0%} of the {self.limit:.4g} that all devices reach one by one"
-        )
-
-
-class PlanLog:
-    """Writes `plan.jsonl`, one JSON object a line.
-
-    Args:
-        folder: the run's folder; the file is `hetero/plan.jsonl` in it.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / "hetero" / "plan.jsonl"
-        self._failed = False
-
-    def write(self, plan: Plan) -> None:
-        """Add a plan."""
-        self.add(
-            {
-                "event": "plan",
-                "step": plan.first_step,
-                "local_batches": list(plan.local_batches),
-                "predicted_seconds": list(plan.predicted_seconds or ()),
-                "reason": plan.reason,
-            }
-        )
-
-    def add(self, event: Mapping[str, Any]) -> None:
-        """Add any event; a folder that can't be written to is said once, and does not end the training."""
-        if self._failed:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
-        except OSError as error:
-            self._failed = True
-            rank_zero_warn(f"the plans of this run are not written down: {error}")
+def end_sentence(event: Mapping[str, Any]) -> str:
+    """What the run has gained, from the event."""
+    gain = f"{event['predicted_gain']:.2f} times as fast as an equal split by the models"
+    if before := event["first_step_seconds"]:
+        gain += f", {event['measured_gain']:.2f} times as fast as at its first split ({duration(before)}) as measured"
+    speed, part = event["samples_per_second"], event["fraction_of_limit"]
+    return (
+        f"hetero: a step took {duration(event['step_seconds'])}, {gain}; {speed:.4g} samples/s are {part:.0%} of the "
+        f"{speed / part:.4g} that all devices reach one by one"
+    )

@@ -112,14 +112,14 @@ class Observed(HeteroStrategy):
         steps = range(self._splits_told, self._batches)
         self._splits_told = self._batches
         splits = [self._planner.schedule.at(step).local_batches for step in steps]
-        return {"observed": notes, "splits": splits, "outlook": self._outlook()}
+        return {"observed": notes, "splits": splits, "paying": self._paying()}
 
-    def _outlook(self) -> dict[str, Any] | None:
+    def _paying(self) -> dict[str, Any] | None:
         """Which ranks do not pay, as the strategy has written it into the run's folder; None before it does."""
         assert self.lightning_module is not None
         log = Path(self.lightning_module.trainer.default_root_dir) / "hetero" / "plan.jsonl"
         events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return next((event for event in events if event["event"] == "outlook"), None)
+        return next((event for event in events if event["event"] == "paying"), None)
 
 
 class Pace(Callback):
@@ -306,7 +306,7 @@ class Side:
         self.steps: list[dict[str, Any]] = []
         """All steps that it has trained: see `steps_of`; with each rank's `own` work, known one step later, and `then`,
         the plan that was made of that."""
-        self.outlook: dict[str, Any] | None = None
+        self.paying: dict[str, Any] | None = None
         """What hetero says of ranks that do not pay, as of the last turn."""
         self.peaks: list[int] = []
         """The most memory in bytes that each rank has had, as of the last turn."""
@@ -379,7 +379,7 @@ class Side:
         self.steps += steps_of(len(self.steps), answers[0])
         for note in answers[0]["observed"]:
             self.steps[note["step"]] |= note
-        self.outlook = answers[0].get("outlook")
+        self.paying = answers[0].get("paying")
         self.peaks = [answer["peak"] for answer in answers]
         return {"seconds": answers[0]["seconds"], "foreign": max(0.0, *parts)}
 

@@ -196,7 +196,7 @@ class Comparison:
             ],
             "hetero": {
                 "plans": plans,
-                "outlook": self._hetero.outlook,
+                "paying": self._hetero.paying,
                 "settled_after_steps": figures.settled(plans, times),
                 "steps": self._hetero.steps,
             },
@@ -239,20 +239,20 @@ def table(report: dict[str, Any]) -> str:
         f"plans of hetero: {plans}",
         "within 5% of the best fixed split: " + ("not to the end" if settled is None else f"from step {settled} on"),
     ]
-    if outlook := report["hetero"].get("outlook"):
-        lines.append(said(outlook))
+    if paying := report["hetero"].get("paying"):
+        lines.append(said(paying))
     if others["median"] > DISTURBED:
         lines.append("others were using the cores nearly all the time: this is no result, measure again")
     return "\n".join(lines)
 
 
-def said(outlook: dict[str, Any]) -> str:
+def said(paying: dict[str, Any]) -> str:
     """What hetero has said of ranks that do not pay."""
-    if not outlook["left_out"]:
+    if not paying["not_paying"]:
         return "hetero says that all ranks pay"
-    times = f"{outlook['predicted_seconds_without'] * 1000:.0f} instead of {outlook['predicted_seconds'] * 1000:.0f} ms"
-    ranks = ", ".join(f"rank {each['rank']} (pays from {each['pays_from'] or 'never'})" for each in outlook["left_out"])
-    return f"hetero says what does not pay: {ranks}; without: {times}"
+    times = f"{paying['predicted_seconds_without'] * 1000:.0f} instead of {paying['predicted_seconds'] * 1000:.0f} ms"
+    others = [f"rank {each['rank']} (pays from {each['pays_from'] or 'never'})" for each in paying["not_paying"]]
+    return f"hetero says what does not pay: {', '.join(others)}; without: {times}"
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -160,8 +160,9 @@ class RunReporter(SilentReporter):
 
 def make_reporter(trainer: pl.Trainer, planner: Planner, devices: Sequence[str], folder: Path | None) -> SilentReporter:
     """The reporter of this rank, for W devices by name; writes `hetero/plan.jsonl` into a folder, if there is one."""
-    speaks = trainer.is_global_zero and isinstance(planner, SplitPlanner)
-    return RunReporter(trainer, planner, devices, folder) if speaks else SilentReporter()
+    if trainer.is_global_zero and isinstance(planner, SplitPlanner):
+        return RunReporter(trainer, planner, devices, folder)
+    return SilentReporter()
 
 
 def plan_table(plan: Plan, devices: Sequence[str], peaks: Sequence[float] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What the samples of a batch look like, to tell whether an earlier run has trained on alike ones."""
+"""What the samples of a batch look like, to recognise a run on other data than an earlier one."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

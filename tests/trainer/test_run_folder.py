@@ -37,7 +37,7 @@ from tests.trainer.fits import Numbers, Regression, make_trainer
 def test_the_folder_that_the_user_chose(monkeypatch, tmp_path, log_dir, root, chosen):
     """An empty `log_dir` stands for a Trainer without loggers. A logger's working directory is its default."""
     monkeypatch.chdir(tmp_path)
-    log_dir, root, chosen = (text and text.format(cwd=os.getcwd()) for text in (log_dir, root, chosen))
+    log_dir, root, chosen = (text and text.format(cwd=Path.cwd()) for text in (log_dir, root, chosen))
     loggers = [] if log_dir == "" else [object()]
     trainer = SimpleNamespace(
         loggers=loggers, log_dir=log_dir or root if not loggers else log_dir, default_root_dir=root

@@ -1,4 +1,4 @@
-"""Tells the user how a run goes: in the log, in the Trainer's loggers and in `plan.jsonl`. Waits for no device."""
+"""Reports a run to its user: in the log, in the Trainer's loggers and in `plan.jsonl`; waits for no device."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ from lightning_hetero.planning.planner import Planner, PlanUpdate, SplitPlanner
 from lightning_hetero.planning.step_statistics import StepStatistics
 
 SETTLED_STEPS = 10
-"""Steps measured at the newest plan before ranks are said not to pay: exploring stays at a plan for fewer."""
+"""Steps measured at the newest plan before ranks are said not to pay; while it explores, no plan lasts so long."""
 
 MOST_NAMED = 8
 """Ranks that are named at most, of those that do not pay: what one line holds."""
 
 
 class SilentReporter:
-    """Says nothing: on all ranks but the first, and where the user shards the data.
+    """Reports nothing: on all ranks but the first, and where the user shards the data.
 
-    `begin_batch` comes before a training batch is fetched, `pause` before what is no training step, `update` with the
-    planner's, `end_batch` after global batch `step`; `stepped` says whether the optimizer has made a step.
+    `begin_batch` comes before a training batch is fetched, `pause` before anything that is no training step, and
+    `end_batch` after the training step on global batch `step`; `stepped`: the optimizer has made a step too.
     """
 
     def begin_batch(self) -> None: ...
@@ -38,7 +38,7 @@ class SilentReporter:
 
 
 class RunReporter(SilentReporter):
-    """Tells how a run goes, on its first rank; for the arguments see `make_reporter`."""
+    """Reports on the first rank; for the arguments see `make_reporter`."""
 
     def __init__(self, trainer: pl.Trainer, planner: SplitPlanner, devices: Sequence[str], folder: Path | None) -> None:
         self._trainer, self._planner, self._devices = trainer, planner, devices
@@ -159,7 +159,7 @@ class RunReporter(SilentReporter):
 
 
 def make_reporter(trainer: pl.Trainer, planner: Planner, devices: Sequence[str], folder: Path | None) -> SilentReporter:
-    """The reporter of this rank, for W devices by name; writes `hetero/plan.jsonl` into a folder, if there is one."""
+    """The reporter of this rank; `devices`: W names, `folder`: of `hetero/plan.jsonl`, None where it is not wanted."""
     if trainer.is_global_zero and isinstance(planner, SplitPlanner):
         return RunReporter(trainer, planner, devices, folder)
     return SilentReporter()
@@ -202,10 +202,8 @@ def not_paying_sentence(event: Mapping[str, Any], devices: Sequence[str]) -> str
     froms = [f"from about {float(f'{first:.2g}'):.0f} on" if first else never for _, first in others]
     when = ", ".join(f"rank {rank} would {text}" for (rank, _), text in zip(others, froms, strict=True))
     seconds, without = duration(event["predicted_seconds"]), duration(event["predicted_seconds_without"])
-    return (
-        f"hetero: {names} {verb} not pay at a global batch of {size}: without {them} a step would take {without} "
-        f"instead of {seconds}; {when}"
-    )
+    cost = f"without {them} a step would take {without} instead of {seconds}"
+    return f"hetero: {names} {verb} not pay at a global batch of {size}: {cost}; {when}"
 
 
 def end_sentence(event: Mapping[str, Any]) -> str:
@@ -214,7 +212,5 @@ def end_sentence(event: Mapping[str, Any]) -> str:
     if before := event["first_step_seconds"]:
         gain += f", {event['measured_gain']:.2f} times as fast as at its first split ({duration(before)}) as measured"
     speed, part = event["samples_per_second"], event["fraction_of_limit"]
-    return (
-        f"hetero: a step took {duration(event['step_seconds'])}, {gain}; {speed:.4g} samples/s are {part:.0%} of the "
-        f"{speed / part:.4g} that all devices reach one by one"
-    )
+    total = f"{speed:.4g} samples/s are {part:.0%} of the {speed / part:.4g} that all devices reach one by one"
+    return f"hetero: a step took {duration(event['step_seconds'])}, {gain}; {total}"

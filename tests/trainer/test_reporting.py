@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 import lightning_hetero.trainer.reporting
 from lightning_hetero import HeteroStrategy
 from lightning_hetero.planning.plan import Plan, Schedule
-from lightning_hetero.planning.planner import PlanUpdate, SplitPlanner
+from lightning_hetero.planning.planner import PlanUpdate, SplitPlanner, UserSharded
 from lightning_hetero.planning.reports import MeasuredStep
+from lightning_hetero.planning.shares import Shares
 from lightning_hetero.planning.step_time import StepTimeModel
 from lightning_hetero.trainer.reporting import (
     SETTLED_STEPS,
@@ -168,9 +169,9 @@ class TestRunReporter:
             if split != planner.schedule.at(step).local_batches:
                 plan = Plan(step, split, (1.0, 0.5), "balance")
                 planner.schedule.append(plan)
-                reporter.update(PlanUpdate((plan,), (), ()))
+                reporter.update(PlanUpdate((plan,)))
             reporter.end_batch(step, stepped=True)
-            reporter.update(PlanUpdate((), (), (MeasuredStep(step, split, (1.0, 0.5), (0.0, 0.0), False),)))
+            reporter.update(PlanUpdate(measured=(MeasuredStep(step, split, (1.0, 0.5), (0.0, 0.0), False),)))
         reporter.end_run()
         path = folder / "hetero" / "plan.jsonl" if folder is not None else None
         return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
@@ -238,16 +239,17 @@ class TestRunReporter:
 
 
 def test_only_the_first_rank_reports_and_only_where_there_are_plans(tmp_path, said):
-    planner = SplitPlanner("equal", 2, 8)
+    planner = SplitPlanner(Shares.parse("equal"), 2, 8)
     first = make_reporter(SimpleNamespace(is_global_zero=True, loggers=[]), planner, DEVICES[:2], tmp_path)
     assert isinstance(first, RunReporter)
-    other = make_reporter(SimpleNamespace(is_global_zero=False, loggers=[]), planner, DEVICES[:2], tmp_path)
-    assert type(other) is SilentReporter
-    other.begin_batch()
-    other.update(PlanUpdate((Plan(0, (4, 4)),), (), ()))
-    other.end_batch(0, stepped=True)
-    other.pause()
-    other.end_run()
+    for is_first, plans in ((False, planner), (True, UserSharded())):
+        silent = make_reporter(SimpleNamespace(is_global_zero=is_first, loggers=[]), plans, DEVICES[:2], tmp_path)
+        assert type(silent) is SilentReporter
+        silent.begin_batch()
+        silent.update(PlanUpdate((Plan(0, (4, 4)),)))
+        silent.end_batch(0, stepped=True)
+        silent.pause()
+        silent.end_run()
     assert len(said) == 1, "the first rank's table"
 
 

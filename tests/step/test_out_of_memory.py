@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -178,6 +178,8 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     too_large=st.booleans(),
     invalid=st.sets(st.integers(0, 11), max_size=8),
 )
+@example(size=4, fits=2, where="forward", too_large=False, invalid={0, 1})
+@example(size=4, fits=2, where="backward", too_large=False, invalid={0, 1})
 def test_parts_have_the_gradients_of_the_whole(
     size: int, fits: int, where: str, too_large: bool, invalid: set[int]
 ) -> None:

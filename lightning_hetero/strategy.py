@@ -22,7 +22,7 @@ from lightning_hetero.device import memory
 from lightning_hetero.device.allocator import keep_freed_memory
 from lightning_hetero.device.step_timer import compute_timer
 from lightning_hetero.exchange import consistency, failures
-from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
+from lightning_hetero.exchange.duplicate_data import USER_SHARDS, DuplicateDataCheck, content_hash
 from lightning_hetero.exchange.groups import RankGroup, own_total, total
 from lightning_hetero.exchange.long_backward import LongBackwardMonitor
 from lightning_hetero.exchange.messages import StepMessages
@@ -373,7 +373,7 @@ class HeteroStrategy(Evaluating):
                 self._merge.count(shares[0] if shares else None, batch)
             self._content = 0.0
             if self._loaders.user_shards and self._batches < DuplicateDataCheck.WATCHED:
-                self._content = content_hash(batch, self._loaders.index_hash())
+                self._content = content_hash(batch, self._loaders.index_hash() or "")
             self._batches += 1
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -472,7 +472,7 @@ class HeteroStrategy(Evaluating):
         assert self.lightning_module is not None
         if self._stop is not None and messages.stop_requested.any():
             self._stop.grant()
-        self._same_data.check(messages, self.lightning_module.trainer.num_training_batches)
+        self._same_data.check(messages, self.lightning_module.trainer.num_training_batches, USER_SHARDS)
         if self._planner is None:
             return
         reports = messages.reports()

@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightning_hetero.exchange.messages import StepMessages
@@ -24,47 +25,54 @@ _CONTENT = 2**16
 millisecond."""
 
 
-def content_hash(batch: Any, index_hash: str | None = None) -> float:
-    """A number above 0, exact as a float, that stands for a batch; equal for equal batches on all ranks.
+def content_hash(batch: Any, index_hash: str = "") -> float:
+    """A number that stands for a batch, exact as a float; equal for equal batches on all ranks.
 
     Args:
         batch: on the CPU.
         index_hash: of the indices that it was drawn by, where they are known.
+
+    Returns:
+        A number above 0; 0 where the batch holds no tensors, arrays, numbers or texts, which are what is compared.
     """
-    digest = hashlib.blake2b((index_hash or "").encode(), digest_size=6)  # a float holds 53 bits exactly
+    digest = hashlib.blake2b(index_hash.encode(), digest_size=6)  # a float holds 53 bits exactly
+    comparable = False
     for leaf in torch.utils._pytree.tree_leaves(batch):  # noqa: SLF001 - there is no public one
         if isinstance(leaf, torch.Tensor):
             digest.update(leaf.detach().cpu().flatten()[:_CONTENT].contiguous().view(torch.uint8).numpy().tobytes())
-    return float(int.from_bytes(digest.digest(), "big") + 1)
+        elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
+            digest.update(leaf.reshape(-1)[:_CONTENT].tobytes())
+        elif isinstance(leaf, int | float | str | bytes):
+            digest.update(repr(leaf).encode())
+        else:
+            continue
+        comparable = True
+    return float(int.from_bytes(digest.digest(), "big") + 1) if comparable else 0.0
 
 
 class DuplicateDataCheck:
-    """Compares the first batches of all ranks.
-
-    Args:
-        sentence: that is raised where all of them are the same; see `USER_SHARDS` and `NO_DATA_LOADER`.
-    """
+    """Compares the first batches of all ranks in one fit."""
 
     WATCHED = 3
     """Steps that are compared: one batch may be the same by chance where there are few samples."""
 
-    def __init__(self, sentence: str = USER_SHARDS) -> None:
-        self._sentence = sentence
+    def __init__(self) -> None:
         self._duplicates = 0
 
-    def check(self, messages: StepMessages, steps_in_epoch: float) -> None:
+    def check(self, messages: StepMessages, steps_in_epoch: float, sentence: str) -> None:
         """Compare the batches of a step.
 
         Args:
-            messages: of all ranks.
+            messages: of all ranks; hashes of 0 are not compared, and those of all later steps are 0.
             steps_in_epoch: where they are fewer than are compared, they are enough; infinity where not known.
+            sentence: that is raised where all of them are the same; see `USER_SHARDS` and `NO_DATA_LOADER`.
 
         Raises:
             ValueError: the batches of all steps so far were the same on all ranks, and they were enough.
         """
         hashes = messages.content_hashes  # (W,)
-        if len(hashes) == 1 or messages.step >= self.WATCHED or hashes[0] == 0:
+        if len(hashes) == 1 or not hashes.all():
             return
         self._duplicates += len(set(hashes)) == 1
         if self._duplicates == min(self.WATCHED, steps_in_epoch):
-            raise ValueError(self._sentence)
+            raise ValueError(sentence)

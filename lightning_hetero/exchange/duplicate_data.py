@@ -63,7 +63,7 @@ class DuplicateDataCheck:
         """Compare the batches of a step.
 
         Args:
-            messages: of all ranks; a content hash of 0 is not compared, as that of all later steps.
+            messages: of all ranks; hashes of 0 are not compared, and those of all later steps are 0.
             steps_in_epoch: where they are fewer than are compared, they are enough; infinity where not known.
             sentence: that is raised where all of them are the same; see `USER_SHARDS` and `NO_DATA_LOADER`.
 

@@ -173,12 +173,6 @@ class RankGroup:
         self.broadcast((result, None))
         return result
 
-    def close(self) -> None:
-        """Give the group's connections back; all ranks have to call this, and nothing else afterwards."""
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
-
 
 _RELAYED = (ValueError, TypeError, RuntimeError, OSError, FileNotFoundError, PermissionError, NotADirectoryError)
 """Exceptions that are the same again when they are made from their text alone."""

@@ -62,7 +62,7 @@ def exchanged() -> dict[str, Any]:
     group = RankGroup(rank, 3, timedelta(seconds=30))
     earlier = group.start([rank, 1.0])
     later = group.start([rank, 2.0])
-    found = {
+    return {
         "earlier": earlier.wait().tolist(),
         "later": later.wait().tolist(),
         "table": group.table([10.0 * rank]).tolist(),
@@ -70,8 +70,6 @@ def exchanged() -> dict[str, Any]:
         "flags": group.any_of([rank == 2, False]),
         "broadcast": group.broadcast(rank + 5),
     }
-    group.close()
-    return found
 
 
 def test_all_ranks_see_the_same() -> None:

@@ -175,6 +175,39 @@ def test_a_users_distributed_sampler_is_left_alone():
         assert list(chain.from_iterable(result["sharded batches"])) == [*range(rank, SIZE, 2), *[0] * rank]
 
 
+class Noisy(Numbers):
+    """Draws when a sample is loaded."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**super().__getitem__(index), "noise": torch.rand(())}
+
+
+class Watched(Recording):
+    """Remembers the random state after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.states.append(torch.get_rng_state())
+
+
+def noisy_loading() -> tuple[list[list[int]], list[torch.Tensor]]:
+    module = Watched()
+    fit(DataLoader(Noisy(25), batch_size=6), {"shares": [1, 1]}, module, max_epochs=1)
+    return module.seen, module.states
+
+
+def test_loading_a_borrowed_sample_leaves_the_random_state_as_it_was():
+    (own, before, after), (borrowed, *states) = (
+        (seen[-1], *states[-2:]) for seen, states in run_ranks(2, noisy_loading)
+    )
+    assert (own, borrowed) == ([24], [])
+    assert not torch.equal(before, after)
+    assert torch.equal(*states)
+
+
 class OwnSamples(IterableDataset[Any]):
     """Each rank's own samples, as many as it has, shared out to the workers."""
 

@@ -88,7 +88,11 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         of_trainer("_logger_connector"),
         ["_evaluation_epoch_end", "_first_loop_iter"],
     ),
-    "Trainer.fit_loop": ("lightning", of_trainer("fit_loop"), ["_combined_loader", "_should_accumulate"]),
+    "Trainer.fit_loop": (
+        "lightning",
+        of_trainer("fit_loop"),
+        ["_combined_loader", "_data_fetcher", "_should_accumulate"],
+    ),
     "Trainer.fit_loop.epoch_loop": (
         "lightning",
         of_trainer("fit_loop.epoch_loop"),
@@ -109,13 +113,13 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         for path in ("fit_loop.epoch_loop.val_loop", "validate_loop", "test_loop")
     },
     "Trainer.predict_loop": ("lightning", of_trainer("predict_loop"), ["_combined_loader"]),
-    "CombinedLoader": ("lightning", lambda: CombinedLoader([]), ["_mode"]),
+    "CombinedLoader": ("lightning", lambda: CombinedLoader([]), ["_mode", "_spec"]),
     "_ResultCollection": ("lightning", lambda: _ResultCollection(training=True), ["_forked_name", "_get_cache"]),
     "_ResultMetric": ("lightning", result_metric, ["_computed", "_forward_cache", "_update_count"]),
     "_Metadata": ("lightning", lambda: _Metadata("training_step", "loss"), ["_sync"]),
     "_Sync": ("lightning", _Sync, ["_fn", "_should"]),
     "ModelCheckpoint": ("lightning", ModelCheckpoint, ["_every_n_train_steps", "_train_time_interval"]),
-    "LightningModule": ("lightning", pl.LightningModule, ["_compiler_ctx", "_trainer"]),
+    "LightningModule": ("lightning", pl.LightningModule, ["_compiler_ctx", "_current_fx_name", "_trainer"]),
     "LightningOptimizer": ("lightning", lambda: LightningOptimizer, ["_optimizer"]),
     "LightningCLI": ("lightning", lambda: LightningCLI, ["_parser"]),
     "DDPStrategy": (
@@ -155,6 +159,16 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         "lightning",
         module("lightning.pytorch.overrides.distributed"),
         ["_IndexBatchSamplerWrapper"],
+    ),
+    "lightning.pytorch.loops.progress": (
+        "lightning",
+        module("lightning.pytorch.loops.progress"),
+        ["_ProcessedTracker"],
+    ),
+    "lightning.fabric.utilities.seed": (
+        "lightning",
+        module("lightning.fabric.utilities.seed"),
+        ["_collect_rng_states", "_set_rng_states"],
     ),
     "lightning.pytorch.utilities.exceptions": (
         "lightning",

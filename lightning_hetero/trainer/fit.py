@@ -74,6 +74,11 @@ class Fit:
         self._step: Step | None = None  # from the call of training_step to the end of the batch
         self._in_parts: StepInParts | None = None  # where memory may run out in the step
 
+    @property
+    def borrowed(self) -> bool:
+        """Whether this rank computes other ranks' samples in the step at hand."""
+        return self._loaded is not None and self._loaded.borrowed
+
     # ---- the steps, in order ----
 
     def before_batch(self) -> None:

@@ -155,8 +155,8 @@ LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
 
 def borrows(module: pl.LightningModule) -> bool:
     """Whether this rank computes other ranks' samples in the step that it is in."""
-    steps = getattr(module.trainer.strategy, "_steps", None)  # other strategies have none
-    return steps is not None and steps.borrowed
+    strategy = module.trainer.strategy
+    return isinstance(strategy, HeteroStrategy) and strategy.fit.borrowed
 
 
 class Recording(Regression):

@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch.utils.data import (
+
+from lightning_hetero import HeteroStrategy
     BatchSampler,
     DataLoader,
     RandomSampler,

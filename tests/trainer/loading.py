@@ -10,8 +10,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch.utils.data import (
-
-from lightning_hetero import HeteroStrategy
     BatchSampler,
     DataLoader,
     RandomSampler,
@@ -20,6 +18,7 @@ from lightning_hetero import HeteroStrategy
     default_collate,
 )
 
+from lightning_hetero import HeteroStrategy
 from tests.trainer.fits import Numbers, Regression, make_trainer
 
 SIZE, BATCH = 61, 12

@@ -170,6 +170,7 @@ class HeteroStrategy(DDPStrategy):
             before_batch=self._before_batch,
             end_batch=self._end_batch,
             end_epoch=self._end_epoch,
+            end_training=self._end_training,
             merge_buffers=self._merge_buffers,
             begin_evaluation=self._begin_evaluation,
             end_evaluation=self._end_evaluation,
@@ -251,6 +252,8 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if not self._is_interrupted():
+            self._require_all_ranks("save_checkpoint")
         super().save_checkpoint(*args, **kwargs)
         if self._fit is not None:
             self._fit.pause()
@@ -319,6 +322,10 @@ class HeteroStrategy(DDPStrategy):
 
     def _end_epoch(self) -> None:
         self.fit.end_epoch()
+
+    def _end_training(self) -> None:
+        self.run.end_training()
+        self._merge_buffers()
 
     # ---- evaluation: past DDP's wrapper, which may exchange buffers; each rank by itself ----
 

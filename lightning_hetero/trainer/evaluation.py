@@ -4,8 +4,10 @@ Every rank evaluates its part of a loader by itself, in as many batches as it ha
 """
 # ruff: noqa: SLF001 - what is read of a Trainer's loops is guarded by `tests/test_private_names.py`
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,7 +39,11 @@ def batch_hook(module: "pl.LightningModule | None") -> str | None:
     return hook if is_of_a_batch else None
 
 
-def exchange_error(call: str, hook: str, place: str) -> RuntimeError:
+class UnmatchedExchangeError(RuntimeError):
+    """One rank alone would exchange with the others. A type of its own, since no other rank is the cause of it."""
+
+
+def exchange_error(call: str, hook: str, place: str) -> UnmatchedExchangeError:
     """The error where one rank alone would exchange with the others.
 
     Args:
@@ -46,34 +52,41 @@ def exchange_error(call: str, hook: str, place: str) -> RuntimeError:
         place: rank and device.
     """
     stage = next((stage for stage in ("test", "predict") if stage in hook), "validation")
-    return RuntimeError(
+    return UnmatchedExchangeError(
         f"{place} calls {call} in {hook}, but ranks evaluate different numbers of batches, so the others may never "
         f"join: exchange at the end, such as in on_{stage}_epoch_end, or let self.log do it"
     )
 
 
 class RememberedBroadcasts:
-    """Strings that rank 0 has broadcast while all ranks were together, to be had again while they are not.
+    """Paths that rank 0 has broadcast while all ranks were together, to be had again while they are not.
 
-    `Trainer.log_dir` is such a broadcast: the way to save pictures in any batch.
+    `Trainer.log_dir` is such a broadcast: the way to save pictures in any batch. It is None for a logger without one.
     """
 
     def __init__(self) -> None:
-        self._results: dict[str, Any] = {}
+        self._results: dict[str | Path | None, Any] = {}
+        self._is_recording = False
 
-    def clear(self) -> None:
-        """Forget all."""
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Remember what is broadcast inside, and nothing from before."""
         self._results.clear()
+        self._is_recording = True
+        try:
+            yield
+        finally:
+            self._is_recording = False
 
     def add(self, own: object, result: Any) -> None:
-        """Remember what became of a rank's own value, if that is a string."""
-        if isinstance(own, str):
+        """A rank's own value was broadcast, and this became of it."""
+        if self._is_recording and isinstance(own, str | Path | None):
             self._results[own] = result
 
     def __contains__(self, own: object) -> bool:
-        return isinstance(own, str) and own in self._results
+        return isinstance(own, str | Path | None) and own in self._results
 
-    def __getitem__(self, own: str) -> Any:
+    def __getitem__(self, own: str | Path | None) -> Any:
         return self._results[own]
 
 

@@ -16,7 +16,8 @@ class Hooks:
         before_batch: a training batch is about to be fetched.
         end_batch: a training batch is over.
         end_epoch: this rank has no more batches in this training epoch.
-        merge_buffers: somebody is about to look at the module: a validation begins, or training is over.
+        end_training: the last epoch is over.
+        merge_buffers: somebody is about to look at the module: a validation begins.
         begin_evaluation: a validation, test or prediction begins.
         end_evaluation: it is over.
     """
@@ -24,6 +25,7 @@ class Hooks:
     before_batch: Callable[[], None]
     end_batch: Callable[[], None]
     end_epoch: Callable[[], None]
+    end_training: Callable[[], None]
     merge_buffers: Callable[[], None]
     begin_evaluation: Callable[[], None]
     end_evaluation: Callable[[], None]
@@ -49,7 +51,7 @@ class HookCallback(Callback):
 
     @override
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._hooks.merge_buffers()
+        self._hooks.end_training()
 
     @override
     def on_validation_start(self, *_: Any, **__: Any) -> None:

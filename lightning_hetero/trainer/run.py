@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_hetero.device.speed_test import speed
 from lightning_hetero.exchange import consistency, failures
@@ -116,11 +117,15 @@ class Run:
     def begin_evaluation(self) -> None:
         """An evaluation begins, on all ranks together."""
         if self.job.group.world_size > 1:
-            self.log_dirs.clear()
-            _ = self.trainer.log_dir  # the strategy remembers what becomes of it
+            with self.log_dirs.recording():
+                _ = self.trainer.log_dir  # the strategy remembers what becomes of it
 
     def end_evaluation(self) -> None:
-        """An evaluation is over, on all ranks: they exchange how long it took, and whether one of them is to stop."""
+        """An evaluation is over, on all ranks: they exchange how long it took, and whether one of them is to stop.
+
+        Raises:
+            SIGTERMException: one is, after a sanity check; Lightning would make a training step before it stops.
+        """
         measured = self.job.evaluation.measured()
         if self.job.group.world_size == 1:
             return
@@ -129,3 +134,14 @@ class Run:
         self.job.evaluation.update([times for times, _ in reports])
         if any(requested for _, requested in reports):
             self.stop.stop()
+            if self.trainer.sanity_checking:
+                raise SIGTERMException
+
+    def end_training(self) -> None:
+        """The last epoch is over, on all ranks: they exchange whether one is to stop since the last message.
+
+        Raises:
+            SIGTERMException: one is.
+        """
+        if any(self.job.group.any_of([self.stop.requested])):
+            raise SIGTERMException

@@ -1,6 +1,5 @@
 """What a user's code exchanges between ranks in the hooks of an evaluation: right on all ranks, or one sentence."""
 
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +28,7 @@ CALLS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "reduce",
         lambda trainer: trainer.strategy.reduce_boolean_decision(trainer.global_rank == 0, all=False),
     ),
-    "save_checkpoint": ("save_checkpoint", lambda trainer: trainer.save_checkpoint(os.path.join(FOLDER, "a.ckpt"))),
+    "save_checkpoint": ("save_checkpoint", lambda trainer: trainer.save_checkpoint(f"{FOLDER}/a.ckpt")),
 }
 """By a name: how the sentence names the call, and the call."""
 

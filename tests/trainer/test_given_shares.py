@@ -34,5 +34,5 @@ def test_one_number_a_rank_is_a_proportion_whatever_holds_it() -> None:
     ids=str,
 )
 def test_what_is_no_number_a_rank_is_one_sentence(shares: Any) -> None:
-    with pytest.raises(ValueError, match="^shares="):
+    with pytest.raises(ValueError, match=r"^shares="):
         HeteroStrategy(shares=shares)

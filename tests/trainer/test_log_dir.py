@@ -1,6 +1,5 @@
 """`trainer.log_dir`, a broadcast in Lightning, is the same path on all ranks in each hook of an evaluation."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +96,7 @@ def read_in_fit(folder: str, logger: str, size: int) -> tuple[Found, Found, str]
     of_fit: Found = {}
     afterwards: Found = {}
     reader, module = Reader(of_fit), Pictures(of_fit)
-    root = os.path.join(folder, f"root{dist.get_rank()}")
+    root = f"{folder}/root{dist.get_rank()}"
     trainer = make_trainer(
         HeteroStrategy(shares=[3, 1]),
         2,
@@ -115,7 +114,7 @@ def read_in_fit(folder: str, logger: str, size: int) -> tuple[Found, Found, str]
 
 
 def expected(logger: str, folder: str, root: str) -> Any:
-    return {"a logger": os.path.join(folder, "run", "version_0"), "no logger": root}.get(logger)
+    return {"a logger": f"{folder}/run/version_0", "no logger": root}.get(logger)
 
 
 @pytest.mark.parametrize("logger", LOGGERS)
@@ -157,7 +156,7 @@ def validated(folder: str, logger: str) -> Found:
         2,
         callbacks=[Reader(found)],
         logger=LOGGERS[logger](folder),
-        default_root_dir=os.path.join(folder, f"root{dist.get_rank()}"),
+        default_root_dir=f"{folder}/root{dist.get_rank()}",
     )
     trainer.validate(Pictures(found), data(30), verbose=False)
     return found

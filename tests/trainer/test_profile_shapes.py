@@ -66,10 +66,11 @@ def test_one_of_another_shape_is_left_aside_after_the_first_batch(tmp_path: Path
     assert (same[0]["step"], same[0]["reason"]) == (0, "profile")
     assert same[0]["local_batches"][0] > 2 * same[0]["local_batches"][1]
     path = tmp_path / "hetero" / "profile.json"
-    assert said == [
+    sentence = (
         f"the profile {path} is of samples of another shape (float32 (1, 8, 8); here float32 (1, 12, 12)), so the "
         "shares are measured anew"
-    ]
+    )
+    assert said == [sentence]
     assert (other[0]["step"], other[0]["reason"]) == (0, "profile")
     assert (other[1]["reason"], other[1]["local_batches"]) == ("equal", [16, 16])
     assert len(other) > 2, "measured anew"

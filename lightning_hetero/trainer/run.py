@@ -127,8 +127,6 @@ class Run:
             SIGTERMException: one is, after a sanity check; Lightning would make a training step before it stops.
         """
         measured = self.job.evaluation.measured()
-        if self.job.group.world_size == 1:
-            return
         typical = not self.trainer.sanity_checking
         reports = self.job.group.gather((measured if typical else {}, self.stop.requested))
         self.job.evaluation.update([times for times, _ in reports])

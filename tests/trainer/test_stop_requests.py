@@ -5,6 +5,7 @@ import signal
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
@@ -17,19 +18,21 @@ BATCHES = 5
 
 
 class Signalled(Regression):
-    """Rank 1 is asked to stop, once.
+    """Some ranks are asked to stop.
 
     Args:
-        where: a hook; in `validation_step` with the number of the training batches before it.
+        where: a hook.
+        after: training batches before it, or with it.
+        ranks: that get the signal.
     """
 
-    def __init__(self, where: str, after: int) -> None:
+    def __init__(self, where: str, after: int, ranks: tuple[int, ...]) -> None:
         super().__init__()
-        self.where, self.after = where, after
+        self.where, self.after, self.ranks = where, after, ranks
         self.ended = False
 
     def _ask(self, where: str) -> None:
-        if self.global_rank == 1 and (where, len(self.seen)) == (self.where, self.after):
+        if self.global_rank in self.ranks and (where, len(self.seen)) == (self.where, self.after):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -50,10 +53,11 @@ class Signalled(Regression):
         self.ended = True
 
 
-def stopped(where: str, after: int) -> tuple[str, int, int, bool]:
+def stopped(where: str, after: int, ranks: tuple[int, ...] = (1,)) -> tuple[str, int, int, bool]:
     """How the run ended, its optimizer steps, its training batches, and whether training came to its end."""
-    module = Signalled(where, after)
-    trainer = make_trainer(HeteroStrategy(shares=[3, 1]), 2, max_epochs=2, val_check_interval=2)
+    module, world_size = Signalled(where, after, ranks), dist.get_world_size()
+    strategy = HeteroStrategy(shares=[3, 1][:world_size], global_batch=8)
+    trainer = make_trainer(strategy, world_size, max_epochs=2, val_check_interval=2)
     try:
         trainer.fit(module, DataLoader(Numbers(8 * BATCHES), batch_size=4), DataLoader(Numbers(30), batch_size=4))
         end = "went on"
@@ -81,6 +85,18 @@ def test_a_signal_between_training_batches_stops_all_ranks_before_the_next_one(w
     if (where, after) == ("on_train_epoch_end", 5):  # the next message is that of the next batch
         outcome = ("stopped", 6, 6, False)
     assert got == [outcome] * 2
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1)], ids=str)
+def test_any_rank_may_get_the_signal(ranks: tuple[int, ...]) -> None:
+    assert run_ranks(2, stopped, "validation_step", 4, ranks) == [("stopped", 4, 4, False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("where", "after"), [("validation_step", 0), ("validation_step", 4), ("on_train_epoch_end", 10)]
+)
+def test_a_rank_alone_stops_there_too(where: str, after: int) -> None:
+    assert run_ranks(1, stopped, where, after, (0,)) == [("stopped", after, after, False)]
 
 
 @pytest.mark.parametrize("after", [1, 2, 9, 10])

@@ -136,7 +136,7 @@ def test_a_count_is_what_the_rule_says_of_the_batch() -> None:
         assert type(count.value) is float
         assert (count.is_zero, count.is_positive) == (False, True)
     assert counted(lambda _, batch: 0, share_of(4, 2), torch.ones(4)).is_zero
-    boxes = {"x": torch.ones(4), "boxes": torch.ones(9, 4)}
+    boxes = {"boxes": torch.ones(9, 4), "x": torch.ones(4)}
     assert counted(None, share_of(4, 2), boxes).value == 4.0, "tensors differ in length: the samples that were drawn"
     assert counted(None, None, torch.ones(7)).value == 7.0
 

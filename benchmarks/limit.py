@@ -63,7 +63,7 @@ class Ways:
 
     def _in_company(self) -> list[float]:
         # The parts of a good split take about equally long, so that nearly all of their steps have company. Whose time
-        # is whose can't be told apart here, so this turn is not taken again.
+        # is whose can't be distinguished here, so this turn is not taken again.
         warm_up = self._options.warm_up
         with ThreadPoolExecutor(len(self._parts)) as pool:
             results = pool.map(lambda side: side.train(warm_up + self._options.steps)["seconds"], self._parts)
@@ -71,7 +71,7 @@ class Ways:
 
 
 def fractions(global_batch: int, rounds: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Of the sum of solo rates, what is reached by the parts apart, in company, and with averaged gradients.
+    """Of the sum of solo rates, what is reached by the parts each by itself, in company, and with averaged gradients.
 
     Args:
         global_batch: samples in a step.

@@ -1,7 +1,7 @@
 """How soon does `hetero` follow a device that becomes faster or slower while it trains?
 
 A rank's quota is changed while a real `Trainer.fit` goes on, and later once more. With each quota the best fixed split
-is searched for in the same run, while `hetero` sleeps.
+is searched for in the same run, while `hetero` is paused.
 """
 
 import argparse

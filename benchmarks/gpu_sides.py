@@ -1,4 +1,4 @@
-"""The sides of the comparison on a GPU: Lightning runs whose ranks share one, and sleep until it is their turn."""
+"""The sides of the comparison on a GPU: Lightning runs whose ranks share one, and are paused until it is their turn."""
 
 import multiprocessing
 import os
@@ -228,7 +228,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class Side:
-    """One side of a comparison, asleep until it is asked to train."""
+    """One side of a comparison, paused until it is asked to train."""
 
     def __init__(self, job: Job) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark")

@@ -303,7 +303,7 @@ def _rank(
 
 
 class Side:
-    """One side of a comparison, asleep until it is asked to train.
+    """One side of a comparison, paused until it is asked to train.
 
     Args:
         kind: "ddp", "hetero", "fixed" (hetero under a fixed split) or "alone".

@@ -52,7 +52,7 @@ class Ways:
         self._whole = stage.side("fixed")
 
     def measure(self) -> dict[str, list[float]]:
-        """Seconds of a step: each rank with the global batch, each part by itself, all parts side by side, the split."""
+        """Seconds of a step: each rank with the global batch, each part by itself, parts side by side, the split."""
         steps = self._options.steps
         return {
             "solo": [median(self._stage.take(side, steps)) for side in self._solo],

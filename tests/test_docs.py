@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 EXAMPLE = re.compile(
     r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-MAP = re.compile(r"^\| .+ \| `(?P<file>[\w/]+\.py)` \| (?P<names>`.+`) \|$", re.MULTILINE)
+MAP = re.compile(r"^\| .+ \| `(?P<file>[\w/]+\.py)` \| (?P<names>.+) \|$", re.MULTILINE)
 
 
 def examples():

@@ -1,4 +1,4 @@
-"""The sides of the comparison on a GPU: Lightning runs whose ranks share one, and sleep until it is their turn."""
+"""The sides of the comparison on a GPU: Lightning runs whose ranks share one, and are paused until it is their turn."""
 
 import multiprocessing
 import os
@@ -112,7 +112,7 @@ class Competitor:
 
 
 class Pace(Callback):
-    """Trains when it is told to, and says how long that took."""
+    """Trains when it is asked to, and says how long that took."""
 
     def __init__(self, connection: Connection, competitor: Competitor | None) -> None:
         self._connection = connection
@@ -228,7 +228,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class Side:
-    """One side of a comparison, asleep until it is told to train."""
+    """One side of a comparison, paused until it is asked to train."""
 
     def __init__(self, job: Job) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark")
@@ -243,7 +243,7 @@ class Side:
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
-        self._hear()
+        self._receive()
 
     def __enter__(self) -> Self:
         return self
@@ -260,19 +260,19 @@ class Side:
             if split is not None:
                 connection.send(("split", split))
             connection.send(("profile" if profile else "train", steps))
-        return self._hear()
+        return self._receive()
 
     def seconds(self, steps: int, split: Split | None = None) -> float:
         """Of a step, over a whole turn."""
         return float(max(answer["seconds"] for answer in self.train(steps, split)) / steps)
 
-    def _hear(self) -> list[Any]:
+    def _receive(self) -> list[Any]:
         answers = []
         for number, connection in enumerate(self._connections):
             try:
                 kind, value = connection.recv()
             except EOFError:
-                kind, value = "error", "it ended without a word"
+                kind, value = "error", "it ended without an error message"
             if kind == "error":
                 raise RuntimeError(f"rank {number} failed:\n{value}")
             answers.append(value)

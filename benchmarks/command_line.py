@@ -72,7 +72,7 @@ def splits_of(text: str) -> list[Split] | None:
 
 
 def name_of(question: str, options: argparse.Namespace) -> str:
-    """A report's name, which tells configurations apart."""
+    """A report's name, another one for each configuration."""
     quotas = "-".join(map(str, options.quotas))
     allocator = "" if options.allocator == "kept" else f"-allocator-{options.allocator}"
     return f"{question}-{options.model}-{options.size}px-{quotas}-b{options.global_batch}{allocator}"

@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for number in range(options.rounds):
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
-                # Whose time is whose can't be told apart here, so no turn is taken again.
+                # Whose time is whose can't be distinguished here, so no turn is taken again.
                 rounds[name].append(ready.once(sides[name], options.steps)["seconds"][options.warm_up :])
             say(", ".join(f"{name} {median(times[-1]) * 1000:.0f} ms" for name, times in rounds.items()))
         return head | {

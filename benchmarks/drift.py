@@ -1,7 +1,7 @@
 """How soon does `hetero` follow a device that becomes faster or slower while it trains?
 
 A rank's quota is changed while a real `Trainer.fit` goes on, and later once more. With each quota the best fixed split
-is searched for in the same run, while `hetero` sleeps.
+is searched for in the same run, while `hetero` is paused.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     check_common(parser, options, _COUNTS)
     if options.steps <= LATE:
-        parser.error(f"--steps has to be more than {LATE}: what comes later tells whether the change has been followed")
+        parser.error(f"--steps has to be more than {LATE}: what comes later shows whether the change has been followed")
     if options.quotas[-1] == 100:
         parser.error("the last rank's quota has to be below 100, so that it can change")
     return options

@@ -14,7 +14,7 @@ TOLERANCE = 0.05
 LATE = 20
 """Steps after a change until a plan should have followed it."""
 
-_LAST = 10  # steps that tell of a rank's own work: its quota may have been another before
+_LAST = 10  # steps that show a rank's compute time: its quota may have been another before
 
 
 def parse_split(text: str) -> Split:
@@ -114,7 +114,7 @@ def steps_of(first: int, result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def compute_times(steps: Sequence[Mapping[str, Any]], split: Split) -> list[float]:
-    """The median of each rank's own work in the last steps of a split; [] where nothing is known."""
+    """The median of each rank's compute time in the last steps of a split; [] where nothing is known."""
     known = [step["compute"] for step in steps if "compute" in step and tuple(step["split"]) == split]
     return [median(column) for column in zip(*known[-_LAST:], strict=True)]
 

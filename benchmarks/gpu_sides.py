@@ -1,4 +1,4 @@
-"""The sides of the comparison on a GPU: Lightning runs whose ranks share one, and sleep until it is their turn."""
+"""The sides of the comparison on a GPU: Lightning runs whose ranks share one, and are paused until it is their turn."""
 
 import multiprocessing
 import os
@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from figures import Split
 from lightning.pytorch.callbacks import Callback
-from sides import Joined, Observed, change_split
+from sides import Joined, Observer, change_split, observer_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+
+from lightning_hetero import HeteroStrategy
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _BANDS, _CLASSES, _STORED, _STEPS = 13, 10, 256, 4000
@@ -112,7 +114,7 @@ class Competitor:
 
 
 class Pace(Callback):
-    """Trains when it is told to, and says how long that took."""
+    """Trains when it is asked to, and says how long that took."""
 
     def __init__(self, connection: Connection, competitor: Competitor | None) -> None:
         self._connection = connection
@@ -120,8 +122,10 @@ class Pace(Callback):
         self._left = 0
         self._began = 0.0
         self._profiler: Any = None
+        self._observer: Observer | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._observer = observer_of(trainer)
         self._connection.send(("ready", None))
         self._sleep(trainer)
 
@@ -139,8 +143,8 @@ class Pace(Callback):
         answer["peak"] = torch.cuda.max_memory_allocated()
         answer["waits"] = {name: calls[name] for name in WAITS}
         answer["launches"] = calls["cudaLaunchKernel"]
-        if isinstance(trainer.strategy, Observed):
-            answer |= trainer.strategy.told()
+        if self._observer is not None:
+            answer |= self._observer.report()
         if self._competitor is not None:
             self._competitor.set(on=False)
         self._connection.send(("done", answer))
@@ -195,7 +199,7 @@ def _rank(job: Job, rank: int, folder: str, connection: Connection) -> None:  # 
         dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=job.ranks, timeout=_TIMEOUT)
         strategy: Any = "ddp"
         if job.kind != "ddp":
-            strategy = Observed(shares="auto" if job.kind == "hetero" else "equal", global_batch=job.global_batch)
+            strategy = HeteroStrategy(shares="auto" if job.kind == "hetero" else "equal", global_batch=job.global_batch)
         last = rank == job.ranks - 1
         competitor = Competitor(job.competitor) if job.competitor is not None and last else None
         trainer = pl.Trainer(
@@ -228,7 +232,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class Side:
-    """One side of a comparison, asleep until it is told to train."""
+    """One side of a comparison, paused until it is asked to train."""
 
     def __init__(self, job: Job) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="benchmark")
@@ -243,7 +247,7 @@ class Side:
             theirs.close()
             self._processes.append(process)
             self._connections.append(ours)
-        self._hear()
+        self._receive()
 
     def __enter__(self) -> Self:
         return self
@@ -260,19 +264,19 @@ class Side:
             if split is not None:
                 connection.send(("split", split))
             connection.send(("profile" if profile else "train", steps))
-        return self._hear()
+        return self._receive()
 
     def seconds(self, steps: int, split: Split | None = None) -> float:
         """Of a step, over a whole turn."""
         return float(max(answer["seconds"] for answer in self.train(steps, split)) / steps)
 
-    def _hear(self) -> list[Any]:
+    def _receive(self) -> list[Any]:
         answers = []
         for number, connection in enumerate(self._connections):
             try:
                 kind, value = connection.recv()
             except EOFError:
-                kind, value = "error", "it ended without a word"
+                kind, value = "error", "it ended without an error message"
             if kind == "error":
                 raise RuntimeError(f"rank {number} failed:\n{value}")
             answers.append(value)

@@ -1,4 +1,4 @@
-"""What keeps unequal devices from the sum of what each does alone: fixed costs, each other's company, or averaging?
+"""What keeps unequal devices from the sum of what each does alone: fixed costs, running side by side, or averaging?
 
 Each round measures one split in four ways: every rank by itself with the whole global batch, which gives the sum of
 their rates; every rank by itself with its own part of the split; all of them at the same time, without exchanging
@@ -52,7 +52,7 @@ class Ways:
         self._whole = stage.side("fixed")
 
     def measure(self) -> dict[str, list[float]]:
-        """Seconds of a step: each rank with the global batch, each part by itself, each part in company, the split."""
+        """Seconds of a step: each rank with the global batch, each part by itself, parts side by side, the split."""
         steps = self._options.steps
         return {
             "solo": [median(self._stage.take(side, steps)) for side in self._solo],
@@ -62,8 +62,8 @@ class Ways:
         }
 
     def _in_company(self) -> list[float]:
-        # The parts of a good split take about equally long, so that nearly all of their steps have company. Whose time
-        # is whose can't be told apart here, so this turn is not taken again.
+        # The parts of a good split take about equally long, so that nearly all of their steps overlap. Whose time
+        # is whose can't be distinguished here, so this turn is not taken again.
         warm_up = self._options.warm_up
         with ThreadPoolExecutor(len(self._parts)) as pool:
             results = pool.map(lambda side: side.train(warm_up + self._options.steps)["seconds"], self._parts)
@@ -71,7 +71,7 @@ class Ways:
 
 
 def fractions(global_batch: int, rounds: Sequence[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Of the sum of solo rates, what is reached by the parts apart, in company, and with averaged gradients.
+    """Of the sum of solo rates, what is reached by the parts each by itself, side by side, and with averaged gradients.
 
     Args:
         global_batch: samples in a step.
@@ -119,7 +119,7 @@ def table(report: dict[str, Any]) -> str:
     """The report for the eye."""
     words = {
         "apart": "every rank by itself with its part: fixed costs",
-        "together": "all at the same time: and each other's company",
+        "together": "all at the same time: and running side by side",
         "averaged": "as it is trained: and averaging",
     }
     lines = [f"split {show_split(report['configuration']['split'])}, of the sum of what all devices do alone:"]

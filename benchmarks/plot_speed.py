@@ -13,7 +13,7 @@ _NAMES = {
     "alone": "fast device\nalone",
     "proportional": "in proportion\nto solo speed",
     "best": "best fixed split\nby search",
-    "hetero": "hetero\nlearnt by itself",
+    "hetero": "hetero\nfound by itself",
 }
 QUIET, OURS, TEXT, FAINT = "#b8c0cc", "#d1495b", "#222222", "#667080"
 

@@ -12,7 +12,7 @@ _POWERS = (0.0, 0.5, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
 """Shares go with the solo rates to these powers; fixed costs put the best split beyond the proportional one."""
 _START = 1.5
 
-_LOOK = 2  # steps of a split that tell whether more of them are worth their time
+_LOOK = 2  # steps of a split that show whether more of them are worth their time
 _HOPELESS = 1.3  # a split whose step takes this many times the best one's is not looked at again
 _BETTER = 0.995  # below this part of the best time, a neighbour is better
 

@@ -1,4 +1,4 @@
-"""What does learning the split cost: how fast is a fresh run of `hetero` from its first step on, and does it then rest?
+"""What does finding the split cost: how fast is a fresh run of `hetero` from its first step on, and does it then rest?
 
 Each run is a fresh set of processes that takes turns with another one which trains under the best fixed split from its
 first step on, so that both pay for a process's first step. The best fixed split is searched for, or given.
@@ -18,7 +18,7 @@ from reports import say
 from turns import Stage, judge, stage
 
 _WINDOW = 10
-"""Steps in a row whose median tells how fast a run is."""
+"""Steps in a row whose median shows how fast a run is."""
 
 _COUNTS = ("runs", "steps", "turn", "judge_rounds", "judge_steps", "search_steps")
 
@@ -110,8 +110,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         used = [split for run in runs for _, split in run["plans"]]
         better, times = judge(ready, fixed, search, [best, *used], options.judge_rounds, options.judge_steps)
         for run_ in runs:
-            learnt = figures.plans_within(run_["plans"], 0, options.steps)
-            run_["settled_after_steps"] = figures.settled(learnt, times)
+            early = figures.plans_within(run_["plans"], 0, options.steps)
+            run_["settled_after_steps"] = figures.settled(early, times)
         ratios = {
             name: figures.spread([run_["ratio_to_fixed"][name] for run_ in runs]) for name in runs[0]["ratio_to_fixed"]
         }

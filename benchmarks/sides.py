@@ -142,7 +142,7 @@ def observer_of(trainer: pl.Trainer) -> Observer | None:
 
 
 class Pace(Callback):
-    """Trains when it is told to, and says how long each step took.
+    """Trains when it is asked to, and says how long each step took.
 
     Args:
         connection: to the process that compares.
@@ -204,7 +204,7 @@ def set_allocator(allocator: str) -> bool:
     """Make the allocator of this process the same for whatever strategy runs in it.
 
     Args:
-        allocator: "kept" tells it to keep freed memory; "default" also keeps the strategy from doing that.
+        allocator: "kept" sets it to keep freed memory; "default" also keeps the strategy from doing that.
 
     Returns:
         whether freed memory is kept.
@@ -277,12 +277,12 @@ def _rank(
     folder: str,
     connection: Connection,
 ) -> None:  # in a process of its own
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that compares hears it, and ends all others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that compares gets it too, and ends all others
     os.setpgid(0, 0)
     if setting.pinned:
         os.sched_setaffinity(0, {core})
     if not set_allocator(setting.allocator) and setting.allocator == "kept":
-        connection.send(("error", "this C library's allocator can't be told to keep memory: use --allocator default"))
+        connection.send(("error", "this C library's allocator can't be set to keep memory: use --allocator default"))
         os._exit(0)
     torch.set_num_threads(setting.threads)
     warnings.simplefilter("ignore")
@@ -303,7 +303,7 @@ def _rank(
 
 
 class Side:
-    """One side of a comparison, asleep until it is told to train.
+    """One side of a comparison, paused until it is asked to train.
 
     Args:
         kind: "ddp", "hetero", "fixed" (hetero under a fixed split) or "alone".
@@ -350,7 +350,7 @@ class Side:
                 self._processes.append(process)
                 self._connections.append(ours)
                 quotas.join(ranks[number], process.pid)  # at once: a slow device is slow from the start
-            self._hear("ready")
+            self._receive("ready")
         except BaseException:
             self.close()
             raise
@@ -388,7 +388,7 @@ class Side:
             if split is not None:
                 connection.send(("split", split))
             connection.send(("train", (steps, mark if number == 0 else None)))
-        answers = self._hear("done", on_mark)
+        answers = self._receive("done", on_mark)
         elapsed = time.perf_counter() - began
         # Idle cores of the comparison too: neighbours share caches, memory and often a physical core.
         foreign = {
@@ -404,28 +404,28 @@ class Side:
         self.peaks = [answer["peak"] for answer in answers]
         return {"seconds": answers[0]["seconds"], "foreign": max(0.0, *parts)}
 
-    def _hear(self, expected: str, on_mark: Callable[[], None] | None = None) -> list[Any]:
+    def _receive(self, expected: str, on_mark: Callable[[], None] | None = None) -> list[Any]:
         """What all ranks have to say.
 
         Raises:
             RuntimeError: a rank failed.
         """
-        heard: dict[int, Any] = {}
-        while len(heard) < len(self._connections):
-            missing = [c for number, c in enumerate(self._connections) if number not in heard]
+        received: dict[int, Any] = {}
+        while len(received) < len(self._connections):
+            missing = [c for number, c in enumerate(self._connections) if number not in received]
             for connection in wait(missing):
                 number = self._connections.index(connection)  # type: ignore[arg-type] # wait() returns what it was given
                 try:
                     kind, value = self._connections[number].recv()
                 except EOFError:
-                    kind, value = "error", "it ended without a word"
+                    kind, value = "error", "it ended without an error message"
                 if kind == "mark" and on_mark is not None:
                     on_mark()
                     continue
                 if kind != expected:
                     raise RuntimeError(f"rank {number} of {self.kind} failed:\n{value}")
-                heard[number] = value
-        return [heard[number] for number in sorted(heard)]
+                received[number] = value
+        return [received[number] for number in sorted(received)]
 
     def close(self) -> None:
         """End the processes."""

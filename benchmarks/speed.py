@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pairs", type=int, default=4, help="turns of hetero, the best split and hetero's after the last round")
     add("--steps", type=int, default=10, help="steps that are measured of each turn")
     add("--slow-steps", type=int, default=4, help="the same for plain DDP, and the equal and the proportional split")
-    add("--settle", type=int, default=30, help="steps that hetero has to learn in, before the first round")
+    add("--settle", type=int, default=30, help="steps that hetero has to find its split in, before the first round")
     add("--search-steps", type=int, default=6, help="most steps that are measured of each split while searching")
     add("--solo-steps", type=int, default=3, help="steps of each rank by itself, before the search")
     add("--finest", type=int, help="least number of samples that the search moves; None: a 128th of the global batch")
@@ -104,7 +104,7 @@ class Comparison:
         """Give hetero its first steps; what it comes to is a candidate for the best fixed split, as any other."""
         self._stage.once(self._hetero, self._options.settle)
         for step in self._hetero.steps:
-            say(tell(step))
+            say(line_of(step))
         if self._options.splits is None:
             self._search.look_at(self._hetero.steps[-1]["split"])
             self._search.polish(self._options.global_batch, self._options.finest)
@@ -141,7 +141,7 @@ class Comparison:
         """Turns of hetero, the best fixed split and the one that hetero has come to, each of them first in its turn.
 
         Processes that do the same may differ by several percent for as long as they live. The last two run in the same
-        ones, so they tell what the choice of the split makes.
+        ones, so they show what the choice of the split makes.
         """
         self._plan = tuple(self._hetero.steps[-1]["split"])
         turns = {"hetero": (self._hetero, None), "best": (self._fixed, self._best), "plan": (self._fixed, self._plan)}
@@ -203,7 +203,7 @@ class Comparison:
         }
 
 
-def tell(step: dict[str, Any]) -> str:
+def line_of(step: dict[str, Any]) -> str:
     """A step of hetero in a line."""
     text = f"hetero step {step['step']}: {step['seconds'] * 1000:.0f} ms, split {show_split(step['split'])}"
     if "compute" in step:

@@ -1,7 +1,7 @@
 """What does `hetero` cost where there is nothing to gain: step time and memory beside plain DDP on equal CPU ranks?
 
 Plain DDP takes part twice: as users run it today, with the C library's allocator as it is, and with the allocator set
-as `hetero` sets it. So what the setting gives and what the strategy costs are told apart.
+as `hetero` sets it. So what the setting gives and what the strategy costs are separate figures.
 """
 
 import argparse

@@ -47,7 +47,7 @@ class Stage:
         global_batch: int | None = None,
         **setting: Any,
     ) -> Any:
-        """A side of this comparison, on all ranks, with the allocator and global batch of the options unless told else.
+        """A side of this comparison, on all ranks, with the options' allocator and global batch if none are given.
 
         With an `evaluation` (`tasks.Evaluation`) it evaluates instead of training, and a step is a whole evaluation.
         What else there is of a `sides.Setting` may be given too.

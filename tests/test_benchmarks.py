@@ -308,3 +308,9 @@ def test_no_script_imports_itself_through_others():
     while ready := {name for name in names - free if imports[name] <= free}:
         free |= ready
     assert names - free == set()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_script_can_be_imported(name):
+    """Those for GPUs too, which no test runs where there is none."""
+    load(name)

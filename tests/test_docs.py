@@ -1,8 +1,9 @@
-"""Every example in the documentation runs.
+"""Every example in the documentation runs, and the map of the code leads to what is there.
 
 An example that cannot run alone says so, on the line above it: `<!-- not run: reason -->`.
 """
 
+import ast
 import os
 import re
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXAMPLE = re.compile(
     r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
+MAP = re.compile(r"^\| .+ \| `(?P<file>[\w/]+\.py)` \| (?P<names>.+) \|$", re.MULTILINE)
 
 
 def examples():
@@ -44,3 +46,20 @@ def test_example_runs(code, tmp_path):
         check=False,
     )
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+
+
+def definitions(tree: ast.AST, prefix: str = "") -> set[str]:
+    """Functions and classes of a file, and the methods of these as `Class.method`."""
+    names = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names |= {prefix + node.name, *definitions(node, f"{prefix}{node.name}.")}
+    return names
+
+
+@pytest.mark.parametrize("row", list(MAP.finditer((ROOT / "CONTRIBUTING.md").read_text())), ids=lambda row: row["file"])
+def test_the_map_of_the_code_leads_there(row):
+    """A file that was moved or a name that was changed has to be so in CONTRIBUTING.md too."""
+    names = re.findall(r"`([\w.]+)`", row["names"])
+    tree = ast.parse((ROOT / "lightning_hetero" / row["file"]).read_text())
+    assert set(names) <= definitions(tree)

@@ -36,7 +36,7 @@ Side = Literal["plain DDP", "hetero", "alone"]
 
 @dataclass(frozen=True)
 class Job:
-    """What all ranks are told.
+    """What all ranks are to do.
 
     Args:
         devices: see `devices.choose`.
@@ -68,7 +68,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Round:
-    """What rank 0 tells after a round of turns.
+    """What rank 0 reports after a round of turns.
 
     Args:
         number: counted from 1.
@@ -109,7 +109,7 @@ class Bar(TQDMProgressBar):
         self._side = side
 
     def clear(self) -> None:
-        """Make room for another bar, or for a line of text."""
+        """Leave the line to another bar, or to text."""
         self.train_progress_bar.clear()
 
     @property
@@ -254,7 +254,7 @@ class Alone:
 
     Args:
         job: see `Job`.
-        round_over: told of each round.
+        round_over: called after each round.
     """
 
     def __init__(self, job: Job, round_over: Callable[[Round, Turn], None]) -> None:

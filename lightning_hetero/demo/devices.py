@@ -84,7 +84,7 @@ def prepare_process(devices: Devices, rank: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to reuse what was freed instead of asking the kernel for fresh pages for each activation.
+    """Set glibc's allocator to reuse what was freed instead of asking the kernel for fresh pages for each activation.
 
     Otherwise the time of a step jumps where its activations pass 32 MiB, whatever the strategy.
     """

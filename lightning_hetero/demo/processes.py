@@ -53,7 +53,7 @@ def die_with(parent: int) -> None:
 
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the kernel had been told
+        if os.getppid() != parent:  # it ended before the kernel knew
             look()
     else:
         threading.Thread(target=look, daemon=True).start()
@@ -88,7 +88,7 @@ def _rank(work: Callable[[int, Ask], Any], rank: int, parent: int, line: Connect
 
     try:
         result = work(rank, ask)
-    except BaseException:  # noqa: BLE001 - whatever it is, the main process has to hear of it
+    except BaseException:  # noqa: BLE001 - whatever it is, the main process has to know of it
         line.send(("failed", traceback.format_exc()))
     else:
         line.send(("done", result))
@@ -125,7 +125,7 @@ def run_ranks(work: Callable[[int, Ask], Any], world_size: int, answer: Ask, *, 
         while lines:
             for line in wait(list(lines)):
                 assert isinstance(line, Connection)
-                kind, content = _hear(line, lines[line])
+                kind, content = _receive(line, lines[line])
                 if kind == "asks":
                     line.send(answer(content))
                 else:
@@ -138,11 +138,11 @@ def run_ranks(work: Callable[[int, Ask], Any], world_size: int, answer: Ask, *, 
     return [results[rank] for rank in range(world_size)]
 
 
-def _hear(line: Connection, rank: int) -> tuple[str, Any]:
+def _receive(line: Connection, rank: int) -> tuple[str, Any]:
     try:
         kind, content = line.recv()
     except (EOFError, ConnectionError):
-        raise RuntimeError(f"rank {rank} ended without a word; did something kill it?") from None
+        raise RuntimeError(f"rank {rank} ended without an error message; did something kill it?") from None
     if kind == "failed":
         raise RuntimeError(f"rank {rank} failed:\n{content}")
     return kind, content

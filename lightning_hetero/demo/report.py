@@ -19,7 +19,7 @@ class RankFigures:
         share: patches of a global batch; the middle one if it changed.
         images_per_second: while it did not wait for others.
         idle: the part of the time that it waited for others.
-        core: the part of its core that it got while it wanted it; None where that can't be told.
+        core: the part of its core that it got while it wanted it; None where that can't be known.
     """
 
     share: int

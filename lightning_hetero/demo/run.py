@@ -86,7 +86,7 @@ def say_beginning(job: Job, competitors: list[int]) -> None:
     print(
         f"\n  TorchGeo's SemanticSegmentationTask (FCN, {recipe.filters} filters) on 13 bands; patches of "
         f"{recipe.patch_size} × {recipe.patch_size} pixels,\n  {recipe.global_batch} to a global batch. After "
-        f"{schedule.learning} steps in which hetero learns the speeds, it, plain DDP and the fast\n  device alone "
+        f"{schedule.learning} steps in which hetero measures the speeds, it, plain DDP and the fast\n  device alone "
         f"take turns, {schedule.rounds} × {schedule.steps} steps each; then hetero goes on, up to step "
         f"{schedule.max_steps}.{KEPT_MEMORY if job.devices.accelerator == 'cpu' else ''}\n",
         flush=True,
@@ -131,7 +131,7 @@ def say_comparison(job: Job, sides: dict[Side, SideFigures]) -> None:
 
 
 def say_result(job: Job, evaluation: Evaluation, seconds: float) -> None:
-    """What the model has learnt, and where everything is."""
+    """What the model is able to do, and where everything is."""
     print(
         "",
         "On the labelled pixels of the validation columns, which were never trained on:",
@@ -183,7 +183,7 @@ def summarise(
 
 
 def processor() -> str:
-    """The CPU's name, where the system tells it."""
+    """The CPU's name, where the system knows it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

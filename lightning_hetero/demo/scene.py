@@ -133,13 +133,13 @@ class SceneDataModule(GeoDataModule):
         self.val_batch_size = 6  # larger patches, and few
         self.seed = seed
         self.scene: Scene | None = None
-        self._told = 0
+        self._reported = 0
 
     def newly_visited(self) -> list[Patch]:
         """The patches that this process has read since it was asked last."""
         visited = self.scene.visited if self.scene is not None else []
-        new = visited[self._told :]
-        self._told = len(visited)
+        new = visited[self._reported :]
+        self._reported = len(visited)
         return new
 
     def setup(self, stage: str) -> None:
@@ -147,7 +147,7 @@ class SceneDataModule(GeoDataModule):
         assert isinstance(self.patch_size, int)
         assert self.length is not None
         scene = self.scene = self.dataset = Scene()
-        self._told = 0
+        self._reported = 0
         if stage == "fit":
             roi = columns(scene, 0, TRAINING_COLUMNS)
             self.train_sampler = random_patches(scene, self.patch_size, self.length, roi, self.seed)

@@ -1,4 +1,4 @@
-"""Which steps of the demo are learning, comparison, and training."""
+"""Which steps of the demo measure the devices, are compared, or only train."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ class Schedule:
 
     Args:
         max_steps: of the whole `hetero` run.
-        learning: its first steps, in which it finds out how fast the devices are; they are not compared.
+        learning: its first steps, in which it measures how fast the devices are; they are not compared.
         rounds: how often each side has its turn.
         steps: of a turn.
         warm_up: at the beginning of a turn of another side, steps that are not compared; each turn is a new run.

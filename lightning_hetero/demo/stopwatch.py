@@ -24,7 +24,7 @@ class StepTime:
         seconds: from the end of the step before to its own end, data loading included.
         idle: of these, how many the rank had nothing to do but to wait.
         patches: of its local batch.
-        computing: how many seconds it had the core; None where that can't be told.
+        computing: how many seconds it had the core; None where that can't be known.
     """
 
     seconds: float
@@ -34,7 +34,7 @@ class StepTime:
 
 
 class Clock(Protocol):
-    """DeviceClock moments in a step, and makes times of them afterwards."""
+    """Notes moments in a step, and makes times of them afterwards."""
 
     def mark(self) -> Any:
         """Now."""

@@ -304,7 +304,6 @@ class Balancer:
             for measured, exposed in zip(state["measured"], state["exposed_communication"], strict=True)
         ]
         self._last_split = tuple(state["last_split"])
-        self._first_step_used = True
 
     # ---- splits ----
 

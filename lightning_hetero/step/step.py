@@ -54,6 +54,11 @@ class StepContext:
     zero_counts: ZeroCountWarning
     batch_norm_group: BatchNormGroup | None
 
+    @property
+    def counts_on_device(self) -> bool:
+        """Whether loss counts stay on the device; the host would wait for a GPU to read them."""
+        return self.device.type == "cuda"
+
 
 class LoadedBatch:
     """A rank's batch as it was loaded: nothing of the user's code has seen it yet.
@@ -105,7 +110,7 @@ class LocalCount:
             value = context.counter(context.module, batch, loaded.local_batch or None)
         except Exception as error:  # noqa: BLE001 - whatever the user's rule raises has to reach the other ranks
             return cls(float("nan"), error)
-        on_device = isinstance(value, Tensor) and context.device.type == "cuda"
+        on_device = isinstance(value, Tensor) and context.counts_on_device
         return cls(value if on_device else float(value))
 
     @property
@@ -178,7 +183,7 @@ class Step:
         self.count = count
         self._accumulates = accumulates
         self._pending: PendingMessages | None = messages
-        self._device_total = DeviceTotal(count, context) if context.device.type == "cuda" else None
+        self._device_total = DeviceTotal(count, context) if context.counts_on_device else None
         self.weight: float | Tensor = 1.0
         """The factor on this rank's loss; known once messages are received."""
         self.logged_weight: float | Tensor | None = None

@@ -72,7 +72,8 @@ class Fit:
         self._content = 0.0
         self._loaded: LoadedBatch | None = None  # from the batch to its end
         self._step: Step | None = None  # from the call of training_step to the end of the batch
-        self._in_parts: StepInParts | None = None  # where memory may run out in the step
+        self._risky = False  # memory may run out in the step
+        self._in_parts: StepInParts | None = None  # where that can be recovered from
 
     @property
     def borrowed(self) -> bool:
@@ -107,6 +108,7 @@ class Fit:
         if job.batch_norm_group is not None:
             job.batch_norm_group.begin_step(borrowed=loaded.borrowed)
         self._memory.start(loaded.local_batch or 0)
+        self._risky = share is not None and self._is_risky(share.counts)
         if self._buffers is not None:
             self._buffers.add_batch(share, batch)
         self._input_shape = self._input_shape or input_shape(batch)
@@ -255,22 +257,19 @@ class Fit:
         )
         pending = self._job.group.start_messages(message)
         self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
-        if self._is_risky(loaded) and self._recovery.can_recover():
+        if self._risky and self._recovery.can_recover():
             too_large = self._memory.is_too_large(loaded.local_batch or 0)
             partial = _PartialStep(context, step, self._receive)
             self._in_parts = self._recovery.start(partial, too_large=too_large)
         return step
 
-    def _is_risky(self, loaded: LoadedBatch) -> bool:
+    def _is_risky(self, local_batches: tuple[int, ...]) -> bool:
         """Whether a rank has more samples than it is known to be able to compute; the same on all ranks."""
-        if loaded.share is None:
-            return False
-        counts = loaded.share.counts
-        return self._memory.exceeds_completed(counts) and not self._planner.fits_in_memory(counts)
+        return self._memory.exceeds_completed(local_batches) and not self._planner.fits_in_memory(local_batches)
 
     def _explained(self, step: Step) -> AbstractContextManager[None]:
         """An out-of-memory error inside says where it happened, why it ends the run, and what to do."""
-        return self._recovery.explained(step.loaded.local_batch, risky=self._is_risky(step.loaded))
+        return self._recovery.explained(step.loaded.local_batch, risky=self._risky)
 
     def _running_step(self) -> Step:
         if self._step is None:

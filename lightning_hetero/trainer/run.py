@@ -1,11 +1,13 @@
 """One call of the Trainer: what is put on it for `fit`, `validate`, `test` or `predict`, and taken off at the end."""
 
 import os
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_hetero.device.speed_test import speed
 from lightning_hetero.exchange import consistency, failures
@@ -100,17 +102,23 @@ class Run:
         def make() -> SplitPlanner:
             self.job_facts = facts
             self.profile = job.profiles.load(options.shares, run_folder(self.trainer), facts)
-            measures = options.shares.adaptive and self.profile is None and job.on_cpus and job.group.world_size > 1
-            return SplitPlanner(
+            split = partial(
+                SplitPlanner,
                 options.shares,
                 job.group.world_size,
                 global_batch,
                 minimum=minimum,
                 granularity=options.granularity,
-                profile=self.profile.state if self.profile is not None else None,
-                speeds=job.group.gather(speed()) if measures else None,
                 memory=job.memory,
             )
+            if self.profile is not None:
+                try:
+                    return split(profile=self.profile.state)
+                except (ValueError, KeyError, TypeError) as error:  # the same on all ranks
+                    rank_zero_warn(f"the profile {self.profile.path} is ignored: {error}")
+                    self.profile = None
+            measures = options.shares.adaptive and job.on_cpus and job.group.world_size > 1
+            return split(speeds=job.group.gather(speed()) if measures else None)
 
         return job.planners.get({**facts, "minimum": minimum}, make, first=first)
 

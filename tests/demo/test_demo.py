@@ -150,13 +150,13 @@ def test_nothing_outlives_a_rank_that_fails_nor_a_demo_that_is_killed(start):
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"]])
 def test_help_and_version(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
-        main.main(arguments)
+        main(arguments)
     assert ended.value.code == 0
     assert "lightning-hetero" in capsys.readouterr().out
 
 
 def test_too_few_steps_are_refused_in_one_sentence(tmp_path, capsys):
-    assert main.main(["demo", "--out", str(tmp_path), "--max-steps", "3"]) == 1
+    assert main(["demo", "--out", str(tmp_path), "--max-steps", "3"]) == 1
     assert capsys.readouterr().err == (
         "lightning-hetero demo: --max-steps 3 leaves no steps to compare: give 6 or more\n"
     )

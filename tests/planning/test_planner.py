@@ -266,6 +266,15 @@ def test_no_rank_begins_with_more_than_it_has_had() -> None:
     assert planner("auto", 2, 64, profile=state).schedule.newest.local_batches == (50, 14), "52/12 would be faster"
 
 
+def test_of_a_profile_the_last_measurements_are_kept_and_few_of_them() -> None:
+    """New ones soon outvote them."""
+    seconds = [0.4 + 0.001 * step for step in range(40)]
+    state = profile() | {"measured": [[[32, seconds]], [[32, seconds]]], "last_split": [32, 32]}
+    for ((_, kept),) in planner("auto", 2, 64, profile=state).state_dict()["measured"]:
+        assert 3 <= len(kept) < 10
+        assert kept == seconds[-len(kept) :]
+
+
 def test_fixed_shares_take_no_profile() -> None:
     assert planner([1, 1], 2, 64, profile=profile()).schedule.newest.local_batches == (32, 32)
 

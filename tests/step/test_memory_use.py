@@ -86,6 +86,7 @@ def test_of_a_device_with_a_limit_the_truth_lies_between_what_fits_and_what_fail
     """
     memory = memory_of()
     reports: list[MemoryReport] = []
+    largest = 0  # that was computed in one piece
     for local_batch, low, high, tried in steps:
         found = None
         if local_batch > limit:
@@ -93,6 +94,8 @@ def test_of_a_device_with_a_limit_the_truth_lies_between_what_fits_and_what_fail
             anew = tried or not memory.is_too_large(local_batch)
             found = MemoryFound(fits=1 + int(low * (limit - 1)), fails=fails if anew else None)
         reports.append(step(memory, local_batch, found))
+        largest = max(largest, local_batch if found is None else 0)
+        assert reports[-1].fits >= largest or not reports[-1].fails, "what was computed is known to fit"
     for report in reports:
         if report.fails:
             assert report.fits <= limit < report.fails
@@ -105,7 +108,6 @@ def test_of_a_device_with_a_limit_the_truth_lies_between_what_fits_and_what_fail
         last = known[-1]
         assert not memory.is_too_large(last.fails - 1)
         assert memory.is_too_large(last.fails)
-    largest = max((b for b, *_ in steps if b <= limit), default=0)
     assert not memory.exceeds_completed([largest])
     assert memory.exceeds_completed([largest + 1])
 

@@ -69,7 +69,7 @@ def test_a_strategy_belongs_to_one_trainer() -> None:
 
 def test_other_accelerators_are_refused() -> None:
     """Only CPUs and CUDA GPUs can be driven."""
-    from lightning_hetero.trainer.checks import check_devices
+    from lightning_hetero.trainer.options import check_devices
 
     with pytest.raises(ValueError, match="not on xla"):
         check_devices([torch.device("cpu"), torch.device("xla", 0)])
@@ -238,11 +238,11 @@ def test_leaving_together_is_allowed() -> None:
 
 
 class Lists:
-    """A loader of ready batches, one fewer on rank 1."""
+    """A loader of ready batches, other ones on each rank and one fewer on rank 1."""
 
     def __iter__(self) -> Any:
-        data = Numbers(12)
-        for start in range(0, 12 - 3 * torch.distributed.get_rank(), 3):
+        data, rank = Numbers(24), torch.distributed.get_rank()
+        for start in range(12 * rank, 12 + 9 * rank, 3):
             yield torch.utils.data.default_collate([data[i] for i in range(start, start + 3)])
 
 

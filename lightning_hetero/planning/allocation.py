@@ -61,11 +61,8 @@ def expected_maximum(means: Sequence[float], deviations: Sequence[float]) -> flo
     """Mean of the largest of W independent normal variables: how long a step takes when its ranks' times vary.
 
     The integral over the product of their distribution functions, by the trapezoidal rule; the normal distribution
-    function is approximated by a hyperbolic tangent (E. Page, Applied Statistics 26, 1977), good to 2e-4.
-
-    Args:
-        means: W numbers.
-        deviations: W standard deviations, at least 0.
+    function is approximated by a hyperbolic tangent (E. Page, Applied Statistics 26, 1977), good to 2e-4. Deviations
+    are standard deviations, at least 0.
     """
     mean = np.asarray(means, dtype=np.float64)  # (W,)
     deviation = np.maximum(np.asarray(deviations, dtype=np.float64), 1e-9 * np.abs(mean).max())
@@ -91,18 +88,8 @@ def proportional(
     gets the maximum, and the rest is shared by the others in proportion. What they can't take goes to ranks without a
     share, in equal parts. Of equal remainders, that of the lower rank comes first.
 
-    Args:
-        global_batch: see `allocate`, as for the limits.
-        shares: one non-negative number a rank, such as ``[4, 1]``; only their ratios matter.
-        minimum: least local batch.
-        maximum: largest local batch.
-        granularity: local batches are multiples of it.
-
-    Returns:
-        Local batches, one a rank; they add up to ``global_batch``.
-
-    Raises:
-        ValueError: a share is negative or not finite, all are 0, or the limits don't fit.
+    Of the shares, one non-negative number a rank, such as ``[4, 1]``, only the ratios matter. The other arguments, the
+    result and the errors are those of `allocate`.
     """
     for rank, share in enumerate(shares):
         if not math.isfinite(share):

@@ -8,12 +8,12 @@ same.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from lightning_hetero.planning.allocation import allocate, expected_maximum, proportional
 from lightning_hetero.planning.measurements import RankMeasurements
+from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.reports import MeasuredStep
 from lightning_hetero.planning.step_time import StepTimeModel
 
@@ -76,23 +76,6 @@ _KEPT_OF_PROFILE = 5
 _NOISE_MARGINS = (0.0, 0.5, 1.0, 1.5)
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """A split that should replace the current one.
-
-    Attributes:
-        local_batches: W samples.
-        predicted_seconds: W seconds of compute time; None where nothing is known.
-        reason: "explore" (to separate fixed cost from cost per sample), "balance", "drift" (a rank's speed has
-            changed), "memory" (the current split asks a rank for more than it may take), or "profile" (what an earlier
-            run has measured).
-    """
-
-    local_batches: tuple[int, ...]
-    predicted_seconds: tuple[float, ...] | None
-    reason: str
-
-
 class Balancer:
     """Decides when to change the plan, and to what.
 
@@ -104,17 +87,12 @@ class Balancer:
     A step is over when the last rank has computed and its exposed communication is over: the time of a rank is its
     compute time plus what it communicates when all others wait for it.
 
-    Args:
-        world_size: W, at least 2.
-        global_batch: samples of each observed step, over all ranks.
-        minimum: least local batch, at least 1.
-        granularity: local batches are multiples of it.
-        state: what an earlier run of the same job has measured, see `state_dict`; `first_proposal` follows from it.
+    The state is what an earlier run of the same job has measured; `first_plan` follows from it.
 
     Raises:
         ValueError: there is no split within these limits, or the state is of another version, of other ranks or of
             another global batch, or nothing was measured. A damaged state raises that, a KeyError or a TypeError, here
-            or in `first_proposal`.
+            or in `first_plan`.
     """
 
     def __init__(
@@ -128,10 +106,9 @@ class Balancer:
     ) -> None:
         if minimum < 1:
             raise ValueError(f"a rank needs at least 1 sample to be measured, got minimum {minimum}")
-        self.world_size = world_size
-        self.global_batch = global_batch
-        self.minimum = minimum
-        self.granularity = granularity
+        self._world_size, self._global_batch = world_size, global_batch
+        self._minimum, self._granularity = minimum, granularity
+        self._limits = {"minimum": minimum, "granularity": granularity}
         self._proportional([1.0] * world_size, None)  # raises where there is no split
         self._ranks = [RankMeasurements() for _ in range(world_size)]
         self._first_step: MeasuredStep | None = None  # of this process; not a measurement
@@ -151,12 +128,12 @@ class Balancer:
             ValueError: the numbers can't be measurements of a step with this global batch.
         """
         step, split, seconds = measured.step, measured.local_batches, measured.compute_seconds
-        if len(split) != self.world_size or len(seconds) != self.world_size:
+        if len(split) != self._world_size or len(seconds) != self._world_size:
             raise ValueError(
-                f"step {step}: got {len(split)} local batches and {len(seconds)} times for {self.world_size} ranks"
+                f"step {step}: got {len(split)} local batches and {len(seconds)} times for {self._world_size} ranks"
             )
-        if min(split) < 1 or sum(split) != self.global_batch:
-            raise ValueError(f"step {step}: local batches {split} are not a split of {self.global_batch} samples")
+        if min(split) < 1 or sum(split) != self._global_batch:
+            raise ValueError(f"step {step}: local batches {split} are not a split of {self._global_batch} samples")
         for rank, time in enumerate(seconds):
             if not (math.isfinite(time) and time > 0):
                 raise ValueError(f"step {step}: rank {rank} measured {time} seconds, not a positive number")
@@ -197,18 +174,16 @@ class Balancer:
                 charged[rank] += max(0.0, least - (self._ranks[rank].exposed_communication() or 0.0))
         return charged
 
-    def propose(self, current: tuple[int, ...], maximum: Sequence[int] | None = None) -> Proposal | None:
-        """The plan that should replace the newest one, if any.
+    def propose(
+        self, current: tuple[int, ...], maximum: Sequence[int] | None = None, *, first_step: int = 0
+    ) -> Plan | None:
+        """A plan, from `first_step` on, that should replace the split of the newest one, in force or not.
 
-        Args:
-            current: W samples; the newest plan that was decided, in force or not.
-            maximum: W samples that each rank can take at most; None for no limit.
-
-        Returns:
-            The new plan, or None to keep ``current``: because it is good, or because too little is known of it yet.
+        None keeps that: because it is good, or because too little is known of it yet. No rank gets more than its
+        maximum.
         """
         if not self._last_split:
-            return self._propose_from_first_step(current, maximum)
+            return self._propose_from_first_step(current, maximum, first_step)
         too_much = maximum is not None and any(b > most for b, most in zip(current, maximum, strict=True))
         in_force = self._last_split == current
         if not in_force:
@@ -220,7 +195,11 @@ class Balancer:
         if due and self._steps_at_split >= _STEPS_TO_SETTLE and in_force:
             self._discard_sparse_measurements(current, maximum)
         explore = all(len(rank.seconds) == 1 for rank in self._ranks)
-        split = self._exploratory_split(current, maximum) if explore else self._best_split(maximum)
+        if explore:  # beyond the proportional split
+            rates = [b / model.seconds(b) for model, b in zip(self._models(), current, strict=True)]
+            split = self._proportional([rate**_EXPLORATORY_EXPONENT for rate in rates], maximum)
+        else:
+            split = self._best_split(maximum)
         gain = 1 - self._expected_seconds(split) / self._expected_seconds(current)
         quick = self._exploratory_plans > 0 and (gain > _IMBALANCE or not explore)
         needed = _EXPLORATORY_GAIN if quick else self._significant_gain(current, split) if due else math.inf
@@ -229,7 +208,7 @@ class Balancer:
         reason = "memory" if too_much else "drift" if self._drifted else "explore" if explore else "balance"
         self._drifted = False
         self._exploratory_plans = max(self._exploratory_plans - 1, 0)
-        return self._proposal(split, reason)
+        return Plan(first_step, split, self._predicted_seconds(split), reason)
 
     @property
     def is_exploring(self) -> bool:
@@ -237,11 +216,7 @@ class Balancer:
         return self._exploratory_plans > 0
 
     def split_from_speeds(self, speeds: Sequence[float], current: tuple[int, ...]) -> tuple[int, ...]:
-        """A split to begin with, from a speed test of the devices.
-
-        Args:
-            speeds: W positive numbers; only their ratios matter.
-            current: W samples, of the equal split, which stays where the devices are not clearly unequal.
+        """A split to begin with, from a speed test of the devices; `current`, where they are not clearly unequal.
 
         Raises:
             ValueError: a speed can't have been measured.
@@ -251,14 +226,15 @@ class Balancer:
                 raise ValueError(f"the speed test of rank {rank} found {speed}, not a positive number")
         return self._cautious_split(speeds, [_SPEED_TEST_LIMIT * self._rounded_up(b) for b in current]) or current
 
-    def first_proposal(self) -> Proposal:
-        """The first plan that follows from the state of an earlier run.
+    def first_plan(self) -> Plan:
+        """The plan of step 0 that follows from the state of an earlier run.
 
         No rank gets more than it has had: nothing is known of its memory beyond that.
         """
-        step = self.granularity
-        had = [max(max(rank.seconds) // step * step, self.minimum) for rank in self._ranks]
-        return self._proposal(self._best_split(had if sum(had) >= self.global_batch else None), "profile")
+        step = self._granularity
+        had = [max(max(rank.seconds) // step * step, self._minimum) for rank in self._ranks]
+        split = self._best_split(had if sum(had) >= self._global_batch else None)
+        return Plan(0, split, self._predicted_seconds(split), "profile")
 
     def models(self) -> tuple[StepTimeModel, ...] | None:
         """W models of compute time as they are now; None before the first useful measurement."""
@@ -277,15 +253,15 @@ class Balancer:
         """What a later run of the same job can begin from, as plain numbers, lists and dicts."""
         return {
             "version": STATE_VERSION,
-            "world_size": self.world_size,
-            "global_batch": self.global_batch,
+            "world_size": self._world_size,
+            "global_batch": self._global_batch,
             "measured": [[[b, list(seconds)] for b, seconds in rank.seconds.items()] for rank in self._ranks],
             "exposed_communication": [list(rank.exposed) for rank in self._ranks],
             "last_split": list(self._last_split),
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        expected = {"version": STATE_VERSION, "world_size": self.world_size, "global_batch": self.global_batch}
+        expected = {"version": STATE_VERSION, "world_size": self._world_size, "global_batch": self._global_batch}
         for name, value in expected.items():
             if state[name] != value:
                 raise ValueError(f"cannot load a balancer's state of {name} {state[name]!r} into one of {value}")
@@ -297,18 +273,18 @@ class Balancer:
         ]
         self._last_split = tuple(state["last_split"])
 
-    # ---- splits ----
-
-    def _propose_from_first_step(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> Proposal | None:
-        if self._first_step is None or self._first_step_used:
+    def _propose_from_first_step(
+        self, current: tuple[int, ...], maximum: Sequence[int] | None, first_step: int
+    ) -> Plan | None:
+        first = self._first_step
+        if first is None or self._first_step_used:
             return None
         self._first_step_used = True
-        first = self._first_step
         rates = [b / seconds for b, seconds in zip(first.local_batches, first.compute_seconds, strict=True)]
         split = self._cautious_split(rates, maximum)
         if split is None or split == current:
             return None
-        return Proposal(split, tuple(b / rate for b, rate in zip(split, rates, strict=True)), "explore")
+        return Plan(first_step, split, tuple(b / rate for b, rate in zip(split, rates, strict=True)), "explore")
 
     def _discard_sparse_measurements(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> None:
         """Forget local batches that were measured only a few times where the others promise much without them.
@@ -330,43 +306,32 @@ class Balancer:
             return None
         return self._proportional([rate**_CAUTIOUS_EXPONENT for rate in rates], maximum)
 
-    def _exploratory_split(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> tuple[int, ...]:
-        rates = [b / model.seconds(b) for model, b in zip(self._models(), current, strict=True)]
-        return self._proportional([rate**_EXPLORATORY_EXPONENT for rate in rates], maximum)
-
     def _proportional(self, shares: Sequence[float], maximum: Sequence[int] | None) -> tuple[int, ...]:
-        return proportional(
-            self.global_batch, shares, minimum=self.minimum, maximum=maximum, granularity=self.granularity
-        )
+        return proportional(self._global_batch, shares, maximum=maximum, **self._limits)
 
     def _best_split(self, maximum: Sequence[int] | None) -> tuple[int, ...]:
         """The split with the least expected step time, of those with several margins for noise."""
         # Beyond twice what was measured, a curve says too little.
-        caps = [self._rounded_up(max(2 * max(rank.seconds), self.minimum)) for rank in self._ranks]
+        caps = [self._rounded_up(max(2 * max(rank.seconds), self._minimum)) for rank in self._ranks]
         if maximum is not None:
             within = list(map(min, caps, maximum))
-            caps = within if sum(within) >= self.global_batch else list(maximum)
+            caps = within if sum(within) >= self._global_batch else list(maximum)
         ranks = list(zip(self._models(), self._ranks, self.exposed_communication(), strict=True))
         splits = []
         for margin in _NOISE_MARGINS:
             models = [model.scaled(1 + margin * rank.noise(), plus=exposed) for model, rank, exposed in ranks]
-            splits.append(
-                allocate(models, self.global_batch, minimum=self.minimum, maximum=caps, granularity=self.granularity)
-            )
+            splits.append(allocate(models, self._global_batch, maximum=caps, **self._limits))
         return min(dict.fromkeys(splits), key=self._expected_seconds)
 
     def _rounded_up(self, local_batch: int) -> int:
-        return -(-local_batch // self.granularity) * self.granularity
+        return -(-local_batch // self._granularity) * self._granularity
 
-    # ---- what a split promises ----
-
-    def _proposal(self, split: tuple[int, ...], reason: str) -> Proposal:
-        return Proposal(split, tuple(m.seconds(b) for m, b in zip(self._models(), split, strict=True)), reason)
+    def _predicted_seconds(self, split: Sequence[int]) -> tuple[float, ...]:
+        return tuple(model.seconds(b) for model, b in zip(self._models(), split, strict=True))
 
     def _rank_seconds(self, split: Sequence[int]) -> list[float]:
         """W seconds of compute time and exposed communication."""
-        ranks = zip(self._models(), split, self.exposed_communication(), strict=True)
-        return [model.seconds(b) + exposed for model, b, exposed in ranks]
+        return list(map(float.__add__, self._predicted_seconds(split), self.exposed_communication()))
 
     def _expected_seconds(self, split: Sequence[int]) -> float:
         """Mean seconds of a step, with the noise that each rank has shown."""
@@ -378,9 +343,9 @@ class Balancer:
         errors = []
         for local_batches in (current, split):
             times = self._rank_seconds(local_batches)
-            last = max(range(self.world_size), key=times.__getitem__)
+            last = max(range(self._world_size), key=times.__getitem__)
             errors.append(self._ranks[last].uncertainty(local_batches[last]))
-        standard_errors = max(_STANDARD_ERRORS, math.sqrt(2 * math.log(self.world_size)))
+        standard_errors = max(_STANDARD_ERRORS, math.sqrt(2 * math.log(self._world_size)))
         return max(_HYSTERESIS, standard_errors * math.hypot(*errors))
 
     def _models(self) -> tuple[StepTimeModel, ...]:

@@ -1,4 +1,4 @@
-"""What step-time models say of all ranks together: which of them pay, and how fast they could be at most."""
+"""What step-time models say of all ranks together: which of them make steps faster, and how fast they could be."""
 
 import math
 from bisect import bisect_left
@@ -10,10 +10,10 @@ from lightning_hetero.planning.allocation import allocate
 from lightning_hetero.planning.step_time import StepTimeModel
 
 MARGIN = 0.02
-"""The part of a step by which leaving ranks out has to be faster: models are off by about as much."""
+"""The part of a step that leaving ranks out has to save: models are off by about as much."""
 
 LARGEST_FACTOR = 64
-"""Global batches up to this many times the one at hand are searched: a guess at what a user may still consider."""
+"""Global batches up to this many times the current one are searched: a guess at what a user may still consider."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class EfficiencyModel:
 
     @cached_property
     def _last(self) -> tuple[StepTimeModel, ...]:
-        """Seconds of a step by a rank's local batch if it finishes last; no less below the minimum than there."""
+        """W models of the seconds of a step that the rank finishes last; below the minimum as long as there."""
         pairs = zip(self.models, self.exposed_communication, strict=True)
         return tuple(_flat_up_to(self.minimum, model.scaled(1, plus=seconds)) for model, seconds in pairs)
 
@@ -65,8 +65,8 @@ class EfficiencyModel:
     def paying(self, global_batch: int) -> tuple[int, ...]:
         """The ranks that pay: all, unless some of them are faster without the others by more than `MARGIN`.
 
-        The others are all that need longer for their minimum than the fastest ranks for a whole step, by more than
-        `MARGIN`. They are left out together: without only one of two equal ones, nothing would be gained.
+        The others are those that need longer for their minimum than the fastest ranks for a whole step, by more than
+        `MARGIN`. They are left out together: leaving out only one of two equal ones would gain nothing.
         """
         ranks = range(len(self.models))
         alone, alone_seconds = min(((r, self.step_seconds(global_batch, [r])) for r in ranks), key=lambda pair: pair[1])
@@ -79,14 +79,14 @@ class EfficiencyModel:
         return kept if self.step_seconds(global_batch, ranks) > (1 + MARGIN) * seconds else tuple(ranks)
 
     def pays_from(self, rank: int, global_batch: int) -> int | None:
-        """The smallest global batch, from this one on, at which a rank pays; None up to the largest one searched."""
+        """The smallest global batch, from this one on, at which a rank pays; None where none that is searched does."""
         largest = min(LARGEST_FACTOR * global_batch, sum(self.maximum) if self.maximum is not None else math.inf)
         sizes = range(global_batch, int(largest) + 1, self.granularity)
         first = bisect_left(sizes, True, key=lambda size: rank in self.paying(size))
         return sizes[first] if first < len(sizes) else None
 
     def limit(self, global_batch: int) -> float:
-        """Samples a second: the sum of what each rank computes alone of whole global batches."""
+        """Samples a second at most: the sum over ranks of what each computes alone of whole global batches."""
         return sum(global_batch / model.seconds(global_batch) for model in self.models)
 
 

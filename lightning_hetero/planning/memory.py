@@ -22,12 +22,7 @@ _SAFE_GROWTH = 1.1
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Peak memory of a rank as a line over its local batch; no observation lies above it.
-
-    Attributes:
-        fixed: bytes that don't depend on the local batch, at least 0.
-        per_sample: bytes for each sample, at least 0.
-    """
+    """Peak memory of a rank, in bytes, as a line over its local batch: fixed bytes, and bytes for each sample."""
 
     fixed: float
     per_sample: float
@@ -36,14 +31,8 @@ class MemoryModel:
     def fit(cls, peaks: Mapping[int, float], resting: float = 0.0) -> "MemoryModel":
         """The least-squares line, raised until no observation lies above it.
 
-        A single local batch does not show the slope: then all that is held beyond `resting` counts as the samples'.
-
-        Args:
-            peaks: the most bytes seen by local batch; not empty.
-            resting: bytes that were held before the first step.
-
-        Raises:
-            ValueError: they can't have been observed.
+        Peaks are the most bytes seen at each local batch. A single local batch does not show the slope: then all bytes
+        beyond those `resting`, which were held before the first step, count as the samples'.
         """
         if not peaks:
             raise ValueError("a memory model needs at least one local batch and its peak")
@@ -143,14 +132,7 @@ class _RankMemory:
 
 
 class Caps:
-    """The largest local batches of all ranks, as far as is known.
-
-    Args:
-        limits: what the devices may hold.
-        global_batch: samples of a step over all ranks.
-        minimum: the least local batch.
-        granularity: local batches are multiples of it.
-    """
+    """The largest local batches of all ranks, as far as is known; multiples of the granularity."""
 
     def __init__(self, limits: MemoryLimits, global_batch: int, *, minimum: int, granularity: int) -> None:
         self._devices = limits.devices
@@ -161,10 +143,7 @@ class Caps:
         self._update_bounds()
 
     def update(self, reports: MemoryReports) -> tuple[str, ...]:
-        """Take in what all ranks report.
-
-        Returns:
-            A sentence for each rank that has run out of memory since the last call.
+        """Take in what all ranks report; returns a sentence for each rank that has run out of memory since.
 
         Raises:
             ValueError: the global batch does not fit into the memory of all ranks together.
@@ -200,11 +179,7 @@ class Caps:
         )
 
     def maximum(self, current: Sequence[int]) -> tuple[int, ...]:
-        """W largest local batches, multiples of the granularity; their sum is at least the global batch.
-
-        Args:
-            current: W samples, of the newest plan.
-        """
+        """W largest local batches for a next plan after the current one; their sum is at least the global batch."""
         factor = 1
         while True:  # growth limits too narrow for the global batch give way, up to what memory allows
             caps = [
@@ -221,22 +196,17 @@ class Caps:
     def _update_bounds(self) -> None:
         self._known_to_fit = [self._rounded(rank.known_to_fit()) for rank in self._ranks]
         self._may_fit = [self._rounded(rank.may_fit()) for rank in self._ranks]
-        self.allowed = self._allowed()
-        """W local batches that memory allows, however far they are from what was tried."""
-
-    def _allowed(self) -> tuple[int, ...]:
-        """What is known to fit; where that is too little for the global batch, as much of what may fit as it takes.
-
-        A rank that runs out of memory then shows what fits, and nothing is lost.
-        """
         bounds = zip(self._known_to_fit, self._may_fit, strict=True)
         allowed = [max(fits, min(self._minimum, most)) for fits, most in bounds]
         untried = list(map(int.__sub__, self._within_global_batch(self._may_fit), self._within_global_batch(allowed)))
         missing = self._global_batch - sum(self._within_global_batch(allowed))
-        if not 0 < missing <= sum(untried):
-            return tuple(allowed)
-        more = proportional(missing, untried, minimum=0, maximum=untried, granularity=self._granularity)
-        return tuple(map(int.__add__, allowed, more))
+        # Where too little is known to fit, what may fit is used as far as the global batch needs it. A rank that runs
+        # out of memory then shows what fits, and nothing is lost.
+        if 0 < missing <= sum(untried):
+            more = proportional(missing, untried, minimum=0, maximum=untried, granularity=self._granularity)
+            allowed = list(map(int.__add__, allowed, more))
+        self.allowed = tuple(allowed)
+        """W local batches that memory allows, however far they are from what was tried."""
 
     def _within_global_batch(self, local_batches: Iterable[int]) -> list[int]:
         return [min(local_batch, self._global_batch) for local_batch in local_batches]

@@ -1,20 +1,21 @@
 """A plan says how a global batch is split over the ranks; a schedule says which plan holds at which step."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The local batch of every rank, and the step from which it holds.
+    """The local batch of every rank, and the step from which they hold.
 
     Args:
         first_step: the first global batch (counted from 0 over the whole run) that is split this way.
         local_batches: W numbers of samples, one a rank; their sum is the global batch.
         predicted_seconds: W seconds of compute time that the step-time models expect; None before anything is known.
-        reason: why this plan was made, for the log.
+        reason: why this plan was made, for the log: "equal", "shares" (the user's), "probe" (a speed test), "profile"
+            (what an earlier run has measured), "explore" (to separate fixed cost from cost per sample), "balance",
+            "drift" (a rank's speed has changed), or "memory" (the last plan asked a rank for more than it may take).
 
     Raises:
         ValueError: the numbers can't be a plan.
@@ -52,20 +53,15 @@ class Plan:
 
 
 class Schedule:
-    """The plans of a run over its steps; plans are only ever added at the end.
-
-    Args:
-        first: the plan of step 0.
-    """
+    """The plans of a run over its steps, from `first` on; plans are only ever added at the end."""
 
     def __init__(self, first: Plan) -> None:
         if first.first_step != 0:
             raise ValueError(f"the first plan has to hold from step 0, not from step {first.first_step}")
         self._plans = [first]
-        self._starts = [0]
 
     @property
-    def plans(self) -> Sequence[Plan]:
+    def plans(self) -> tuple[Plan, ...]:
         """All plans so far, oldest first."""
         return tuple(self._plans)
 
@@ -78,7 +74,7 @@ class Schedule:
         """The plan in force at a step."""
         if step < 0:
             raise ValueError(f"there is no step {step}")
-        return self._plans[bisect_right(self._starts, step) - 1]
+        return self._plans[bisect_right(self._plans, step, key=lambda plan: plan.first_step) - 1]
 
     def append(self, plan: Plan) -> None:
         """Let `plan` hold from its first step on.
@@ -95,4 +91,3 @@ class Schedule:
                 f"{newest.global_batch} samples on {newest.world_size} ranks"
             )
         self._plans.append(plan)
-        self._starts.append(plan.first_step)

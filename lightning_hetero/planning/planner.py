@@ -1,11 +1,11 @@
 """From shares and the ranks' reports to the schedule of plans; pure, the same on every rank."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from lightning_hetero.planning.allocation import proportional
-from lightning_hetero.planning.balancer import Balancer, Proposal
+from lightning_hetero.planning.balancer import Balancer
 from lightning_hetero.planning.memory import Caps, MemoryLimits
 from lightning_hetero.planning.plan import Plan, Schedule
 from lightning_hetero.planning.reports import MeasuredStep, MeasurementJoin, StepReports
@@ -86,24 +86,23 @@ class SplitPlanner:
         self.forget_memory()
         self._join = MeasurementJoin(world_size)
         reason = "equal" if shares.proportions is None else "shares"
-        first = given = self._given = Proposal(self._proportional(self._proportions), None, reason)
+        first = self._unmeasured = Plan(0, self._proportional(self._proportions), reason=reason)
         adaptive = shares.adaptive and world_size > 1
         self._balancer = self._new_balancer(profile) if adaptive else None
         self._has_profile = adaptive and profile is not None
         if self._balancer is not None and profile is not None:
-            first = self._balancer.first_proposal()
+            first = self._balancer.first_plan()
         elif self._balancer is not None and speeds is not None:
-            split = self._balancer.split_from_speeds(speeds, given.local_batches)
-            first = Proposal(split, None, "probe") if split != given.local_batches else given
+            split = self._balancer.split_from_speeds(speeds, first.local_batches)
+            first = Plan(0, split, reason="probe") if split != first.local_batches else first
         self._discards_profile = False  # with the next update
         self._next_is_undrawn = False  # whether no loader has drawn the batch after that of the last messages
         self._futile_messages = 0  # in a row without a complete step
-        self.schedule = Schedule(Plan(0, first.local_batches, first.predicted_seconds, first.reason))
+        self.schedule = Schedule(first)
 
     def _new_balancer(self, profile: Mapping[str, Any] | None) -> Balancer:
-        return Balancer(
-            self.world_size, self.global_batch, minimum=self._least, granularity=self.granularity, state=profile
-        )
+        least, granularity = self._least, self.granularity
+        return Balancer(self.world_size, self.global_batch, minimum=least, granularity=granularity, state=profile)
 
     def forget_memory(self) -> None:
         """Another fit begins: its samples may be larger, so what was seen of memory no longer holds."""
@@ -139,28 +138,23 @@ class SplitPlanner:
             ValueError: the global batch does not fit into the memory of all ranks together.
         """
         self._next_is_undrawn = reports.last_drawn <= reports.step
-        plans = []
-
-        def append(proposal: Proposal | None) -> None:
-            if proposal is not None:
-                start = max(reports.last_drawn + 1, self.schedule.newest.first_step)
-                plan = Plan(start, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
-                self.schedule.append(plan)
-                plans.append(plan)
-
+        decided = len(self.schedule.plans)
+        start = max(reports.last_drawn + 1, self.schedule.newest.first_step)
         if self._discards_profile:
             self._has_profile = self._discards_profile = False
             self._balancer = self._new_balancer(None)
-            append(self._given)
+            self.schedule.append(replace(self._unmeasured, first_step=start))
         warnings = self.caps.update(reports.memory) if self.caps is not None else ()
-        append(self._within_caps())
+        self._keep_to_caps(start)
         measured = self._join.add(reports, self.schedule)
         self._futile_messages = 0 if measured else self._futile_messages + 1
         if self._balancer is not None and measured:
             for step in measured:
                 self._balancer.observe(step)
-            append(self._balancer.propose(self.schedule.newest.local_batches, self._maximum()))
-        return PlanUpdate(tuple(plans), warnings, measured)
+            newest, maximum = self.schedule.newest.local_batches, self._maximum()
+            if (plan := self._balancer.propose(newest, maximum, first_step=start)) is not None:
+                self.schedule.append(plan)
+        return PlanUpdate(self.schedule.plans[decided:], warnings, measured)
 
     def models(self) -> tuple[StepTimeModel, ...] | None:
         """W models of compute time by local batch; None where nothing is known, and with fixed shares."""
@@ -174,18 +168,19 @@ class SplitPlanner:
         """What was measured, for a later run of the same job; None where nothing was, and with fixed shares."""
         return self._balancer.state_dict() if self._balancer is not None and self._balancer.models() else None
 
-    def _within_caps(self) -> Proposal | None:
-        """Another split where the newest plan asks a rank for more than its memory allows."""
+    def _keep_to_caps(self, start: int) -> None:
+        """Replace the newest plan where it asks a rank for more than its memory allows."""
         newest, caps = self.schedule.newest.local_batches, self._maximum()
         if caps is None or all(map(int.__le__, newest, caps)):
-            return None
-        if self._balancer is None:
-            return Proposal(self._proportional(self._proportions, caps), None, "memory")
-        proposal = self._balancer.propose(newest, caps)
-        # Without a better one the surplus is spread in proportion to the newest plan, the best that is known.
-        seconds = proposal.predicted_seconds if proposal is not None else None
-        split = proposal.local_batches if proposal is not None else self._proportional(newest, caps)
-        return Proposal(split, seconds, "memory")
+            return
+        plan = self._balancer.propose(newest, caps, first_step=start) if self._balancer is not None else None
+        if plan is not None:
+            self.schedule.append(replace(plan, reason="memory"))
+        else:
+            # The newest split is the best that is known, fixed shares are what the user wants: the surplus is spread
+            # in proportion.
+            shares = newest if self._balancer is not None else self._proportions
+            self.schedule.append(Plan(start, self._proportional(shares, caps), reason="memory"))
 
     def _maximum(self) -> tuple[int, ...] | None:
         return self.caps.maximum(self.schedule.newest.local_batches) if self.caps is not None else None

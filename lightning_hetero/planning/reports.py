@@ -32,16 +32,16 @@ class MemoryReports:
 
 @dataclass(frozen=True)
 class StepReports:
-    """What all ranks report with the messages of one step.
+    """What all ranks report with the messages of a step.
 
     Attributes:
-        step: the step that the messages belong to.
+        step: of the messages.
         last_drawn: the last step that any rank's loaders have handed out.
         measured_steps: (W,) the step that each rank's measurement belongs to, a full global batch; -1 for none.
         compute_seconds: (W,) seconds of compute time in that step.
         sync_seconds: (W,) seconds from the rank's last local gradient to the averaged ones; 0 for unknown.
         averaged_after_backward: (W,) whether nothing was averaged during the backward pass.
-        memory: what the ranks report of their memory.
+        memory: see there.
     """
 
     step: int
@@ -55,13 +55,10 @@ class StepReports:
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A step of a full global batch that every rank has reported.
+    """A step of a full global batch that every rank has reported, with W values of what `StepReports` has.
 
     Attributes:
-        step: the global batch, counted from 0 over the whole run.
         local_batches: W samples, the split that the step ran with.
-        compute_seconds: W seconds of compute time.
-        sync_seconds: W seconds from each rank's last local gradient to the averaged ones; 0 for unknown.
         averaged_after_backward: whether nothing was averaged during the backward pass of some rank.
     """
 
@@ -73,44 +70,30 @@ class MeasuredStep:
 
 
 class MeasurementJoin:
-    """Joins the ranks' measurements by step: a step is complete once all ranks have reported it.
-
-    Args:
-        world_size: W.
-    """
+    """Joins the ranks' measurements by step: a step is complete once all ranks have reported it."""
 
     PATIENCE = 64
-    """Steps after which a measurement that not all ranks have reported is given up. Ranks are a few steps behind each
-    other at most: this only bounds memory."""
+    """Steps after which a measurement that not all ranks have reported is given up. Ranks are at most a few steps
+    behind each other: this only bounds memory."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._reported: dict[int, dict[int, tuple[float, float, bool]]] = {}  # by step and rank
 
     def add(self, reports: StepReports, schedule: Schedule) -> tuple[MeasuredStep, ...]:
-        """Take in one report of every rank; returns the steps that are complete now.
-
-        Args:
-            reports: of all ranks.
-            schedule: the plans that the steps ran with.
-        """
+        """Take in what all ranks report; returns the steps that are complete now, which ran with these plans."""
+        columns = (reports.compute_seconds, reports.sync_seconds, reports.averaged_after_backward)  # (W,) each
         steps = reports.measured_steps.tolist()
-        measurements = zip(
-            reports.compute_seconds.tolist(),
-            reports.sync_seconds.tolist(),
-            reports.averaged_after_backward.tolist(),
-            strict=True,
-        )
+        measurements = zip(*(column.tolist() for column in columns), strict=True)
         for rank, (step, measurement) in enumerate(zip(steps, measurements, strict=True)):
             if step >= 0:
                 self._reported.setdefault(step, {})[rank] = measurement
         complete = [step for step, ranks in self._reported.items() if len(ranks) == self._world_size]
-        joined = tuple(self._joined(step, schedule) for step in complete)
-        for step in [step for step in self._reported if step < max(steps) - self.PATIENCE]:
-            del self._reported[step]
-        return joined
-
-    def _joined(self, step: int, schedule: Schedule) -> MeasuredStep:
-        ranks = self._reported.pop(step)
-        compute, sync, after_backward = zip(*(ranks[rank] for rank in range(self._world_size)), strict=True)
-        return MeasuredStep(step, schedule.at(step).local_batches, compute, sync, any(after_backward))
+        joined = []
+        for step in complete:
+            ranks = self._reported.pop(step)
+            compute, sync, after_backward = zip(*(ranks[rank] for rank in range(self._world_size)), strict=True)
+            joined.append(MeasuredStep(step, schedule.at(step).local_batches, compute, sync, any(after_backward)))
+        oldest = max(steps) - self.PATIENCE
+        self._reported = {step: ranks for step, ranks in self._reported.items() if step >= oldest}
+        return tuple(joined)

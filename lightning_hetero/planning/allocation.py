@@ -183,9 +183,8 @@ def _upper_limits(low: _Ints, total: int, maximum: int | Sequence[int] | None, g
             f" ({low[rank] - caps[rank]} samples between them, rounded to the granularity)"
         )
     if (most := int(caps.sum())) < total:
-        raise ValueError(
-            f"the caps of all ranks add up to {most} samples, {total - most} short of the global batch {total}"
-        )
+        short = f"{total - most} short of the global batch {total}"
+        raise ValueError(f"the caps of all ranks add up to {most} samples, {short}")
     return np.minimum(high, caps)
 
 

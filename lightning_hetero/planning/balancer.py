@@ -26,8 +26,7 @@ STATE_VERSION = 3
 _CLEARLY_UNEQUAL = 2.0
 _CAUTIOUS_EXPONENT = 0.75
 
-# After a speed test no rank gets more than this many times its equal share: chosen, since nothing is known of its
-# memory yet.
+# A speed test gives no rank more than this many times its equal share: nothing is known of its memory yet. Chosen.
 _SPEED_TEST_LIMIT = 2
 
 # The exploratory split lies beyond the proportional one: shares go with speed to this power. Fixed costs always move
@@ -90,9 +89,8 @@ class Balancer:
     The state is what an earlier run of the same job has measured; `first_plan` follows from it.
 
     Raises:
-        ValueError: there is no split within these limits, or the state is of another version, of other ranks or of
-            another global batch, or nothing was measured. A damaged state raises that, a KeyError or a TypeError, here
-            or in `first_plan`.
+        ValueError: there is no split within these limits, or the state is of another job or version. A damaged state
+            raises that, a KeyError or a TypeError, here or in `first_plan`.
     """
 
     def __init__(
@@ -128,10 +126,8 @@ class Balancer:
             ValueError: the numbers can't be measurements of a step with this global batch.
         """
         step, split, seconds = measured.step, measured.local_batches, measured.compute_seconds
-        if len(split) != self._world_size or len(seconds) != self._world_size:
-            raise ValueError(
-                f"step {step}: got {len(split)} local batches and {len(seconds)} times for {self._world_size} ranks"
-            )
+        if not len(split) == len(seconds) == (ranks := self._world_size):
+            raise ValueError(f"step {step}: got {len(split)} local batches and {len(seconds)} times for {ranks} ranks")
         if min(split) < 1 or sum(split) != self._global_batch:
             raise ValueError(f"step {step}: local batches {split} are not a split of {self._global_batch} samples")
         for rank, time in enumerate(seconds):
@@ -216,21 +212,15 @@ class Balancer:
         return self._exploratory_plans > 0
 
     def split_from_speeds(self, speeds: Sequence[float], current: tuple[int, ...]) -> tuple[int, ...]:
-        """A split to begin with, from a speed test of the devices; `current`, where they are not clearly unequal.
-
-        Raises:
-            ValueError: a speed can't have been measured.
-        """
+        """A split to begin with, from a speed test of the devices; `current`, where they are not clearly unequal."""
         for rank, speed in enumerate(speeds):
             if not (math.isfinite(speed) and speed > 0):
                 raise ValueError(f"the speed test of rank {rank} found {speed}, not a positive number")
         return self._cautious_split(speeds, [_SPEED_TEST_LIMIT * self._rounded_up(b) for b in current]) or current
 
     def first_plan(self) -> Plan:
-        """The plan of step 0 that follows from the state of an earlier run.
-
-        No rank gets more than it has had: nothing is known of its memory beyond that.
-        """
+        """The plan of step 0 that follows from the state of an earlier run."""
+        # No rank gets more than it has had: nothing is known of its memory beyond that.
         step = self._granularity
         had = [max(max(rank.seconds) // step * step, self._minimum) for rank in self._ranks]
         split = self._best_split(had if sum(had) >= self._global_batch else None)
@@ -241,11 +231,9 @@ class Balancer:
         return self._models() if self._last_split else None
 
     def exposed_communication(self) -> tuple[float, ...]:
-        """W seconds that each rank communicates when all others wait for it; 0 while nothing is known of any.
-
-        A rank that never was the last is taken to be like the others.
-        """
+        """W seconds that each rank communicates when all others wait for it; 0 while nothing is known of any."""
         known = [rank.exposed_communication() for rank in self._ranks]
+        # A rank that never was the last is taken to be like the others.
         usual = median([seconds for seconds in known if seconds is not None] or [0.0])
         return tuple(usual if seconds is None else seconds for seconds in known)
 
@@ -266,7 +254,7 @@ class Balancer:
             if state[name] != value:
                 raise ValueError(f"cannot load a balancer's state of {name} {state[name]!r} into one of {value}")
         if not state["last_split"]:
-            raise ValueError("the state of an earlier run that has measured nothing cannot be loaded")
+            raise ValueError("cannot load the state of an earlier run that has measured nothing")
         self._ranks = [
             RankMeasurements({b: seconds[-_KEPT_OF_PROFILE:] for b, seconds in measured}, exposed)
             for measured, exposed in zip(state["measured"], state["exposed_communication"], strict=True)
@@ -343,7 +331,7 @@ class Balancer:
         errors = []
         for local_batches in (current, split):
             times = self._rank_seconds(local_batches)
-            last = max(range(self._world_size), key=times.__getitem__)
+            last = times.index(max(times))
             errors.append(self._ranks[last].uncertainty(local_batches[last]))
         standard_errors = max(_STANDARD_ERRORS, math.sqrt(2 * math.log(self._world_size)))
         return max(_HYSTERESIS, standard_errors * math.hypot(*errors))

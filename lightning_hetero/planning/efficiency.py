@@ -21,13 +21,8 @@ class EfficiencyModel:
     """Predicts the step time of all ranks, or of some of them only, at any global batch.
 
     Every rank that takes part costs its fixed time in each step: at a small global batch others are faster without it.
-
-    Args:
-        models: compute time by local batch, one model a rank.
-        exposed_communication: W seconds that a rank adds to the step if it finishes last, unless it computes alone.
-        minimum: least local batch, at least 1; a multiple of the granularity, as all of these numbers of samples.
-        granularity: local batches are multiples of it.
-        maximum: W largest local batches; None for no limit.
+    Exposed communication is what a rank adds to the step if it finishes last, unless it computes alone. The limits of
+    local batches, W each, are those of `allocate`, and multiples of the granularity.
     """
 
     models: Sequence[StepTimeModel]
@@ -52,7 +47,7 @@ class EfficiencyModel:
         return max(model.seconds(b) for model, b in zip(self._last, local_batches, strict=True))
 
     def step_seconds(self, global_batch: int, ranks: Sequence[int], minimum: int | None = None) -> float:
-        """Seconds of a step of some ranks without the others, at the best split; infinite if they can't hold it."""
+        """Seconds of a step of some ranks without the others, at the best split; infinite beyond their limits."""
         maximum = None if self.maximum is None else [self.maximum[rank] for rank in ranks]
         if not ranks or (maximum is not None and sum(maximum) < global_batch):
             return math.inf

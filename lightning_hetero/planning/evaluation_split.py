@@ -5,6 +5,7 @@ process would draw them, are given out in order, the first ones to the first ran
 no rank ever has a batch that is larger than the loader's own.
 """
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -75,25 +76,22 @@ class EvaluationTimes:
     """How long all ranks' evaluation batches took, by what was evaluated; fixed shares (not adaptive) ignore it."""
 
     def __init__(self, world_size: int, *, adaptive: bool = True) -> None:
-        self._world_size, self._adaptive = world_size, adaptive
-        self._histories: dict[Hashable, list[RankMeasurements]] = {}
+        self._adaptive = adaptive
+        self._histories: dict[Hashable, list[RankMeasurements]] = defaultdict(
+            lambda: [RankMeasurements() for _ in range(world_size)]
+        )
 
     def update(self, ranks: Sequence[BatchTimes]) -> None:
         """Take in what W ranks have measured in an evaluation that is over; some may have had nothing to evaluate."""
-        if not self._adaptive:
-            return
-        for rank, measured in enumerate(ranks):
+        for rank, measured in enumerate(ranks if self._adaptive else ()):
             for key, batches in measured.items():
-                new = [RankMeasurements() for _ in range(self._world_size)]
-                history = self._histories.setdefault(key, new)[rank]
                 for local_batch, seconds in batches:
-                    history.observe(local_batch, seconds)
+                    self._histories[key][rank].observe(local_batch, seconds)
 
     def seconds(self, key: Hashable, batch: int, proportions: Sequence[float]) -> tuple[float, ...]:
         """W seconds that a batch of so many samples takes on each rank; only their ratios matter.
 
-        Ranks that were never measured with this key are taken to do work in these proportions, W numbers of 0 or more,
-        in the same time, scaled to those that were measured.
+        Ranks that were never measured here are taken to be as fast, beside those that were, as these proportions say.
         """
         assumed = tuple(1 / max(share, 1e-9) for share in proportions)
         histories = self._histories.get(key)

@@ -31,8 +31,7 @@ _SUDDEN_CHANGE = (4, 1.6)
 _LASTING_CHANGE = (8, 1.15)
 _CHANGE_DEVIATIONS = 3.0
 
-# Measurements of other local batches that are kept after a change. Below `_RELIABLE`, so that new ones soon outvote
-# them.
+# Measurements of other local batches that are kept after a change: below `_RELIABLE`, to be outvoted soon.
 _KEPT_AFTER_CHANGE = 2
 
 # The median of the last steps, off by this factor from what the local batch took before (or by `_SLOW_DRIFT_ERRORS`
@@ -93,12 +92,13 @@ class RankMeasurements:
         while len(self.seconds) > KEPT_LOCAL_BATCHES:
             del self.seconds[next(iter(self.seconds))]
         self._model = self._noise = None
-        changed = self._follow_change(local_batch, *_SUDDEN_CHANGE, others=True) or self._follow_change(
-            local_batch, *_LASTING_CHANGE, others=False
-        )
-        if not changed and due:
+        if self._follow_change(local_batch, *_SUDDEN_CHANGE, others=True):
+            return True
+        if self._follow_change(local_batch, *_LASTING_CHANGE, others=False):
+            return True
+        if due:
             self._follow_slow_drift(local_batch)
-        return changed
+        return False
 
     def observe_exposed_communication(self, seconds: float) -> None:
         """Record how long the rank communicated in a step in which it was the last to be ready."""
@@ -120,8 +120,7 @@ class RankMeasurements:
         # In this order, since this runs in every step and the noise takes longest to compute.
         if not outside(factor) or not outside(max(factor, 1 + _CHANGE_DEVIATIONS * self.noise())):
             return False
-        # How the change spreads over fixed cost and cost per sample is not known, so what is scaled is uncertain:
-        # little of it is kept.
+        # How much of the change is in the fixed cost is not known, so what is scaled is uncertain: little is kept.
         kept = {b: s if b == local_batch else s[-_KEPT_AFTER_CHANGE:] for b, s in older.items()}
         self._rescale(local_batch, kept, last)
         return True
@@ -137,10 +136,8 @@ class RankMeasurements:
             self._rescale(local_batch, self._without_last(local_batch, _SLOW_DRIFT_STEPS), last)
 
     def _without_last(self, local_batch: int, steps: int) -> dict[int, list[float]]:
-        older = {b: s for b, s in self.seconds.items() if b != local_batch}
-        if before := self.seconds[local_batch][:-steps]:
-            older[local_batch] = before
-        return older
+        older = self.seconds | {local_batch: self.seconds[local_batch][:-steps]}
+        return {b: s for b, s in older.items() if s}
 
     def _rescale(self, local_batch: int, older: dict[int, list[float]], last: list[float]) -> None:
         """Scale the older measurements of other local batches to the speed of the last steps at this one."""

@@ -6,6 +6,7 @@ A model never predicts less memory than was seen. Ranks that are given the same 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 
@@ -67,15 +68,10 @@ class MemoryModel:
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """What the ranks' devices may hold.
+    """What the ranks' devices may hold, W values each."""
 
-    Attributes:
-        bytes: W numbers of bytes; infinity for no limit.
-        devices: W names, for messages.
-    """
-
-    bytes: tuple[float, ...]
-    devices: tuple[str, ...]
+    bytes: tuple[float, ...]  # infinity for no limit
+    devices: tuple[str, ...]  # names, for messages
 
 
 @dataclass
@@ -104,22 +100,19 @@ class _RankMemory:
     def _state(self, local_batch: int) -> tuple[float | None, ...]:
         return self.resting, self.fits, self.fails, self.largest_completed, self.peaks.get(local_batch)
 
-    def known_to_fit(self) -> int:
-        """The largest local batch that fits by the model and by what was seen."""
-        return min(self._modelled(), self.fits)
-
     def may_fit(self) -> int:
         """The largest local batch that is not known to fail.
 
         A batch that was halved until its parts fitted shows that a part fits, and that the whole does not. And one peak
         within the limit bounds no slope: it may be what all samples take together.
         """
-        most = self._modelled()
+        most = self.modelled()
         if len(self.peaks) == 1 and max(self.peaks.values()) <= self.limit:
             most = max(most, 2 * max(self.peaks))
         return min(most, self.fails - 1)
 
-    def _modelled(self) -> int:
+    def modelled(self) -> int:
+        """The largest local batch that fits by the model and by what was seen."""
         if not self.peaks:
             return UNLIMITED
         # The line lies above most observations, so it may exclude what has been seen to fit.
@@ -169,8 +162,8 @@ class Caps:
     def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
         """Whether W local batches are known to fit on all ranks.
 
-        They are where each rank has computed as many samples, or nearly as many and its model, of at least two local
-        batches, sees memory for the rest.
+        Each rank has computed as many samples, or nearly as many and its model, of at least two local batches, sees
+        memory for the rest.
         """
         return all(
             local_batch <= rank.largest_completed
@@ -194,7 +187,7 @@ class Caps:
         return local_batch // self._granularity * self._granularity
 
     def _update_bounds(self) -> None:
-        self._known_to_fit = [self._rounded(rank.known_to_fit()) for rank in self._ranks]
+        self._known_to_fit = [self._rounded(min(rank.modelled(), rank.fits)) for rank in self._ranks]
         self._may_fit = [self._rounded(rank.may_fit()) for rank in self._ranks]
         bounds = zip(self._known_to_fit, self._may_fit, strict=True)
         allowed = [max(fits, min(self._minimum, most)) for fits, most in bounds]
@@ -229,15 +222,13 @@ class Caps:
         perhaps = f" (or perhaps up to {may})" if may > fits else ""
         each = ", ".join(
             f"{cap} on rank {number} ({device}{f', {_size(rank.limit)}' if math.isfinite(rank.limit) else ''})"
-            for number, (rank, device, cap) in enumerate(
-                zip(self._ranks, self._devices, self._known_to_fit, strict=True)
-            )
+            for number, rank, device, cap in zip(count(), self._ranks, self._devices, self._known_to_fit, strict=False)
             if cap < self._global_batch
         )
         if unable:
-            names = ", ".join(map(str, unable))
+            ranks = f"rank{'s' if len(unable) > 1 else ''} {', '.join(map(str, unable))}"
             raise ValueError(
-                f"the memory of rank{'s' if len(unable) > 1 else ''} {names} does not hold the smallest local batch, "
+                f"the memory of {ranks} does not hold the smallest local batch, "
                 f"{self._minimum} (samples that fit: {each}): raise memory_limit, make samples or the module smaller, "
                 "or leave the device out"
             )
@@ -248,9 +239,9 @@ class Caps:
         )
 
 
-def _size(count: float) -> str:
+def _size(number: float) -> str:
     """Bytes as a person reads them."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count:.0f} bytes"
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number:.0f} bytes"

@@ -16,9 +16,6 @@ class Plan:
         reason: why this plan was made, for the log: "equal", "shares" (the user's), "probe" (a speed test), "profile"
             (what an earlier run has measured), "explore" (to separate fixed cost from cost per sample), "balance",
             "drift" (a rank's speed has changed), or "memory" (the last plan asked a rank for more than it may take).
-
-    Raises:
-        ValueError: the numbers can't be a plan.
     """
 
     first_step: int
@@ -43,7 +40,7 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """W, the number of ranks."""
         return len(self.local_batches)
 
     @property
@@ -77,11 +74,7 @@ class Schedule:
         return self._plans[bisect_right(self._plans, step, key=lambda plan: plan.first_step) - 1]
 
     def append(self, plan: Plan) -> None:
-        """Let `plan` hold from its first step on.
-
-        Raises:
-            ValueError: it starts before the newest plan does, or splits another global batch.
-        """
+        """Let a plan of the same global batch and ranks hold from its first step on, not before the newest plan's."""
         newest = self._plans[-1]
         if plan.first_step < newest.first_step:
             raise ValueError(f"a plan for step {plan.first_step} comes after one for step {newest.first_step}")

@@ -15,17 +15,11 @@ from lightning_hetero.planning.step_time import StepTimeModel
 
 @dataclass(frozen=True)
 class PlanUpdate:
-    """What follows from the messages of a step.
+    """What follows from the messages of a step, oldest first."""
 
-    Attributes:
-        plans: that have been decided, oldest first; they are in the schedule already.
-        warnings: sentences for the user, each to be given once.
-        measured: steps that every rank has reported now, oldest first.
-    """
-
-    plans: tuple[Plan, ...] = ()
-    warnings: tuple[str, ...] = ()
-    measured: tuple[MeasuredStep, ...] = ()
+    plans: tuple[Plan, ...] = ()  # that have been decided; they are in the schedule already
+    warnings: tuple[str, ...] = ()  # sentences for the user
+    measured: tuple[MeasuredStep, ...] = ()  # steps that every rank has reported now
 
 
 def check_global_batch(global_batch: int, world_size: int) -> None:
@@ -41,7 +35,7 @@ class SplitPlanner:
     """Decides how the global batches of a run are split, adaptively or in fixed proportions.
 
     Args:
-        shares: the user's.
+        shares: as the user wants them.
         world_size: W.
         global_batch: samples of a step over all ranks.
         minimum: the least that a rank can compute with; less where the global batch does not give each as much.
@@ -53,9 +47,8 @@ class SplitPlanner:
         memory: what the ranks' devices may hold; None for no caps.
 
     Raises:
-        ValueError: the global batch can't be split so, or the profile is of another job or damaged.
-        KeyError: the profile is damaged.
-        TypeError: the same.
+        ValueError: the global batch can't be split so, or the profile is of another job or damaged. A damaged profile
+            may also raise a KeyError or a TypeError.
     """
 
     FUTILE_MESSAGES = 8
@@ -120,15 +113,12 @@ class SplitPlanner:
 
     @property
     def is_exploring(self) -> bool:
-        """Whether it would use measurements before the next batch is drawn.
-
-        It would while it looks for the right plan, where loaders have not drawn that batch.
-        """
+        """Whether it looks for the right plan, and can use measurements before any loader draws the next batch."""
         in_time = self._next_is_undrawn and self._futile_messages < self.FUTILE_MESSAGES
         return in_time and self._balancer is not None and self._balancer.is_exploring
 
     def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
-        """Whether W local batches are known to fit on all ranks; see `memory.Caps.fits_in_memory`."""
+        """Whether W local batches are known to fit on all ranks, see `Caps.fits_in_memory`."""
         return self.caps is not None and self.caps.fits_in_memory(local_batches)
 
     def update(self, reports: StepReports) -> PlanUpdate:

@@ -13,60 +13,37 @@ from lightning_hetero.planning.plan import Schedule
 
 @dataclass(frozen=True)
 class MemoryReports:
-    """What each rank reports of its memory.
+    """What each rank reports of its memory; all arrays are (W,)."""
 
-    Attributes:
-        local_batches: (W,) samples of the rank's last step, computed in one piece; 0 where it reports no memory.
-        peaks: (W,) most bytes held in that step; 0 where they are not known.
-        resting: (W,) bytes held before the first step.
-        fits: (W,) the largest local batch that is known to fit since the rank ran out of memory; 0 if it never did.
-        fails: (W,) the smallest one that is known not to fit; 0 for none, and then nothing above `fits` is tried.
-    """
-
-    local_batches: NDArray[np.float64]
-    peaks: NDArray[np.float64]
-    resting: NDArray[np.float64]
-    fits: NDArray[np.float64]
-    fails: NDArray[np.float64]
+    local_batches: NDArray[np.float64]  # samples of its last step, computed in one piece; 0 where it reports no memory
+    peaks: NDArray[np.float64]  # most bytes held in that step; 0 where they are not known
+    resting: NDArray[np.float64]  # bytes held before the first step
+    fits: NDArray[np.float64]  # largest local batch known to fit since it ran out of memory; 0 if it never did
+    fails: NDArray[np.float64]  # smallest one known not to fit; 0 for none: then nothing above `fits` is tried
 
 
 @dataclass(frozen=True)
 class StepReports:
-    """What all ranks report with the messages of a step.
+    """What all ranks report with the messages of a step; all arrays are (W,)."""
 
-    Attributes:
-        step: of the messages.
-        last_drawn: the last step that any rank's loaders have handed out.
-        measured_steps: (W,) the step that each rank's measurement belongs to, a full global batch; -1 for none.
-        compute_seconds: (W,) seconds of compute time in that step.
-        sync_seconds: (W,) seconds from the rank's last local gradient to the averaged ones; 0 for unknown.
-        averaged_after_backward: (W,) whether nothing was averaged during the backward pass.
-        memory: see there.
-    """
-
-    step: int
-    last_drawn: int
-    measured_steps: NDArray[np.int64]
-    compute_seconds: NDArray[np.float64]
-    sync_seconds: NDArray[np.float64]
-    averaged_after_backward: NDArray[np.bool_]
+    step: int  # of the messages
+    last_drawn: int  # the last step that any rank's loaders have handed out
+    measured_steps: NDArray[np.int64]  # the step that each rank's measurement belongs to, a full one; -1 for none
+    compute_seconds: NDArray[np.float64]  # of compute time in that step
+    sync_seconds: NDArray[np.float64]  # from its last local gradient to the averaged ones; 0 for unknown
+    averaged_after_backward: NDArray[np.bool_]  # whether nothing was averaged during its backward pass
     memory: MemoryReports
 
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A step of a full global batch that every rank has reported, with W values of what `StepReports` has.
+    """A step of a full global batch that every rank has reported; all tuples have W values."""
 
-    Attributes:
-        local_batches: W samples, the split that the step ran with.
-        averaged_after_backward: whether nothing was averaged during the backward pass of some rank.
-    """
-
-    step: int
-    local_batches: tuple[int, ...]
+    step: int  # counted from 0 over the whole run
+    local_batches: tuple[int, ...]  # the split that it ran with
     compute_seconds: tuple[float, ...]
-    sync_seconds: tuple[float, ...]
-    averaged_after_backward: bool = False
+    sync_seconds: tuple[float, ...]  # 0 for unknown
+    averaged_after_backward: bool = False  # on some rank at least
 
 
 class MeasurementJoin:

@@ -11,18 +11,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Shares:
-    """How global batches are to be split.
+    """How global batches are to be split."""
 
-    Attributes:
-        adaptive: the split follows what is measured.
-        proportions: one number a rank, 0 or more and not all 0, of which only the ratios matter; None where the user
-            gave none.
-        profile: path of the profile that the user named; None for none.
-    """
-
-    adaptive: bool
+    adaptive: bool  # the split follows what is measured
     proportions: tuple[float, ...] | None = None
-    profile: str | None = None
+    """One number a rank, 0 or more and not all 0, of which only the ratios matter; None where the user gave none."""
+    profile: str | None = None  # path of the profile that the user named
 
     @classmethod
     def parse(cls, value: str | Sequence[float] | NDArray[Any]) -> Self:

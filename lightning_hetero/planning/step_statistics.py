@@ -22,8 +22,8 @@ class SplitSteps:
 class StepStatistics:
     """Joins the wall time of each step with the ranks' compute times, which become known some steps later.
 
-    With gradient accumulation all values are means over micro-batches, up to each optimizer step. The first step of
-    all is left out: it measures lazy initialisation.
+    With gradient accumulation all values are means over the micro-batches of an optimizer step. The very first step is
+    left out: it measures lazy initialisation.
     """
 
     def __init__(self) -> None:

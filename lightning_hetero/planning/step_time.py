@@ -88,7 +88,6 @@ class StepTimeModel:
             if not (math.isfinite(time) and time > 0):
                 raise ValueError(f"measured {time} seconds for a local batch of {local_batch}: not a positive number")
             measured.setdefault(int(local_batch), []).append(float(time))
-
         x = sorted(measured)
         pools: list[tuple[int, list[float], float]] = []  # (breakpoints in the pool, their measurements, median)
         for local_batch in x:
@@ -100,7 +99,6 @@ class StepTimeModel:
         t = [value for size, _, value in pools for _ in range(size)]
         if len(x) == 1:
             return cls((0, x[0]), (0.0, t[0]), t[0] / x[0])
-
         far = next((i for i in range(1, len(x)) if x[i] >= _SPAN * x[0]), len(x) - 1)
         fixed = t[0] - x[0] * (t[far] - t[0]) / (x[far] - x[0])
         # The nearest rise to the left of the end. A curve that is flat all over does not show where its flat part ends:

@@ -12,20 +12,14 @@ from lightning_hetero.sampling.global_batches import GlobalBatches, Index
 
 @dataclass(frozen=True)
 class Scope:
-    """How much of a loader an evaluation takes, and how its loaders are combined.
+    """How much of a loader an evaluation takes, and whether its loaders are evaluated in turn or side by side."""
 
-    Args:
-        number: of the loader, among all that are evaluated in turn; 0 where they are evaluated side by side.
-        batches: how many of its batches Lightning takes (`limit_val_batches`, sanity check); None for all.
-        steps: side by side, how many steps all of them take together; a step is never cut then, so that what is paired
-            in one process stays paired. None where loaders are evaluated in turn.
-        cycles: side by side, a loader that is shorter than that begins again.
-    """
-
-    number: int = 0
-    batches: int | None = None
+    number: int = 0  # of the loader, among all that are evaluated in turn; 0 side by side
+    batches: int | None = None  # how many of its batches Lightning takes (`limit_val_batches`, sanity check); None: all
     steps: int | None = None
-    cycles: bool = False
+    """Side by side, how many steps all loaders take together; a step is never cut then, so that what is paired in one
+    process stays paired. None in turn."""
+    cycles: bool = False  # side by side, a loader that is shorter than that begins again
 
 
 class EvaluationPasses(Protocol):

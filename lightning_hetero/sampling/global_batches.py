@@ -25,19 +25,12 @@ Index = Any
 
 @dataclass(frozen=True)
 class Grouping:
-    """How what a sampler draws is put together to global batches.
+    """How what a sampler draws is put together to global batches."""
 
-    Args:
-        size: draws in a global batch: indices, or whole batches of a user's batch sampler.
-        batched: each draw is a list of indices.
-        drop_last: leave out a last global batch that is not full.
-        finite: a pass is drawn to its end before it begins, even where the sampler has no length (evaluation).
-    """
-
-    size: int
-    batched: bool = False
-    drop_last: bool = False
-    finite: bool = False
+    size: int  # draws in a global batch: indices, or whole batches of a user's batch sampler
+    batched: bool = False  # each draw is a list of indices
+    drop_last: bool = False  # leave out a last global batch that is not full
+    finite: bool = False  # a pass is drawn to its end before it begins, even if the sampler has no length (evaluation)
 
     def __call__(self, draws: Iterable[Any]) -> Iterator[list[Index]]:
         """Global batches, one list of indices each, put together as they are needed."""

@@ -8,15 +8,10 @@ from lightning_hetero.sampling.global_batches import GlobalBatches, Index
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands: its epoch, and the next step.
+    """Where training stands."""
 
-    Args:
-        epoch: the current one, or the one that comes next; from 0.
-        step: global batches that have been started since the run began, which is the number of the next one.
-    """
-
-    epoch: int
-    step: int
+    epoch: int  # the current one, or the one that comes next; from 0
+    step: int  # global batches that have been started since the run began, which is the number of the next one
 
 
 class EpochPasses:

@@ -42,21 +42,14 @@ def local_indices(indices: Sequence[Index], counts: Sequence[int], rank: int, mi
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank computes of one global batch.
+    """What one rank computes of one global batch."""
 
-    Args:
-        step: which global batch, counted from 0 over the whole run.
-        counts: W numbers, the samples of each rank; 0 for a rank that borrows.
-        borrowed: this rank has no sample of its own in this step and computes some of the others' with weight 0.
-        checksum: the plan's, see `Plan.checksum`.
-        random_state: of this process before a borrowed batch was loaded in it; None for any other share.
-    """
-
-    step: int
-    counts: tuple[int, ...]
-    borrowed: bool
-    checksum: int
+    step: int  # which global batch, counted from 0 over the whole run
+    counts: tuple[int, ...]  # W numbers, the samples of each rank; 0 for a rank that borrows
+    borrowed: bool  # this rank has no sample of its own in this step and computes some of the others' with weight 0
+    checksum: int  # the plan's
     random_state: RandomState | None = field(default=None, compare=False)
+    """Of this process before a borrowed batch was loaded in it; None for any other share."""
 
 
 class PendingShares:

@@ -1,7 +1,7 @@
 """What step-time models say of all ranks together: which of them make steps faster, and how fast they could be."""
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +21,8 @@ class EfficiencyModel:
     """Predicts the step time of all ranks, or of some of them only, at any global batch.
 
     Every rank that takes part costs its fixed time in each step: at a small global batch others are faster without it.
-    Exposed communication is what a rank adds to the step if it finishes last, unless it computes alone. The limits of
-    local batches, W each, are those of `allocate`, and multiples of the granularity.
+    Exposed communication is what each rank adds to a step if it finishes last, unless it computes alone. The limits of
+    local batches are those of `allocate`, in multiples of the granularity.
     """
 
     models: Sequence[StepTimeModel]
@@ -33,7 +33,7 @@ class EfficiencyModel:
 
     @cached_property
     def _last(self) -> tuple[StepTimeModel, ...]:
-        """W models of the seconds of a step that the rank finishes last; below the minimum as long as there."""
+        """W models of the seconds of a step in which the rank finishes last; below the minimum as long as at it."""
         pairs = zip(self.models, self.exposed_communication, strict=True)
         return tuple(_flat_up_to(self.minimum, model.scaled(1, plus=seconds)) for model, seconds in pairs)
 
@@ -86,8 +86,5 @@ class EfficiencyModel:
 
 
 def _flat_up_to(minimum: int, model: StepTimeModel) -> StepTimeModel:
-    least = model.seconds(minimum)
-    later = [(b, time) for b, time in zip(model.breakpoints, model.times, strict=True) if b > minimum]
-    return StepTimeModel(
-        (0, minimum, *(b for b, _ in later)), (least, least, *(time for _, time in later)), model.slope
-    )
+    least, later = model.seconds(minimum), bisect_right(model.breakpoints, minimum)
+    return StepTimeModel((0, minimum, *model.breakpoints[later:]), (least, least, *model.times[later:]), model.slope)

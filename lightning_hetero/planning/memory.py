@@ -136,11 +136,7 @@ class Caps:
         self._update_bounds()
 
     def update(self, reports: MemoryReports) -> tuple[str, ...]:
-        """Take in what all ranks report; returns a sentence for each rank that has run out of memory since.
-
-        Raises:
-            ValueError: the global batch does not fit into the memory of all ranks together.
-        """
+        """Take in what all ranks report; returns a sentence for each rank that has run out of memory since."""
         columns = (reports.local_batches, reports.peaks, reports.resting, reports.fits, reports.fails)  # (W,) each
         rows = zip(*(column.tolist() for column in columns), strict=True)
         warnings, changed = [], False
@@ -214,7 +210,7 @@ class Caps:
         )
 
     def _check(self) -> None:
-        """Raise a ValueError where there is no split."""
+        """Raise a ValueError where the global batch does not fit into the memory of all ranks together."""
         unable = [number for number, cap in enumerate(self.allowed) if cap < self._minimum]
         if not unable and sum(self._within_global_batch(self.allowed)) >= self._global_batch:
             return

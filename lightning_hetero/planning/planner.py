@@ -69,10 +69,8 @@ class SplitPlanner:
     ) -> None:
         self._proportions = shares.proportions_for(world_size)
         check_global_batch(global_batch, world_size)
-        self.world_size = world_size
-        self.global_batch = global_batch
+        self.world_size, self.global_batch, self.granularity = world_size, global_batch, granularity
         self.minimum = max(1, min(minimum, global_batch // world_size))
-        self.granularity = granularity
         # A multiple of the granularity that reaches the minimum is the least that a plan can give.
         self._least = -(-self.minimum // granularity) * granularity
         self._memory = memory

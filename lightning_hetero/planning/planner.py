@@ -97,10 +97,10 @@ class SplitPlanner:
 
     def forget_memory(self) -> None:
         """Another fit begins: its samples may be larger, so what was seen of memory no longer holds."""
-        limits, least = self._memory, self._least
-        self.caps = (
-            None if limits is None else Caps(limits, self.global_batch, minimum=least, granularity=self.granularity)
-        )
+        self.caps: Caps | None = None
+        if self._memory is not None:
+            least, granularity = self._least, self.granularity
+            self.caps = Caps(self._memory, self.global_batch, minimum=least, granularity=granularity)
 
     def discard_profile(self) -> None:
         """Forget what the profile brought, since it is of another job; without a profile nothing changes.

@@ -1,4 +1,4 @@
-"""LightningCLI as TorchGeo sets it up, with the strategy's names registered and its knobs in the help.
+"""LightningCLI as TorchGeo sets it up, with the strategy's names registered and its options in the help.
 
 Whatever `torchgeo fit --config FILE` takes, `lightning-hetero fit --config FILE` takes too.
 """
@@ -35,7 +35,7 @@ _STRATEGY: Final = "lightning_hetero.HeteroStrategy"
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, with the strategy's knobs in its help and one sentence for what it can't take."""
+    """Lightning's parser, with the strategy's options in its help, and one sentence for each error."""
 
     @override
     def format_help(self, *args: Any, **kwargs: Any) -> str:
@@ -43,35 +43,30 @@ class Parser(LightningArgumentParser):
             f"All options of the strategy, those of Lightning's DDPStrategy and of torch's DDP among them:\n"
             f"  --trainer.strategy.help {_STRATEGY}\n"
         )
-        return f"{super().format_help(*args, **kwargs)}\n{_knobs()}\n\n{more}"
+        return f"{super().format_help(*args, **kwargs)}\n{_own_options()}\n\n{more}"
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-        # A command's parser is named with "[options]" in between; those inside it, after the script.
+        # The parser of a command has "[options]" inside its name; parsers inside it are named after the script.
         name = self.prog.replace(" [options]", "") if self.prog.startswith(_NAME) else _NAME
         print(f"{name}: {' '.join(line for line in lines if line)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _knobs() -> str:
-    """The help of what the strategy adds to Lightning's own, from its docstring."""
+def _own_options() -> str:
+    """The help of what the strategy adds to Lightning's options, from its docstring."""
     parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     own = {name for name, p in inspect.signature(HeteroStrategy).parameters.items() if p.kind != p.VAR_KEYWORD}
-    probe = ArgumentParser(add_help=False)
-    all_of_them = probe.add_class_arguments(HeteroStrategy, fail_untyped=False)
-    parser.add_class_arguments(HeteroStrategy, "trainer.strategy", fail_untyped=False, skip={*all_of_them} - own)
+    every = ArgumentParser(add_help=False).add_class_arguments(HeteroStrategy, fail_untyped=False)
+    parser.add_class_arguments(HeteroStrategy, "trainer.strategy", fail_untyped=False, skip={*every} - own)
     return parser.format_help().strip()
 
 
 class HeteroCLI(LightningCLI):
-    """LightningCLI whose default strategy is `HeteroStrategy`, with `--trainer.strategy.…` for its knobs.
+    """LightningCLI for one command (preparing parsers for all four takes seconds).
 
     What can't be built from a configuration ends the command with one sentence.
-
-    Args:
-        command: the one to prepare a parser for; preparing all four takes seconds.
-        **options: LightningCLI's.
     """
 
     def __init__(self, command: str, **options: Any) -> None:
@@ -87,19 +82,15 @@ class HeteroCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, MisconfigurationException) as error:
-            # The strategy's own sentences, the Trainer's, and those of modules: none has trained yet.
+            # Errors of the strategy, the Trainer and modules; nothing has been trained yet.
             self._parser(self.subcommand).error(str(error))
 
 
 def main(arguments: Sequence[str] | None = None) -> HeteroCLI:
-    """Run `fit`, `validate`, `test` or `predict`.
+    """Run `fit`, `validate`, `test` or `predict`; returns the CLI with its trainer, model and data.
 
-    Args:
-        arguments: the command first; None: those of this process. Lightning starts the other ranks by running the
-            arguments of this process once more, so give None wherever it has to start them.
-
-    Returns:
-        The CLI with its trainer, model and data, after the command has run.
+    The arguments begin with the command; None stands for those of this process. Lightning starts the other ranks by
+    running the arguments of this process once more, so give None wherever it has to start them.
 
     Raises:
         SystemExit: the configuration can't be used; the status is 2.

@@ -16,17 +16,9 @@ _TRAINER = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says.
-
-    Args:
-        arguments: without the command's own name; None: those of this process.
-
-    Returns:
-        The exit status.
-    """
+    """Run the command with these arguments, or with those of this process; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="lightning-hetero",
-        description="Train on devices of unequal speed with Lightning.",
+        "lightning-hetero", description="Train on devices of unequal speed with Lightning."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -49,24 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder for landcover.png, summary.json, the checkpoint and plan.jsonl (default: %(default)s)",
     )
-    demo.add_argument(
-        "--max-steps",
-        type=int,
-        metavar="N",
-        help="optimizer steps of the hetero run, the comparison included; fewer than usual compare and learn less",
-    )
-    demo.set_defaults(run=_demo)
-
+    steps = "optimizer steps of the hetero run, the comparison included; fewer than usual compare and learn less"
+    demo.add_argument("--max-steps", type=int, metavar="N", help=steps)
     given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] in _TRAINER:
-        # Imported here: it brings Lightning and TorchGeo, which takes seconds.
+        # Imported here: it imports Lightning and TorchGeo, which takes seconds.
         from lightning_hetero.cli.lightning_cli import main as run_trainer
 
         run_trainer(arguments)  # LightningCLI reads what follows the command, `--help` too
         return 0
-    options = parser.parse_args(arguments)
-    status: int = options.run(options)
-    return status
+    return _demo(parser.parse_args(arguments))
 
 
 def _demo(options: argparse.Namespace) -> int:

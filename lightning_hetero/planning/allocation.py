@@ -1,6 +1,6 @@
-"""How to split a global batch over ranks: exactly, by step-time models, or by given shares.
+"""How to split a global batch over ranks: optimally for step-time models, or in proportion to given shares.
 
-Pure functions of numbers. All ranks that call them with the same numbers get the same split.
+Pure functions: all ranks that call them with the same numbers get the same split.
 """
 
 import math
@@ -25,22 +25,22 @@ def allocate(
     maximum: int | Sequence[int] | None = None,
     granularity: int = 1,
 ) -> tuple[int, ...]:
-    """Split ``global_batch`` samples over ranks so that the slowest of them finishes as early as possible.
+    """Split a global batch over ranks so that the slowest of them finishes as early as possible.
 
     Exact: no other split within the limits has a smaller makespan ``max_r models[r].seconds(b_r)``. Handing out
     samples one (or ``granularity``) at a time, each to the rank that would finish first with it, solves this resource
     allocation problem for non-decreasing times (the greedy method for minimax objectives, see T. Ibaraki, N. Katoh,
-    "Resource Allocation Problems", MIT Press, 1988). Equal finishing times go to the rank with fewer samples, then to
-    the lower rank.
+    "Resource Allocation Problems", MIT Press, 1988). Where ranks would finish at the same time, the one with fewer
+    samples comes first, then the lower rank.
 
-    The greedy order is not walked: its threshold, the makespan, is bisected for all ranks at once, and only the last
-    few samples a rank are compared one by one.
+    The samples are not handed out one by one: the makespan is found by bisection over all ranks at once, and only the
+    last few samples of each rank are compared singly.
 
     Args:
         models: one a rank.
         global_batch: samples to hand out; a multiple of ``granularity``.
         minimum: least local batch, for all ranks or one a rank; rounded up to ``granularity``. It may be 0.
-        maximum: largest local batch, likewise; rounded down. None: no cap.
+        maximum: largest local batch, likewise; rounded down. None: no limit.
         granularity: local batches are multiples of it.
 
     Returns:
@@ -48,7 +48,6 @@ def allocate(
 
     Raises:
         ValueError: there is no such split; the message says by how much.
-
     """
     world_size = len(models)
     low, total = _lower_limits(world_size, global_batch, minimum, granularity)
@@ -59,15 +58,11 @@ def allocate(
 
 
 def expected_maximum(means: Sequence[float], deviations: Sequence[float]) -> float:
-    """Mean of the largest of W independent normal variables: how long a step takes whose ranks' times vary.
+    """Mean of the largest of W independent normal variables: how long a step takes when its ranks' times vary.
 
     The integral over the product of their distribution functions, by the trapezoidal rule; the normal distribution
-    function is approximated by a hyperbolic tangent (E. Page, Applied Statistics 26, 1977), good to 2e-4.
-
-    Args:
-        means: W numbers.
-        deviations: W standard deviations, at least 0.
-
+    function is approximated by a hyperbolic tangent (E. Page, Applied Statistics 26, 1977), good to 2e-4. Deviations
+    are standard deviations, at least 0.
     """
     mean = np.asarray(means, dtype=np.float64)  # (W,)
     deviation = np.maximum(np.asarray(deviations, dtype=np.float64), 1e-9 * np.abs(mean).max())
@@ -75,7 +70,7 @@ def expected_maximum(means: Sequence[float], deviations: Sequence[float]) -> flo
     x = np.linspace(low, high, 200)
     z = (x[:, None] - mean) / deviation  # (200, W)
     below = (0.5 * (1 + np.tanh(0.7978845608 * z * (1 + 0.044715 * z * z)))).prod(axis=1)  # (200,)
-    # numpy's own function for it had another name before 2.0
+    # Trapezoidal rule; numpy's own function for it had another name before 2.0.
     return float(high - (below.sum() - (below[0] + below[-1]) / 2) * (x[1] - x[0]))
 
 
@@ -87,25 +82,14 @@ def proportional(
     maximum: int | Sequence[int] | None = None,
     granularity: int = 1,
 ) -> tuple[int, ...]:
-    """Split ``global_batch`` samples in proportion to ``shares``, by largest remainders (Hamilton's method).
+    """Split a global batch in proportion to ``shares``, by largest remainders (Hamilton's method).
 
     A rank whose share comes to less than its minimum gets the minimum, one whose share comes to more than its maximum
     gets the maximum, and the rest is shared by the others in proportion. What they can't take goes to ranks without a
-    share, in equal parts. Equal remainders go to the lower rank.
+    share, in equal parts. Of equal remainders, that of the lower rank comes first.
 
-    Args:
-        global_batch: samples to hand out; a multiple of ``granularity``.
-        shares: one non-negative number a rank, such as ``[4, 1]``; only their ratios matter.
-        minimum: least local batch, for all ranks or one a rank; rounded up to ``granularity``.
-        maximum: largest local batch, likewise; rounded down. None: no cap.
-        granularity: local batches are multiples of it.
-
-    Returns:
-        Local batches, one a rank; they add up to ``global_batch``.
-
-    Raises:
-        ValueError: a share is negative or not finite, all are 0, or the limits don't fit.
-
+    Of the shares, one non-negative number a rank, such as ``[4, 1]``, only the ratios matter. The other arguments, the
+    result and the errors are those of `allocate`.
     """
     for rank, share in enumerate(shares):
         if not math.isfinite(share):
@@ -151,7 +135,7 @@ def _filled(units: int, weights: _Floats, least: _Ints, most: _Ints) -> _Floats:
 
 
 def _per_rank(name: str, limit: int | Sequence[int], world_size: int) -> _Ints:
-    """Spread a limit over ranks: (W,) samples."""
+    """(W,) samples of a limit that is given for all ranks or one a rank."""
     values = np.asarray(limit)
     if values.dtype.kind not in "iu" or values.shape not in ((), (world_size,)):
         raise ValueError(f"{name} must be an int, or one a rank for {world_size} ranks, got {limit!r}")
@@ -163,7 +147,7 @@ def _per_rank(name: str, limit: int | Sequence[int], world_size: int) -> _Ints:
 def _lower_limits(
     world_size: int, global_batch: int, minimum: int | Sequence[int], granularity: int
 ) -> tuple[_Ints, int]:
-    """Check what both ways to split have in common: (W,) least local batches, and the global batch as an int."""
+    """(W,) least local batches, and the global batch as an int; checks what both ways to split have in common."""
     if world_size < 1:
         raise ValueError("there must be at least one rank")
     if (step := index(granularity)) < 1:
@@ -199,23 +183,17 @@ def _upper_limits(low: _Ints, total: int, maximum: int | Sequence[int] | None, g
             f" ({low[rank] - caps[rank]} samples between them, rounded to the granularity)"
         )
     if (most := int(caps.sum())) < total:
-        raise ValueError(
-            f"the caps of all ranks add up to {most} samples, {total - most} short of the global batch {total}"
-        )
+        short = f"{total - most} short of the global batch {total}"
+        raise ValueError(f"the caps of all ranks add up to {most} samples, {short}")
     return np.minimum(high, caps)
 
 
 class Curves:
-    """The step-time models of all ranks in flat arrays, one model after the other.
-
-    Args:
-        packed: W models, each as `StepTimeModel.packed`.
-
-    """
+    """The step-time models of all ranks in flat arrays, one after the other; made from W `StepTimeModel.packed`."""
 
     def __init__(self, packed: Sequence[bytes]) -> None:
         table = np.frombuffer(b"".join(packed)).reshape(-1, 3)  # (K, columns)
-        # Each (K,) for K breakpoints of all models: local batches, seconds, seconds a sample from there on.
+        # (K,) each, for the K breakpoints of all models: local batches, seconds, seconds a sample from there on.
         self._batches, self._times, self._slopes = np.ascontiguousarray(table.T)
         rows = np.fromiter(map(len, packed), dtype=np.int64, count=len(packed)) // 24
         self._ends = np.cumsum(rows) - 1  # (W,) where each model ends
@@ -223,7 +201,7 @@ class Curves:
         self._most = int(rows.max())
 
     def seconds(self, ranks: _Ints, local_batches: _Ints) -> _Floats:
-        """(N,) ranks and their local batches -> (N,) seconds, bit for bit what each model says."""
+        """(N,) seconds of (N,) ranks and their local batches, bit for bit those of `StepTimeModel.seconds`."""
         at = self._starts.take(ranks)
         for _ in range(self._most):
             further = self._batches.take(at + 1) <= local_batches  # never past a model's end, which lies at infinity
@@ -235,7 +213,7 @@ class Curves:
         return times
 
     def within(self, time: float, low: _Ints, high: _Ints, step: int) -> _Ints:
-        """(W,) largest multiples of ``step`` between the limits that each rank finishes within ``time``."""
+        """(W,) largest multiples of ``step``, between the limits, that each rank finishes within ``time``."""
         counted = np.cumsum(self._times <= time, dtype=np.int64)  # (K,), twice as fast as `np.add.reduceat`
         reached = np.diff(counted.take(self._ends), prepend=0)  # (W,) breakpoints within the time
         piece = self._starts + np.maximum(reached - 1, 0)  # (W,), as all that follows
@@ -246,7 +224,7 @@ class Curves:
             inverse = np.where(slope > 0, np.floor(x + (time - t) / slope), last)
         inverse = np.clip(inverse, np.minimum(x, last), last)
         inverse[t > time] = 0  # less than the fixed cost
-        # The division may be off by a rounding error, so ask the curve itself, one sample to each side.
+        # The division may be off by a rounding error, so the curve itself decides, one sample to each side.
         inverse -= np.minimum(t + slope * (inverse - x), t_next) > time
         inverse += (inverse < last) & (np.minimum(t + slope * (inverse + 1 - x), t_next) <= time)
         whole = inverse.astype(np.int64)
@@ -255,9 +233,9 @@ class Curves:
 
 
 def _by_makespan(curves: Curves, total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
-    """Find where the greedy order stops without walking it."""
+    """Find where handing out samples one by one would stop, without doing so."""
     world_size, ranks = len(low), np.arange(len(low))
-    # Throughout: within(shortest) < total <= within(longest), in samples over all ranks.
+    # Always sum(below) < total <= sum(at_most): what ranks finish within the shortest and the longest time.
     parts = np.clip(-(-total // world_size), low, high)  # (W,), as `below` and `at_most`
     times = curves.seconds(ranks, parts)
     tries = [float(times.min())]  # with equal parts the makespan lies in between
@@ -295,8 +273,7 @@ def _by_makespan(curves: Curves, total: int, low: _Ints, high: _Ints, step: int)
 
 
 def _level(total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
-    """Fill up from ``low`` towards ``high``, always the rank with the fewest samples first."""
-    # `low`, `high` and `result` are (W,).
+    """Fill up from ``low`` towards ``high``, (W,) each, always the rank with the fewest samples first."""
     floor, ceiling = int(low.min()) // step, int(high.max()) // step
     while floor < ceiling:
         middle = (floor + ceiling + 1) // 2

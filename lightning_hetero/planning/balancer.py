@@ -8,40 +8,40 @@ same.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from lightning_hetero.planning.allocation import allocate, expected_maximum, proportional
 from lightning_hetero.planning.measurements import RankMeasurements
+from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.reports import MeasuredStep
 from lightning_hetero.planning.step_time import StepTimeModel
 
 STATE_VERSION = 3
 """Of `Balancer.state_dict()`: a state of another version can't be loaded."""
 
-# A speed test is not the user's work, and the first step of a process measures lazy initialisation. Neither is kept as
-# a measurement, but a rank that is slower by this factor in them is slower all the same: shares go with this power of
-# the speeds until there are better numbers. Tuned in simulation: less than in proportion, since both exaggerate.
+# A speed test is not the user's module, and the first step of a process measures lazy initialisation. Neither is kept
+# as a measurement, but a rank that is slower by this factor in them is slower all the same: shares go with this power
+# of the speeds until there are better numbers. Tuned in simulation: less than in proportion, since both exaggerate.
 _CLEARLY_UNEQUAL = 2.0
 _CAUTIOUS_EXPONENT = 0.75
 
-# A speed test gives no rank more than so many times its equal share: chosen, since nothing is known of its memory yet.
+# A speed test gives no rank more than this many times its equal share: nothing is known of its memory yet. Chosen.
 _SPEED_TEST_LIMIT = 2
 
 # The exploratory split lies beyond the proportional one: shares go with speed to this power. Fixed costs always move
-# the best split in that direction, so the two splits tend to have it between them. Tuned in simulation.
+# the best split in that direction, so it tends to lie between the two. Tuned in simulation.
 _EXPLORATORY_EXPONENT = 1.4
 
-# A new plan must promise to save this part of a step, and so many standard errors of that promise, so that noise is not
-# taken for a gain. The last of many ranks looks slower than it is, by how much the largest of W errors stands out
+# A new plan must promise to save this part of a step, and this many standard errors of that promise, so that noise is
+# not taken for a gain. The last of many ranks looks slower than it is, by how much the largest of W errors stands out
 # (normal distribution: sqrt(2 ln W)). The first two were tuned in simulation.
 _HYSTERESIS = 0.01
 _STANDARD_ERRORS = 1.2
 
 # At the start, and after a drift, this many exploratory plans may follow each other: without regard to noise, for gains
-# from this part of a step on. A plan that turns out less good costs little then, and its measurements make the next one
-# better. Tuned in simulation, as is the number of steps without a new plan and without a drift after which it ends.
+# of more than this part of a step. A plan that turns out less good costs little then, and its measurements make the
+# next one better. Tuned in simulation, as is the number of steps without a new plan or a drift that ends exploration.
 _EXPLORATORY_PLANS = 4
 _EXPLORATORY_GAIN = 0.03
 _STEPS_TO_SETTLE = 10
@@ -50,17 +50,17 @@ _STEPS_TO_SETTLE = 10
 # simulation of equal devices.
 _IMBALANCE = 0.15
 
-# Afterwards a plan is reconsidered at every n-th step under it, and from some step on less often: it takes
+# Afterwards a plan is reconsidered at every n-th step under it, and after this many steps less often: it takes
 # milliseconds, and a sudden change of speed does not wait for it. Chosen.
 _RECONSIDER_EVERY = 5
 _STEADY_STEPS = 60
 _RECONSIDER_STEADY_EVERY = 20
 
-# What was measured a few times only is tried again for a gain above this part of a step. Tuned in simulation of
+# What was measured only a few times is tried again for a gain above this part of a step. Tuned in simulation of
 # disturbed steps.
 _RETRY_GAIN = 0.1
 
-# The last rank is known where the others have waited longer by this part of its compute time. Chosen.
+# Which rank was last is known where the others have waited longer by this part of its compute time. Chosen.
 _LAST_RANK_MARGIN = 0.1
 
 # Ranks that take this many times as long for a sample as the fastest communicate slowly too: a CPU does that itself.
@@ -70,27 +70,9 @@ _SLOW_COMMUNICATOR = 1.5
 # Measurements of a local batch that are taken over from a profile: enough for a median, soon outvoted. Chosen.
 _KEPT_OF_PROFILE = 5
 
-# Splits are looked for with every rank's time longer by so many standard deviations: the more a rank's time varies, the
+# Splits are searched with every rank's time longer by this many standard deviations: the more a rank's time varies, the
 # larger the margin it needs, since the last rank decides. A grid; the expected step time chooses from it.
 _NOISE_MARGINS = (0.0, 0.5, 1.0, 1.5)
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A split that should replace the current one.
-
-    Attributes:
-        local_batches: W samples.
-        predicted_seconds: W seconds of compute time.
-        reason: "explore" (to separate fixed cost from cost per sample), "balance", "drift" (a rank's speed has
-            changed), "memory" (the current split asks a rank for more than it may take), or "profile" (what an earlier
-            run has measured).
-
-    """
-
-    local_batches: tuple[int, ...]
-    predicted_seconds: tuple[float, ...]
-    reason: str
 
 
 class Balancer:
@@ -98,25 +80,17 @@ class Balancer:
 
     It starts from any split (an equal one, as a rule), leaves it once for an exploratory one that separates fixed cost
     from cost per sample, and then solves for the least expected step time on models of what was measured, again and
-    again as measurements around the point of operation refine them, until there is nothing left to gain. From then on a
-    plan changes only for a gain that noise does not explain, or because the speed of a rank has changed.
+    again as measurements near the current split refine them, until there is nothing left to gain. From then on a plan
+    changes only for a gain that noise does not explain, or because the speed of a rank has changed.
 
     A step is over when the last rank has computed and its exposed communication is over: the time of a rank is its
     compute time plus what it communicates when all others wait for it.
 
-    Args:
-        world_size: W.
-        global_batch: samples of each observed step, over all ranks.
-        minimum: least local batch, at least 1.
-        granularity: local batches are multiples of it.
-        state: what an earlier run of the same job has measured, see `state_dict`; `first_proposal` follows from it. Of
-            each local batch the last few measurements are kept: enough for the curve, and soon outvoted by new ones.
+    The state is what an earlier run of the same job has measured; `first_plan` follows from it.
 
     Raises:
-        ValueError: there is no split within these limits, or the state is of another version, of other ranks or of
-            another global batch, or nothing was measured. A damaged state raises that, a KeyError or a TypeError, here
-            or in `first_proposal`.
-
+        ValueError: there is no split within these limits, or the state is of another job or version. A damaged state
+            raises that, a KeyError or a TypeError, here or in `first_plan`.
     """
 
     def __init__(
@@ -130,11 +104,10 @@ class Balancer:
     ) -> None:
         if minimum < 1:
             raise ValueError(f"a rank needs at least 1 sample to be measured, got minimum {minimum}")
-        proportional(global_batch, [1.0] * world_size, minimum=minimum, granularity=granularity)  # is there a split?
-        self.world_size = world_size
-        self.global_batch = global_batch
-        self.minimum = minimum
-        self.granularity = granularity
+        self._world_size, self._global_batch = world_size, global_batch
+        self._minimum, self._granularity = minimum, granularity
+        self._limits = {"minimum": minimum, "granularity": granularity}
+        self._proportional([1.0] * world_size, None)  # raises where there is no split
         self._ranks = [RankMeasurements() for _ in range(world_size)]
         self._first_step: MeasuredStep | None = None  # of this process; not a measurement
         self._first_step_used = False
@@ -151,15 +124,12 @@ class Balancer:
 
         Raises:
             ValueError: the numbers can't be measurements of a step with this global batch.
-
         """
         step, split, seconds = measured.step, measured.local_batches, measured.compute_seconds
-        if len(split) != self.world_size or len(seconds) != self.world_size:
-            raise ValueError(
-                f"step {step}: got {len(split)} local batches and {len(seconds)} times for {self.world_size} ranks"
-            )
-        if min(split) < 1 or sum(split) != self.global_batch:
-            raise ValueError(f"step {step}: local batches {split} are not a split of {self.global_batch} samples")
+        if not len(split) == len(seconds) == (ranks := self._world_size):
+            raise ValueError(f"step {step}: got {len(split)} local batches and {len(seconds)} times for {ranks} ranks")
+        if min(split) < 1 or sum(split) != self._global_batch:
+            raise ValueError(f"step {step}: local batches {split} are not a split of {self._global_batch} samples")
         for rank, time in enumerate(seconds):
             if not (math.isfinite(time) and time > 0):
                 raise ValueError(f"step {step}: rank {rank} measured {time} seconds, not a positive number")
@@ -180,13 +150,13 @@ class Balancer:
     def _attribute_communication(self, measured: MeasuredStep) -> list[float]:
         """W seconds of compute time, with what a slow communicator will communicate during its backward pass.
 
-        The rank for which all others wait averages most of its gradients during its backward pass, and only a rest is
-        exposed, which is recorded here. Where ranks are ready together, or average afterwards, nobody has begun: all of
-        it comes at the end. That is work of the slow communicator, which it will do in its backward pass as soon as it
-        is the last, and beside the others' computing as long as it isn't.
+        The rank for which all others wait averages most of its gradients during its backward pass, and only the rest is
+        exposed, which is recorded here. Where ranks are ready together, or average afterwards, none has begun before:
+        all communication comes at the end. A slow communicator will do it in its backward pass as soon as it is the
+        last, and beside the others' computing as long as it isn't, so it is charged to that rank.
         """
         charged, sync = list(measured.compute_seconds), measured.sync_seconds
-        if self.world_size == 1 or not sync or min(sync) <= 0:
+        if not sync or min(sync) <= 0:
             return charged
         least = min(sync)
         last = [rank for rank, wait in enumerate(sync) if wait - least <= _LAST_RANK_MARGIN * charged[rank]]
@@ -200,25 +170,20 @@ class Balancer:
                 charged[rank] += max(0.0, least - (self._ranks[rank].exposed_communication() or 0.0))
         return charged
 
-    def propose(self, current: tuple[int, ...], maximum: Sequence[int] | None = None) -> Proposal | None:
-        """Say what the plan should be.
+    def propose(
+        self, current: tuple[int, ...], maximum: Sequence[int] | None = None, *, first_step: int = 0
+    ) -> Plan | None:
+        """A plan, from `first_step` on, that should replace the split of the newest one, in force or not.
 
-        Args:
-            current: W samples; the newest plan that was decided, in force or not.
-            maximum: W samples that each rank can take at the most; None for no limit.
-
-        Returns:
-            The new plan, or None to keep ``current``: because it is good, or because too little is known of it yet.
-
+        None keeps that: because it is good, or because too little is known of it yet. No rank gets more than its
+        maximum.
         """
-        if self.world_size == 1:
-            return None
-        too_much = maximum is not None and any(b > most for b, most in zip(current, maximum, strict=True))
         if not self._last_split:
-            return self._propose_from_first_step(current, maximum)
+            return self._propose_from_first_step(current, maximum, first_step)
+        too_much = maximum is not None and any(b > most for b, most in zip(current, maximum, strict=True))
         in_force = self._last_split == current
         if not in_force:
-            self._steps_since_change = 0  # a plan waits behind what loaders have drawn already
+            self._steps_since_change = 0  # a plan waits until the batches that loaders have drawn already are used up
         steady = self._steps_at_split >= _STEADY_STEPS
         due = self._steps_at_split % (_RECONSIDER_STEADY_EVERY if steady else _RECONSIDER_EVERY) == 0
         if not too_much and not (in_force and (self._exploratory_plans > 0 or due)):
@@ -226,7 +191,11 @@ class Balancer:
         if due and self._steps_at_split >= _STEPS_TO_SETTLE and in_force:
             self._discard_sparse_measurements(current, maximum)
         explore = all(len(rank.seconds) == 1 for rank in self._ranks)
-        split = self._exploratory_split(current, maximum) if explore else self._best_split(maximum)
+        if explore:  # beyond the proportional split
+            rates = [b / model.seconds(b) for model, b in zip(self._models(), current, strict=True)]
+            split = self._proportional([rate**_EXPLORATORY_EXPONENT for rate in rates], maximum)
+        else:
+            split = self._best_split(maximum)
         gain = 1 - self._expected_seconds(split) / self._expected_seconds(current)
         quick = self._exploratory_plans > 0 and (gain > _IMBALANCE or not explore)
         needed = _EXPLORATORY_GAIN if quick else self._significant_gain(current, split) if due else math.inf
@@ -235,49 +204,36 @@ class Balancer:
         reason = "memory" if too_much else "drift" if self._drifted else "explore" if explore else "balance"
         self._drifted = False
         self._exploratory_plans = max(self._exploratory_plans - 1, 0)
-        return self._proposal(split, reason)
+        return Plan(first_step, split, self._predicted_seconds(split), reason)
 
     @property
     def is_exploring(self) -> bool:
-        """Whether it is still looking for the right plan, so that it gains from learning of each step at once."""
-        return self.world_size > 1 and self._exploratory_plans > 0
+        """Whether it is still looking for the right plan, so that it gains from measurements of each step at once."""
+        return self._exploratory_plans > 0
 
     def split_from_speeds(self, speeds: Sequence[float], current: tuple[int, ...]) -> tuple[int, ...]:
-        """A split to begin with, from a speed test of the devices.
-
-        Args:
-            speeds: W positive numbers; only their ratios matter.
-            current: W samples, of the equal split, which stays where the devices are not clearly unequal.
-
-        Raises:
-            ValueError: a speed can't have been measured.
-
-        """
+        """A split to begin with, from a speed test of the devices; `current`, where they are not clearly unequal."""
         for rank, speed in enumerate(speeds):
             if not (math.isfinite(speed) and speed > 0):
                 raise ValueError(f"the speed test of rank {rank} found {speed}, not a positive number")
-        most = [_SPEED_TEST_LIMIT * -(-b // self.granularity) * self.granularity for b in current]
-        return self._cautious_split(speeds, most) or current
+        return self._cautious_split(speeds, [_SPEED_TEST_LIMIT * self._rounded_up(b) for b in current]) or current
 
-    def first_proposal(self) -> Proposal:
-        """The first plan that follows from the state of an earlier run.
-
-        No rank gets more than it has had: nothing is known of its memory beyond that.
-        """
-        step = self.granularity
-        had = [max(max(rank.seconds) // step * step, self.minimum) for rank in self._ranks]
-        return self._proposal(self._best_split(had if sum(had) >= self.global_batch else None), "profile")
+    def first_plan(self) -> Plan:
+        """The plan of step 0 that follows from the state of an earlier run."""
+        # No rank gets more than it has had: nothing is known of its memory beyond that.
+        step = self._granularity
+        had = [max(max(rank.seconds) // step * step, self._minimum) for rank in self._ranks]
+        split = self._best_split(had if sum(had) >= self._global_batch else None)
+        return Plan(0, split, self._predicted_seconds(split), "profile")
 
     def models(self) -> tuple[StepTimeModel, ...] | None:
         """W models of compute time as they are now; None before the first useful measurement."""
         return self._models() if self._last_split else None
 
     def exposed_communication(self) -> tuple[float, ...]:
-        """W seconds that each rank communicates when all others wait for it; 0 while nothing is known of any.
-
-        A rank that never was the last is taken to be like the others.
-        """
+        """W seconds that each rank communicates when all others wait for it; 0 while nothing is known of any."""
         known = [rank.exposed_communication() for rank in self._ranks]
+        # A rank that never was the last is taken to be like the others.
         usual = median([seconds for seconds in known if seconds is not None] or [0.0])
         return tuple(usual if seconds is None else seconds for seconds in known)
 
@@ -285,44 +241,44 @@ class Balancer:
         """What a later run of the same job can begin from, as plain numbers, lists and dicts."""
         return {
             "version": STATE_VERSION,
-            "world_size": self.world_size,
-            "global_batch": self.global_batch,
+            "world_size": self._world_size,
+            "global_batch": self._global_batch,
             "measured": [[[b, list(seconds)] for b, seconds in rank.seconds.items()] for rank in self._ranks],
             "exposed_communication": [list(rank.exposed) for rank in self._ranks],
             "last_split": list(self._last_split),
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        expected = {"version": STATE_VERSION, "world_size": self.world_size, "global_batch": self.global_batch}
+        expected = {"version": STATE_VERSION, "world_size": self._world_size, "global_batch": self._global_batch}
         for name, value in expected.items():
             if state[name] != value:
                 raise ValueError(f"cannot load a balancer's state of {name} {state[name]!r} into one of {value}")
         if not state["last_split"]:
-            raise ValueError("an earlier run that has measured nothing is nothing to start from")
+            raise ValueError("cannot load the state of an earlier run that has measured nothing")
         self._ranks = [
             RankMeasurements({b: seconds[-_KEPT_OF_PROFILE:] for b, seconds in measured}, exposed)
             for measured, exposed in zip(state["measured"], state["exposed_communication"], strict=True)
         ]
         self._last_split = tuple(state["last_split"])
 
-    # ---- splits ----
-
-    def _propose_from_first_step(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> Proposal | None:
-        if self._first_step is None or self._first_step_used:
+    def _propose_from_first_step(
+        self, current: tuple[int, ...], maximum: Sequence[int] | None, first_step: int
+    ) -> Plan | None:
+        first = self._first_step
+        if first is None or self._first_step_used:
             return None
         self._first_step_used = True
-        first = self._first_step
         rates = [b / seconds for b, seconds in zip(first.local_batches, first.compute_seconds, strict=True)]
         split = self._cautious_split(rates, maximum)
         if split is None or split == current:
             return None
-        return Proposal(split, tuple(b / rate for b, rate in zip(split, rates, strict=True)), "explore")
+        return Plan(first_step, split, tuple(b / rate for b, rate in zip(split, rates, strict=True)), "explore")
 
     def _discard_sparse_measurements(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> None:
-        """Forget local batches that were measured a few times only where the others promise much without them.
+        """Forget local batches that were measured only a few times where the others promise much without them.
 
         A split that was tried while something else held a rank up, or while it compiled, was left again, and would look
-        bad for ever. Once it is forgotten it gets tried again, and long enough this time.
+        bad for ever. Once it is forgotten it is tried again, and for long enough this time.
         """
         before = self._ranks
         after = [rank.without_sparse(_RECONSIDER_EVERY, keep=b) for rank, b in zip(before, current, strict=True)]
@@ -338,44 +294,32 @@ class Balancer:
             return None
         return self._proportional([rate**_CAUTIOUS_EXPONENT for rate in rates], maximum)
 
-    def _exploratory_split(self, current: tuple[int, ...], maximum: Sequence[int] | None) -> tuple[int, ...]:
-        """A split beyond the proportional one."""
-        rates = [b / model.seconds(b) for model, b in zip(self._models(), current, strict=True)]
-        return self._proportional([rate**_EXPLORATORY_EXPONENT for rate in rates], maximum)
-
     def _proportional(self, shares: Sequence[float], maximum: Sequence[int] | None) -> tuple[int, ...]:
-        return proportional(
-            self.global_batch, shares, minimum=self.minimum, maximum=maximum, granularity=self.granularity
-        )
+        return proportional(self._global_batch, shares, maximum=maximum, **self._limits)
 
     def _best_split(self, maximum: Sequence[int] | None) -> tuple[int, ...]:
         """The split with the least expected step time, of those with several margins for noise."""
         # Beyond twice what was measured, a curve says too little.
-        caps = [max(2 * max(rank.seconds), self.minimum) for rank in self._ranks]
-        caps = [-(-cap // self.granularity) * self.granularity for cap in caps]
+        caps = [self._rounded_up(max(2 * max(rank.seconds), self._minimum)) for rank in self._ranks]
         if maximum is not None:
-            within = [min(pair) for pair in zip(caps, maximum, strict=True)]
-            caps = within if sum(within) >= self.global_batch else list(maximum)
+            within = list(map(min, caps, maximum))
+            caps = within if sum(within) >= self._global_batch else list(maximum)
+        ranks = list(zip(self._models(), self._ranks, self.exposed_communication(), strict=True))
         splits = []
         for margin in _NOISE_MARGINS:
-            models = [
-                model.scaled(1 + margin * rank.noise(), plus=exposed)
-                for model, rank, exposed in zip(self._models(), self._ranks, self.exposed_communication(), strict=True)
-            ]
-            splits.append(
-                allocate(models, self.global_batch, minimum=self.minimum, maximum=caps, granularity=self.granularity)
-            )
+            models = [model.scaled(1 + margin * rank.noise(), plus=exposed) for model, rank, exposed in ranks]
+            splits.append(allocate(models, self._global_batch, maximum=caps, **self._limits))
         return min(dict.fromkeys(splits), key=self._expected_seconds)
 
-    # ---- what a split promises ----
+    def _rounded_up(self, local_batch: int) -> int:
+        return -(-local_batch // self._granularity) * self._granularity
 
-    def _proposal(self, split: tuple[int, ...], reason: str) -> Proposal:
-        return Proposal(split, tuple(m.seconds(b) for m, b in zip(self._models(), split, strict=True)), reason)
+    def _predicted_seconds(self, split: Sequence[int]) -> tuple[float, ...]:
+        return tuple(model.seconds(b) for model, b in zip(self._models(), split, strict=True))
 
     def _rank_seconds(self, split: Sequence[int]) -> list[float]:
         """W seconds of compute time and exposed communication."""
-        ranks = zip(self._models(), split, self.exposed_communication(), strict=True)
-        return [model.seconds(b) + exposed for model, b, exposed in ranks]
+        return list(map(float.__add__, self._predicted_seconds(split), self.exposed_communication()))
 
     def _expected_seconds(self, split: Sequence[int]) -> float:
         """Mean seconds of a step, with the noise that each rank has shown."""
@@ -387,9 +331,9 @@ class Balancer:
         errors = []
         for local_batches in (current, split):
             times = self._rank_seconds(local_batches)
-            last = max(range(self.world_size), key=times.__getitem__)
+            last = times.index(max(times))
             errors.append(self._ranks[last].uncertainty(local_batches[last]))
-        standard_errors = max(_STANDARD_ERRORS, math.sqrt(2 * math.log(self.world_size)))
+        standard_errors = max(_STANDARD_ERRORS, math.sqrt(2 * math.log(self._world_size)))
         return max(_HYSTERESIS, standard_errors * math.hypot(*errors))
 
     def _models(self) -> tuple[StepTimeModel, ...]:

@@ -1,7 +1,7 @@
-"""What step-time models say of all ranks together: which of them pay, and how fast they could be at most."""
+"""What step-time models say of all ranks together: which of them make steps faster, and how fast they could be."""
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +10,10 @@ from lightning_hetero.planning.allocation import allocate
 from lightning_hetero.planning.step_time import StepTimeModel
 
 MARGIN = 0.02
-"""The part of a step by which leaving ranks out has to be faster: models are off by about as much."""
+"""The part of a step that leaving ranks out has to save: models are off by about as much."""
 
 LARGEST_FACTOR = 64
-"""Global batches up to this many times the one at hand are searched: a guess at what a user may still consider."""
+"""Global batches up to this many times the current one are searched: a guess at what a user may still consider."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,8 @@ class EfficiencyModel:
     """Predicts the step time of all ranks, or of some of them only, at any global batch.
 
     Every rank that takes part costs its fixed time in each step: at a small global batch others are faster without it.
-
-    Args:
-        models: compute time by local batch, one model a rank.
-        exposed_communication: W seconds that a rank adds to the step if it finishes last, unless it computes alone.
-        minimum: least local batch, at least 1; a multiple of the granularity, as all of these numbers of samples.
-        granularity: local batches are multiples of it.
-        maximum: W largest local batches; None for no limit.
+    Exposed communication is what each rank adds to a step if it finishes last, unless it computes alone. The limits of
+    local batches are those of `allocate`, in multiples of the granularity.
     """
 
     models: Sequence[StepTimeModel]
@@ -38,7 +33,7 @@ class EfficiencyModel:
 
     @cached_property
     def _last(self) -> tuple[StepTimeModel, ...]:
-        """Seconds of a step by a rank's local batch if it finishes last; no less below the minimum than there."""
+        """W models of the seconds of a step in which the rank finishes last; below the minimum as long as at it."""
         pairs = zip(self.models, self.exposed_communication, strict=True)
         return tuple(_flat_up_to(self.minimum, model.scaled(1, plus=seconds)) for model, seconds in pairs)
 
@@ -52,7 +47,7 @@ class EfficiencyModel:
         return max(model.seconds(b) for model, b in zip(self._last, local_batches, strict=True))
 
     def step_seconds(self, global_batch: int, ranks: Sequence[int], minimum: int | None = None) -> float:
-        """Seconds of a step of some ranks without the others, at the best split; infinite if they can't hold it."""
+        """Seconds of a step of some ranks without the others, at the best split; infinite beyond their limits."""
         maximum = None if self.maximum is None else [self.maximum[rank] for rank in ranks]
         if not ranks or (maximum is not None and sum(maximum) < global_batch):
             return math.inf
@@ -65,8 +60,8 @@ class EfficiencyModel:
     def paying(self, global_batch: int) -> tuple[int, ...]:
         """The ranks that pay: all, unless some of them are faster without the others by more than `MARGIN`.
 
-        The others are all that need longer for their minimum than the fastest ranks for a whole step, by more than
-        `MARGIN`. They are left out together: without only one of two equal ones, nothing would be gained.
+        The others are those that need longer for their minimum than the fastest ranks for a whole step, by more than
+        `MARGIN`. They are left out together: leaving out only one of two equal ones would gain nothing.
         """
         ranks = range(len(self.models))
         alone, alone_seconds = min(((r, self.step_seconds(global_batch, [r])) for r in ranks), key=lambda pair: pair[1])
@@ -79,20 +74,17 @@ class EfficiencyModel:
         return kept if self.step_seconds(global_batch, ranks) > (1 + MARGIN) * seconds else tuple(ranks)
 
     def pays_from(self, rank: int, global_batch: int) -> int | None:
-        """The smallest global batch, from this one on, at which a rank pays; None up to the largest one searched."""
+        """The smallest global batch, from this one on, at which a rank pays; None where none that is searched does."""
         largest = min(LARGEST_FACTOR * global_batch, sum(self.maximum) if self.maximum is not None else math.inf)
         sizes = range(global_batch, int(largest) + 1, self.granularity)
         first = bisect_left(sizes, True, key=lambda size: rank in self.paying(size))
         return sizes[first] if first < len(sizes) else None
 
     def limit(self, global_batch: int) -> float:
-        """Samples a second: the sum of what each rank computes alone of whole global batches."""
+        """Samples a second at most: the sum over ranks of what each computes alone of whole global batches."""
         return sum(global_batch / model.seconds(global_batch) for model in self.models)
 
 
 def _flat_up_to(minimum: int, model: StepTimeModel) -> StepTimeModel:
-    least = model.seconds(minimum)
-    later = [(b, time) for b, time in zip(model.breakpoints, model.times, strict=True) if b > minimum]
-    return StepTimeModel(
-        (0, minimum, *(b for b, _ in later)), (least, least, *(time for _, time in later)), model.slope
-    )
+    least, later = model.seconds(minimum), bisect_right(model.breakpoints, minimum)
+    return StepTimeModel((0, minimum, *model.breakpoints[later:]), (least, least, *model.times[later:]), model.slope)

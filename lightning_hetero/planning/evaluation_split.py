@@ -1,10 +1,11 @@
 """Which samples of an evaluation each rank takes: by how long its own evaluation batches took before.
 
 No rank waits for another within an evaluation, so nothing has to be matched step by step. The loader's batches, as one
-process would draw them, are given out in order: the first rank gets the first ones. So at most W - 1 of them are cut,
-and no rank ever has a batch that is larger than the loader's own.
+process would draw them, are given out in order, the first ones to the first rank. So at most W - 1 of them are cut, and
+no rank ever has a batch that is larger than the loader's own.
 """
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -13,8 +14,8 @@ from lightning_hetero.planning.allocation import allocate
 from lightning_hetero.planning.measurements import RankMeasurements
 from lightning_hetero.planning.step_time import StepTimeModel
 
-# Batches stay whole where that costs no more than this part of the time: then what a module computes per batch is what
-# one process computes. Chosen: below the noise of step times.
+# Batches stay whole where that costs no more than this part of the time: then a module computes the same for each
+# batch as in one process. Chosen: below the noise of step times.
 _TOLERANCE = 0.02
 
 BatchTimes = Mapping[Hashable, Sequence[tuple[int, float]]]
@@ -23,13 +24,7 @@ BatchTimes = Mapping[Hashable, Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True)
 class Piece:
-    """What a rank takes of one of the loader's batches.
-
-    Args:
-        batch: its number.
-        first: the first sample in it.
-        last: the sample after the last one.
-    """
+    """What a rank takes of one of the loader's batches: samples `first` up to and without `last` of batch `batch`."""
 
     batch: int
     first: int
@@ -37,20 +32,17 @@ class Piece:
 
 
 def _fastest_split(units: int, seconds: Sequence[float]) -> tuple[int, ...]:
-    """Units of each rank, so that the last one to finish does so as early as possible; some may get none."""
+    """Units of each rank, so that the last rank finishes as early as possible; some may get none."""
     return allocate([StepTimeModel((0, 1), (0.0, time), time) for time in seconds], units, minimum=0)
 
 
 def samples_of_ranks(sizes: Sequence[int], seconds: Sequence[float], *, whole: bool = False) -> tuple[int, ...]:
-    """How many samples each rank takes; ranks take them in turn from the front.
+    """W numbers of samples that the ranks take, one rank after the other from the front; some may be 0.
 
     Args:
         sizes: samples in each of the loader's batches.
-        seconds: of each rank, for one batch; only their ratios matter.
+        seconds: W seconds for one batch; only their ratios matter.
         whole: never cut a batch.
-
-    Returns:
-        W numbers that add up to the samples of all batches; some may be 0.
     """
     if not sum(sizes):
         return (0,) * len(seconds)
@@ -70,13 +62,7 @@ def _makespan(samples: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def pieces_of(sizes: Sequence[int], samples: Sequence[int], rank: int) -> list[Piece]:
-    """What one rank takes, batch by batch.
-
-    Args:
-        sizes: samples in each of the loader's batches.
-        samples: of each rank, see `samples_of_ranks`.
-        rank: whose pieces.
-    """
+    """What one rank takes of batches of these sizes, where each rank takes so many samples; see `samples_of_ranks`."""
     start, stop = sum(samples[:rank]), sum(samples[: rank + 1])
     ends = (0, *accumulate(sizes))
     return [
@@ -87,41 +73,25 @@ def pieces_of(sizes: Sequence[int], samples: Sequence[int], rank: int) -> list[P
 
 
 class EvaluationTimes:
-    """What all ranks' evaluation batches took, for each key (stage and loader) by itself.
-
-    Args:
-        world_size: W.
-        adaptive: whether splits follow these times; fixed shares don't.
-    """
+    """How long all ranks' evaluation batches took, by what was evaluated; fixed shares (not adaptive) ignore it."""
 
     def __init__(self, world_size: int, *, adaptive: bool = True) -> None:
-        self._world_size = world_size
         self._adaptive = adaptive
-        self._histories: dict[Hashable, list[RankMeasurements]] = {}
+        self._histories: dict[Hashable, list[RankMeasurements]] = defaultdict(
+            lambda: [RankMeasurements() for _ in range(world_size)]
+        )
 
     def update(self, ranks: Sequence[BatchTimes]) -> None:
-        """Take in what every rank has measured in an evaluation that is over.
-
-        Args:
-            ranks: W of them; a rank that had nothing to evaluate measured nothing.
-        """
-        if not self._adaptive:
-            return
-        for rank, measured in enumerate(ranks):
+        """Take in what W ranks have measured in an evaluation that is over; some may have had nothing to evaluate."""
+        for rank, measured in enumerate(ranks if self._adaptive else ()):
             for key, batches in measured.items():
-                new = [RankMeasurements() for _ in range(self._world_size)]
-                history = self._histories.setdefault(key, new)[rank]
                 for local_batch, seconds in batches:
-                    history.observe(local_batch, seconds)
+                    self._histories[key][rank].observe(local_batch, seconds)
 
     def seconds(self, key: Hashable, batch: int, proportions: Sequence[float]) -> tuple[float, ...]:
-        """W seconds that a batch of the loader takes on each rank; only their ratios matter.
+        """W seconds that a batch of so many samples takes on each rank; only their ratios matter.
 
-        Args:
-            key: what is evaluated.
-            batch: samples in it.
-            proportions: W positive numbers, what the ranks do in the same time as far as is known from elsewhere. Used
-                for ranks that were never measured, scaled to those that were.
+        Ranks that were never measured here are taken to be as fast, beside those that were, as these proportions say.
         """
         assumed = tuple(1 / max(share, 1e-9) for share in proportions)
         histories = self._histories.get(key)

@@ -1,7 +1,7 @@
-"""What was measured of one rank, and what follows: its step-time curve, its noise, how certain both are, its changes.
+"""What was measured of one rank: its step-time curve, its noise, the curve's uncertainty, changes of its speed.
 
-Measurements are kept by local batch. A rank's speed may change; what it took for other local batches before is scaled
-then, so that all that is kept belongs to one speed.
+Measurements are kept by local batch. When a rank's speed changes, what it took for other local batches before is
+scaled, so that all that is kept belongs to one speed.
 """
 # "Simulation" means simulated training on measured step-time curves, with noise, disturbed steps and changes of speed,
 # as in tests/planning/test_balancer.py.
@@ -12,27 +12,26 @@ from statistics import median
 
 from lightning_hetero.planning.step_time import StepTimeModel
 
-# Measurements that are kept of a rank: at least this many of a local batch, for this many local batches (last used).
+# Measurements that are kept of a rank: at least this many of a local batch, for this many local batches (used last).
 # Chosen to bound the time of a fit and the size of a profile; a multiple of half of `_SLOW_DRIFT_STEPS`.
 KEPT = 42
 KEPT_LOCAL_BATCHES = 8
 
-# With this many measurements of a local batch its median stands against one disturbed step: the least number for that.
+# With this many measurements of a local batch one disturbed step can't be their median: the least number for that.
 _RELIABLE = 3
 
-# With this many it is a reference for changes: the first two may have been compiled, or have grown the memory, and must
-# not be the median.
+# With this many their median is a reference for changes: the first two steps may have compiled or allocated memory, and
+# must not be the median.
 _REFERENCE = 5
 
 # Steps in a row, all off by a factor (or by `_CHANGE_DEVIATIONS` times the noise, if that is more), that show a change
-# of speed: soon where much is lost, later where it may be an episode that passes. Measurements at other local batches
-# are evidence for the former only: a GPU may well be faster with 32 samples than with 29. Tuned in simulation.
+# of speed: few where much is lost, more where it may be a short episode. Measurements at other local batches are
+# evidence for the former only: a GPU may well be faster with 32 samples than with 29. Tuned in simulation.
 _SUDDEN_CHANGE = (4, 1.6)
 _LASTING_CHANGE = (8, 1.15)
 _CHANGE_DEVIATIONS = 3.0
 
-# Measurements of other local batches that are kept after a change. Below `_RELIABLE`, so that new ones soon outvote
-# them.
+# Measurements of other local batches that are kept after a change: below `_RELIABLE`, to be outvoted soon.
 _KEPT_AFTER_CHANGE = 2
 
 # The median of the last steps, off by this factor from what the local batch took before (or by `_SLOW_DRIFT_ERRORS`
@@ -71,10 +70,10 @@ _KEPT_EXPOSED = 15
 
 
 class RankMeasurements:
-    """Seconds of a rank's last steps at each of the last local batches that it had.
+    """Seconds of a rank's last steps at each of the local batches that it had last.
 
     Args:
-        seconds: by local batch, oldest measurements first, the local batch that was used last at the end.
+        seconds: by local batch, oldest measurements first; the local batch that was used last comes last.
         exposed: seconds of exposed communication in steps in which all others waited for the rank, oldest first.
     """
 
@@ -88,17 +87,18 @@ class RankMeasurements:
         """Record a step; returns whether it showed that the rank's speed has changed."""
         recent = [*self.seconds.pop(local_batch, []), seconds]
         due = len(recent) % (_SLOW_DRIFT_STEPS // 2) == 0
-        # Dropped in blocks, so that their number goes on to say when the next check for a slow drift is due.
+        # Dropped in blocks, so that the number that remains still says when the next check for a slow drift is due.
         self.seconds[local_batch] = recent[-KEPT:] if due else recent
         while len(self.seconds) > KEPT_LOCAL_BATCHES:
             del self.seconds[next(iter(self.seconds))]
         self._model = self._noise = None
-        changed = self._follow_change(local_batch, *_SUDDEN_CHANGE, others=True) or self._follow_change(
-            local_batch, *_LASTING_CHANGE, others=False
-        )
-        if not changed and due:
+        if self._follow_change(local_batch, *_SUDDEN_CHANGE, others=True):
+            return True
+        if self._follow_change(local_batch, *_LASTING_CHANGE, others=False):
+            return True
+        if due:
             self._follow_slow_drift(local_batch)
-        return changed
+        return False
 
     def observe_exposed_communication(self, seconds: float) -> None:
         """Record how long the rank communicated in a step in which it was the last to be ready."""
@@ -110,19 +110,17 @@ class RankMeasurements:
             return False
         older = self._without_last(local_batch, steps)
         references = {b: median(s) for b, s in older.items() if len(s) >= _REFERENCE and (others or b == local_batch)}
-        # More samples seldom make a step much shorter. So, whatever the curve, these bound the last steps at unchanged
-        # speed.
+        # More samples seldom make a step much shorter, so these bound the last steps at unchanged speed.
         upper = min((time for b, time in references.items() if b >= local_batch), default=math.inf)
         lower = max((time for b, time in references.items() if b <= local_batch), default=0.0)
 
         def outside(factor: float) -> bool:
             return min(last) > factor * upper or max(last) * factor < lower
 
-        # In this order, since it is asked in every step and the noise takes longest to compute.
+        # In this order, since this runs in every step and the noise takes longest to compute.
         if not outside(factor) or not outside(max(factor, 1 + _CHANGE_DEVIATIONS * self.noise())):
             return False
-        # How the change spreads over fixed cost and cost per sample is not known, so what is scaled is uncertain:
-        # little of it is kept.
+        # How much of the change is in the fixed cost is not known, so what is scaled is uncertain: little is kept.
         kept = {b: s if b == local_batch else s[-_KEPT_AFTER_CHANGE:] for b, s in older.items()}
         self._rescale(local_batch, kept, last)
         return True
@@ -138,10 +136,8 @@ class RankMeasurements:
             self._rescale(local_batch, self._without_last(local_batch, _SLOW_DRIFT_STEPS), last)
 
     def _without_last(self, local_batch: int, steps: int) -> dict[int, list[float]]:
-        older = {b: s for b, s in self.seconds.items() if b != local_batch}
-        if before := self.seconds[local_batch][:-steps]:
-            older[local_batch] = before
-        return older
+        older = self.seconds | {local_batch: self.seconds[local_batch][:-steps]}
+        return {b: s for b, s in older.items() if s}
 
     def _rescale(self, local_batch: int, older: dict[int, list[float]], last: list[float]) -> None:
         """Scale the older measurements of other local batches to the speed of the last steps at this one."""
@@ -167,40 +163,28 @@ class RankMeasurements:
     def noise(self) -> float:
         """Relative standard deviation of single measurements around the median of their local batch."""
         if self._noise is None:
-            self._noise = self._estimated_noise()
+            groups = [(median(s), sorted(s)) for s in self.seconds.values() if len(s) >= _RELIABLE]
+            # The middle one of an odd number is the median itself, and says nothing of the noise.
+            deviations = [abs(v / m - 1) for m, s in groups for i, v in enumerate(s) if 2 * i + 1 != len(s)]
+            enough = len(deviations) >= _ENOUGH_DEVIATIONS
+            self._noise = _DEVIATION_OF_MEDIAN * median(deviations) if enough else _ASSUMED_NOISE
         return self._noise
-
-    def _estimated_noise(self) -> float:
-        groups = [(median(s), sorted(s)) for s in self.seconds.values() if len(s) >= _RELIABLE]
-        # The middle one of an odd number is its median, and says nothing of the noise.
-        deviations = [abs(v / m - 1) for m, s in groups for i, v in enumerate(s) if 2 * i + 1 != len(s)]
-        enough = len(deviations) >= _ENOUGH_DEVIATIONS
-        return _DEVIATION_OF_MEDIAN * median(deviations) if enough else _ASSUMED_NOISE
 
     def uncertainty(self, local_batch: int) -> float:
         """Relative standard error of the curve at a local batch.
 
-        Where it was measured, that of the median. Elsewhere that of the measured neighbour with the least error: of its
-        own median, and more the further it is away. A neighbour that was measured once takes nothing from what the
-        other one says.
+        Where it was measured, that of the median. Elsewhere that of the nearest measured local batches, the smaller of
+        the two: of its own median, and more the further it is away.
         """
-        below = max((b for b in self.seconds if b <= local_batch), default=None)
-        above = min((b for b in self.seconds if b >= local_batch), default=None)
-        neighbours = {b for b in (below, above) if b is not None}
-        rate = _INTERPOLATION_ERROR if len(neighbours) > 1 else _EXTRAPOLATION_ERROR
-        return min(math.hypot(self._error(b), rate * abs(math.log(local_batch / b))) for b in neighbours)
-
-    def _error(self, local_batch: int) -> float:
-        """Relative standard error of the median of what was measured at a local batch."""
-        return self.noise() * _ERROR_OF_MEDIAN / math.sqrt(len(self.seconds[local_batch]))
+        below = sorted(b for b in self.seconds if b <= local_batch)[-1:]
+        above = sorted(b for b in self.seconds if b >= local_batch)[:1]
+        errors = {b: self.noise() * _ERROR_OF_MEDIAN / math.sqrt(len(self.seconds[b])) for b in below + above}
+        rate = _INTERPOLATION_ERROR if len(errors) > 1 else _EXTRAPOLATION_ERROR
+        return min(math.hypot(error, rate * abs(math.log(local_batch / b))) for b, error in errors.items())
 
 
 def fit(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:
-    """Fit a model to seconds by local batch, the one that was used last at the end.
-
-    Raises:
-        ValueError: there are no measurements, or they can't have been measured.
-    """
+    """Fit a model to seconds by local batch; the local batch that was used last comes last."""
     # The first step at a local batch allocates, compiles and tunes; until it is outvoted, the shorter time stands.
     measured = {b: s if len(s) >= _RELIABLE else [min(s)] for b, s in measured.items()}
     reliable = {b: s for b, s in measured.items() if len(s) >= _RELIABLE}

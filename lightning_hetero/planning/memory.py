@@ -4,11 +4,11 @@ A model never predicts less memory than was seen. Ranks that are given the same 
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lightning_hetero.planning.allocation import proportional
 from lightning_hetero.planning.reports import MemoryReports
@@ -16,15 +16,14 @@ from lightning_hetero.planning.reports import MemoryReports
 UNLIMITED = 2**40
 """A local batch that no device has memory for; stands for no cap."""
 
+# The largest local batch that was completed may be exceeded by this factor without a risk, if the model sees memory for
+# it. Chosen, not tuned: later plans change a split by a few samples only.
+_SAFE_GROWTH = 1.1
+
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Peak memory of a rank as a line over its local batch, with all that was observed on or below it.
-
-    Attributes:
-        fixed: bytes that don't depend on the local batch, at least 0.
-        per_sample: bytes for each sample, at least 0.
-    """
+    """Peak memory of a rank, in bytes, as a line over its local batch: fixed bytes, and bytes for each sample."""
 
     fixed: float
     per_sample: float
@@ -33,14 +32,8 @@ class MemoryModel:
     def fit(cls, peaks: Mapping[int, float], resting: float = 0.0) -> "MemoryModel":
         """The least-squares line, raised until no observation lies above it.
 
-        One local batch alone does not show the slope: then all that is held beyond `resting` counts for samples.
-
-        Args:
-            peaks: from local batches, at least 1, to the most bytes seen with them; not empty.
-            resting: bytes that were held before the first step.
-
-        Raises:
-            ValueError: they can't have been observed.
+        Peaks are the most bytes seen at each local batch. A single local batch does not show the slope: then all bytes
+        beyond those `resting`, which were held before the first step, count as the samples'.
         """
         if not peaks:
             raise ValueError("a memory model needs at least one local batch and its peak")
@@ -68,46 +61,32 @@ class MemoryModel:
         if for_samples >= self.per_sample * UNLIMITED:
             return UNLIMITED
         local_batch = int(for_samples / self.per_sample)
-        while local_batch > 0 and self.bytes(local_batch) > limit_bytes:  # the division may be a rounding error off
+        while local_batch > 0 and self.bytes(local_batch) > limit_bytes:  # the division may be off by a rounding error
             local_batch -= 1
         return local_batch
 
 
-# The largest local batch that was completed may be exceeded by this factor without a risk, if the model sees memory for
-# it. Chosen, not tuned: later plans change a split by a few samples only.
-_SAFE_GROWTH = 1.1
-
-
 @dataclass(frozen=True)
 class MemoryLimits:
-    """What the ranks' devices may hold.
+    """What the ranks' devices may hold, W values each."""
 
-    Attributes:
-        bytes: W numbers of bytes; infinity for no limit.
-        devices: W names, for messages.
-    """
-
-    bytes: tuple[float, ...]
-    devices: tuple[str, ...]
+    bytes: tuple[float, ...]  # infinity for no limit
+    devices: tuple[str, ...]  # names, for messages
 
 
+@dataclass
 class _RankMemory:
-    """What is known of one rank's memory.
+    """What is known of one rank's memory, in bytes and local batches; see `MemoryReports`."""
 
-    Args:
-        limit: bytes that it may hold; infinity for no limit.
-    """
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.peaks: dict[int, float] = {}  # bytes by local batch
-        self.resting = 0.0
-        self.fits = UNLIMITED
-        self.fails = UNLIMITED + 1
-        self.largest_completed = 0
+    limit: float
+    peaks: dict[int, float] = field(default_factory=dict)  # by local batch
+    resting: float = 0.0
+    fits: int = UNLIMITED
+    fails: int = UNLIMITED + 1
+    largest_completed: int = 0
 
     def update(self, local_batch: int, peak: float, resting: float, fits: int, fails: int) -> bool:
-        """Take in a report, see `MemoryReports`; returns whether it changed anything, which is rare: peaks repeat."""
+        """Take in a report; returns whether it changed anything, which is rare: peaks repeat."""
         before = self._state(local_batch)
         self.resting = resting
         self.fits = fits or self.fits
@@ -121,25 +100,22 @@ class _RankMemory:
     def _state(self, local_batch: int) -> tuple[float | None, ...]:
         return self.resting, self.fits, self.fails, self.largest_completed, self.peaks.get(local_batch)
 
-    def known_to_fit(self) -> int:
-        """The largest local batch that fits by the model and by what was seen."""
-        return min(self._modelled(), self.fits)
-
     def may_fit(self) -> int:
         """The largest local batch that is not known to fail.
 
-        A batch that was cut in halves until they fitted shows that a half fits, and that the whole does not. And one
-        peak within the limit bounds no slope: what all samples take together may be in it.
+        A batch that was halved until its parts fitted shows that a part fits, and that the whole does not. And one peak
+        within the limit bounds no slope: it may be what all samples take together.
         """
-        most = self._modelled()
+        most = self.modelled()
         if len(self.peaks) == 1 and max(self.peaks.values()) <= self.limit:
             most = max(most, 2 * max(self.peaks))
         return min(most, self.fails - 1)
 
-    def _modelled(self) -> int:
+    def modelled(self) -> int:
+        """The largest local batch that fits by the model and by what was seen."""
         if not self.peaks:
             return UNLIMITED
-        # The line lies above most observations, so it may deny what has been seen to fit.
+        # The line lies above most observations, so it may exclude what has been seen to fit.
         seen = max((local_batch for local_batch, peak in self.peaks.items() if peak <= self.limit), default=0)
         return max(MemoryModel.fit(self.peaks, self.resting).largest(self.limit), seen)
 
@@ -148,24 +124,8 @@ class _RankMemory:
         return 2 * self.largest_completed if len(self.peaks) < 2 and self.largest_completed > 0 else UNLIMITED
 
 
-@dataclass(frozen=True)
-class _Bounds:
-    """W local batches each, multiples of the granularity: what fits, what may fit, and what plans may use."""
-
-    known_to_fit: tuple[int, ...]
-    may_fit: tuple[int, ...]
-    allowed: tuple[int, ...]
-
-
 class Caps:
-    """The largest local batches of all ranks, as far as is known.
-
-    Args:
-        limits: what the devices may hold.
-        global_batch: samples of a step over all ranks.
-        minimum: the least local batch.
-        granularity: local batches are multiples of it.
-    """
+    """The largest local batches of all ranks, as far as is known; multiples of the granularity."""
 
     def __init__(self, limits: MemoryLimits, global_batch: int, *, minimum: int, granularity: int) -> None:
         self._devices = limits.devices
@@ -173,32 +133,21 @@ class Caps:
         self._minimum = minimum
         self._granularity = granularity
         self._ranks = [_RankMemory(limit) for limit in limits.bytes]
-        self._bounds = self._compute_bounds()
-
-    @property
-    def allowed(self) -> tuple[int, ...]:
-        """W local batches that memory allows, however far they are from what was tried."""
-        return self._bounds.allowed
+        self._update_bounds()
 
     def update(self, reports: MemoryReports) -> tuple[str, ...]:
-        """Take in what all ranks report.
-
-        Returns:
-            A sentence for each rank that has run out of memory since the last call.
-
-        Raises:
-            ValueError: the global batch does not fit into the memory of all ranks together.
-        """
-        columns = (reports.local_batches, reports.peaks, reports.resting, reports.fits, reports.fails)  # each (W,)
+        """Take in what all ranks report; returns a sentence for each rank that has run out of memory since."""
+        columns = (reports.local_batches, reports.peaks, reports.resting, reports.fits, reports.fails)  # (W,) each
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         warnings, changed = [], False
-        for number, (rank, row) in enumerate(zip(self._ranks, zip(*map(_listed, columns), strict=True), strict=True)):
+        for number, (rank, row) in enumerate(zip(self._ranks, rows, strict=True)):
             local_batch, peak, resting, fits, fails = row
             before = rank.fits
             changed |= rank.update(int(local_batch), peak, resting, int(fits), int(fails))
             if rank.fits < before:
                 warnings.append(self._out_of_memory(number))
         if changed:
-            self._bounds = self._compute_bounds()
+            self._update_bounds()
             self._check()
         return tuple(warnings)
 
@@ -209,55 +158,47 @@ class Caps:
     def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
         """Whether W local batches are known to fit on all ranks.
 
-        They are where the ranks have computed as many samples, or nearly as many and their models, of two local batches
-        at least, see memory for the rest.
+        Each rank has computed as many samples, or nearly as many and its model, of at least two local batches, sees
+        memory for the rest.
         """
         return all(
             local_batch <= rank.largest_completed
             or (len(rank.peaks) > 1 and local_batch <= min(most, _SAFE_GROWTH * rank.largest_completed))
-            for local_batch, rank, most in zip(local_batches, self._ranks, self._bounds.known_to_fit, strict=True)
+            for local_batch, rank, most in zip(local_batches, self._ranks, self._known_to_fit, strict=True)
         )
 
     def maximum(self, current: Sequence[int]) -> tuple[int, ...]:
-        """W largest local batches, multiples of the granularity; their sum is at least the global batch.
-
-        Args:
-            current: W samples, of the newest plan.
-        """
-        allowed = self.allowed
+        """W largest local batches for a next plan after the current one; their sum is at least the global batch."""
         factor = 1
         while True:  # growth limits too narrow for the global batch give way, up to what memory allows
             caps = [
                 min(most, factor * max(self._rounded(rank.growth_limit()), local_batch, self._minimum))
-                for most, rank, local_batch in zip(allowed, self._ranks, current, strict=True)
+                for most, rank, local_batch in zip(self.allowed, self._ranks, current, strict=True)
             ]
-            if sum(caps) >= min(self._global_batch, sum(allowed)):
+            if sum(caps) >= min(self._global_batch, sum(self.allowed)):
                 return tuple(caps)
             factor *= 2
 
     def _rounded(self, local_batch: int) -> int:
         return local_batch // self._granularity * self._granularity
 
-    def _compute_bounds(self) -> _Bounds:
-        known_to_fit = [self._rounded(min(rank.known_to_fit(), UNLIMITED)) for rank in self._ranks]
-        may_fit = [self._rounded(min(rank.may_fit(), UNLIMITED)) for rank in self._ranks]
-        return _Bounds(tuple(known_to_fit), tuple(may_fit), self._allowed(known_to_fit, may_fit))
+    def _update_bounds(self) -> None:
+        self._known_to_fit = [self._rounded(min(rank.modelled(), rank.fits)) for rank in self._ranks]
+        self._may_fit = [self._rounded(rank.may_fit()) for rank in self._ranks]
+        bounds = zip(self._known_to_fit, self._may_fit, strict=True)
+        allowed = [max(fits, min(self._minimum, most)) for fits, most in bounds]
+        untried = list(map(int.__sub__, self._within_global_batch(self._may_fit), self._within_global_batch(allowed)))
+        missing = self._global_batch - sum(self._within_global_batch(allowed))
+        # Where too little is known to fit, what may fit is used as far as the global batch needs it. A rank that runs
+        # out of memory then shows what fits, and nothing is lost.
+        if 0 < missing <= sum(untried):
+            more = proportional(missing, untried, minimum=0, maximum=untried, granularity=self._granularity)
+            allowed = list(map(int.__add__, allowed, more))
+        self.allowed = tuple(allowed)
+        """W local batches that memory allows, however far they are from what was tried."""
 
-    def _allowed(self, known_to_fit: Sequence[int], may_fit: Sequence[int]) -> tuple[int, ...]:
-        """What is known to fit; where that is too little for the global batch, as much of what may fit as it takes.
-
-        A rank that runs out of memory then shows what fits, and nothing is lost.
-        """
-        allowed = [max(fits, min(self._minimum, most)) for fits, most in zip(known_to_fit, may_fit, strict=True)]
-        untried = [
-            min(most, self._global_batch) - min(cap, self._global_batch)
-            for cap, most in zip(allowed, may_fit, strict=True)
-        ]
-        missing = self._global_batch - sum(min(cap, self._global_batch) for cap in allowed)
-        if not 0 < missing <= sum(untried):
-            return tuple(allowed)
-        more = proportional(missing, untried, minimum=0, maximum=untried, granularity=self._granularity)
-        return tuple(map(int.__add__, allowed, more))
+    def _within_global_batch(self, local_batches: Iterable[int]) -> list[int]:
+        return [min(local_batch, self._global_batch) for local_batch in local_batches]
 
     def _out_of_memory(self, number: int) -> str:
         rank = self._ranks[number]
@@ -269,27 +210,21 @@ class Caps:
         )
 
     def _check(self) -> None:
-        """See that there is a split.
-
-        Raises:
-            ValueError: there isn't.
-        """
+        """Raise a ValueError where the global batch does not fit into the memory of all ranks together."""
         unable = [number for number, cap in enumerate(self.allowed) if cap < self._minimum]
-        if not unable and sum(min(cap, self._global_batch) for cap in self.allowed) >= self._global_batch:
+        if not unable and sum(self._within_global_batch(self.allowed)) >= self._global_batch:
             return
-        caps = self._bounds.known_to_fit
-        fits, may = (sum(min(b, self._global_batch) for b in bound) for bound in (caps, self._bounds.may_fit))
+        fits, may = (sum(self._within_global_batch(bound)) for bound in (self._known_to_fit, self._may_fit))
         perhaps = f" (or perhaps up to {may})" if may > fits else ""
         each = ", ".join(
-            f"{caps[number]} on rank {number} ({device}"
-            + (f", {_size(rank.limit)})" if math.isfinite(rank.limit) else ")")
-            for number, (rank, device) in enumerate(zip(self._ranks, self._devices, strict=True))
-            if caps[number] < self._global_batch
+            f"{cap} on rank {number} ({device}{f', {_size(rank.limit)}' if math.isfinite(rank.limit) else ''})"
+            for number, rank, device, cap in zip(count(), self._ranks, self._devices, self._known_to_fit, strict=False)
+            if cap < self._global_batch
         )
         if unable:
-            names = ", ".join(map(str, unable))
+            ranks = f"rank{'s' if len(unable) > 1 else ''} {', '.join(map(str, unable))}"
             raise ValueError(
-                f"the memory of rank{'s' if len(unable) > 1 else ''} {names} does not hold the smallest local batch, "
+                f"the memory of {ranks} does not hold the smallest local batch, "
                 f"{self._minimum} (samples that fit: {each}): raise memory_limit, make samples or the module smaller, "
                 "or leave the device out"
             )
@@ -300,14 +235,9 @@ class Caps:
         )
 
 
-def _listed(column: NDArray[np.float64]) -> list[float]:
-    values: list[float] = column.tolist()
-    return values
-
-
-def _size(count: float) -> str:
+def _size(number: float) -> str:
     """Bytes as a person reads them."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count:.0f} bytes"
+        if number >= unit:
+            return f"{number / unit:.2f} {name}"
+    return f"{number:.0f} bytes"

@@ -1,23 +1,21 @@
 """A plan says how a global batch is split over the ranks; a schedule says which plan holds at which step."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The local batch of every rank, and the step from which it holds.
+    """The local batch of every rank, and the step from which they hold.
 
     Args:
         first_step: the first global batch (counted from 0 over the whole run) that is split this way.
         local_batches: W numbers of samples, one a rank; their sum is the global batch.
         predicted_seconds: W seconds of compute time that the step-time models expect; None before anything is known.
-        reason: why this plan was made, for the log.
-
-    Raises:
-        ValueError: the numbers can't be a plan.
+        reason: why this plan was made, for the log: "equal", "shares" (the user's), "probe" (a speed test), "profile"
+            (what an earlier run has measured), "explore" (to separate fixed cost from cost per sample), "balance",
+            "drift" (a rank's speed has changed), or "memory" (the last plan asked a rank for more than it may take).
     """
 
     first_step: int
@@ -42,7 +40,7 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks."""
+        """W, the number of ranks."""
         return len(self.local_batches)
 
     @property
@@ -52,20 +50,15 @@ class Plan:
 
 
 class Schedule:
-    """The plans of a run over its steps; plans are only ever added at the end.
-
-    Args:
-        first: the plan of step 0.
-    """
+    """The plans of a run over its steps, from `first` on; plans are only ever added at the end."""
 
     def __init__(self, first: Plan) -> None:
         if first.first_step != 0:
             raise ValueError(f"the first plan has to hold from step 0, not from step {first.first_step}")
         self._plans = [first]
-        self._starts = [0]
 
     @property
-    def plans(self) -> Sequence[Plan]:
+    def plans(self) -> tuple[Plan, ...]:
         """All plans so far, oldest first."""
         return tuple(self._plans)
 
@@ -78,14 +71,10 @@ class Schedule:
         """The plan in force at a step."""
         if step < 0:
             raise ValueError(f"there is no step {step}")
-        return self._plans[bisect_right(self._starts, step) - 1]
+        return self._plans[bisect_right(self._plans, step, key=lambda plan: plan.first_step) - 1]
 
     def append(self, plan: Plan) -> None:
-        """Let `plan` hold from its first step on.
-
-        Raises:
-            ValueError: it starts before the newest plan does, or splits another global batch.
-        """
+        """Let a plan of the same global batch and ranks hold from its first step on, not before the newest plan's."""
         newest = self._plans[-1]
         if plan.first_step < newest.first_step:
             raise ValueError(f"a plan for step {plan.first_step} comes after one for step {newest.first_step}")
@@ -95,4 +84,3 @@ class Schedule:
                 f"{newest.global_batch} samples on {newest.world_size} ranks"
             )
         self._plans.append(plan)
-        self._starts.append(plan.first_step)

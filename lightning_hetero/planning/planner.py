@@ -1,8 +1,8 @@
 """From shares and the ranks' reports to the schedule of plans; pure, the same on every rank."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from lightning_hetero.planning.allocation import proportional
 from lightning_hetero.planning.balancer import Balancer
@@ -15,62 +15,15 @@ from lightning_hetero.planning.step_time import StepTimeModel
 
 @dataclass(frozen=True)
 class PlanUpdate:
-    """What follows from the messages of a step.
+    """What follows from the messages of a step, oldest first."""
 
-    Attributes:
-        plans: that have been decided, oldest first; they are in the schedule already.
-        warnings: sentences for the user, each to be said once.
-        measured: steps that every rank has reported now, oldest first.
-    """
-
-    plans: tuple[Plan, ...] = ()
-    warnings: tuple[str, ...] = ()
-    measured: tuple[MeasuredStep, ...] = ()
-
-
-class Planner(Protocol):
-    """What a fit asks of whoever decides its plans; answers are the same on all ranks."""
-
-    @property
-    def global_batch(self) -> int | None:
-        """Samples of a step over all ranks; None where the user shards: it is not known."""
-
-    @property
-    def is_exploring(self) -> bool:
-        """Whether it would use measurements before the next batch is drawn."""
-
-    def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
-        """Whether W local batches are known to fit on all ranks."""
-
-    def update(self, reports: StepReports) -> PlanUpdate:
-        """Take in what all ranks report with the messages of a step.
-
-        Raises:
-            ValueError: the global batch does not fit into the memory of all ranks together.
-        """
-
-
-class UserSharded:
-    """Stands for data that the user shards: there are no plans, and nothing is decided."""
-
-    global_batch: None = None
-    is_exploring = False
-
-    def fits_in_memory(self, local_batches: Sequence[int]) -> bool:  # noqa: ARG002 - of the protocol
-        """Never: nothing is known."""
-        return False
-
-    def update(self, reports: StepReports) -> PlanUpdate:  # noqa: ARG002 - of the protocol
-        """Nothing follows."""
-        return PlanUpdate()
+    plans: tuple[Plan, ...] = ()  # that have been decided; they are in the schedule already
+    warnings: tuple[str, ...] = ()  # sentences for the user
+    measured: tuple[MeasuredStep, ...] = ()  # steps that every rank has reported now
 
 
 def check_global_batch(global_batch: int, world_size: int) -> None:
-    """See that every rank can have a sample.
-
-    Raises:
-        ValueError: they can't, in one sentence.
-    """
+    """Raise a ValueError, one sentence, where not every rank can have a sample."""
     if global_batch < world_size:
         raise ValueError(
             f"global_batch={global_batch} is smaller than the number of ranks, {world_size}: raise global_batch or the "
@@ -82,7 +35,7 @@ class SplitPlanner:
     """Decides how the global batches of a run are split, adaptively or in fixed proportions.
 
     Args:
-        shares: the user's.
+        shares: as the user wants them.
         world_size: W.
         global_batch: samples of a step over all ranks.
         minimum: the least that a rank can compute with; less where the global batch does not give each as much.
@@ -94,9 +47,8 @@ class SplitPlanner:
         memory: what the ranks' devices may hold; None for no caps.
 
     Raises:
-        ValueError: the global batch can't be split so, or the profile is of another job or damaged.
-        KeyError: the profile is damaged.
-        TypeError: the same.
+        ValueError: the global batch can't be split so, or the profile is of another job or damaged. A damaged profile
+            may also raise a KeyError or a TypeError.
     """
 
     FUTILE_MESSAGES = 8
@@ -117,70 +69,54 @@ class SplitPlanner:
     ) -> None:
         self._proportions = shares.proportions_for(world_size)
         check_global_batch(global_batch, world_size)
-        self.world_size = world_size
-        self.global_batch = global_batch
+        self.world_size, self.global_batch, self.granularity = world_size, global_batch, granularity
         self.minimum = max(1, min(minimum, global_batch // world_size))
-        self.granularity = granularity
         # A multiple of the granularity that reaches the minimum is the least that a plan can give.
         self._least = -(-self.minimum // granularity) * granularity
-        self._reason = "equal" if shares.proportions is None else "shares"
         self._memory = memory
-        self.caps = self._fresh_caps()
+        self.forget_memory()
         self._join = MeasurementJoin(world_size)
-        self._adaptive = shares.adaptive and world_size > 1
-        self._balancer = self._fresh_balancer(profile)
-        self._has_profile = self._balancer is not None and profile is not None
-        self._discards_profile = False  # with the next update
-        self._next_is_undrawn = False  # the batch after that of the last messages, by all loaders
-        self._futile_messages = 0  # in a row without a complete step
-        self.schedule = Schedule(self._first_plan(profile, speeds))
-
-    def _fresh_caps(self) -> Caps | None:
-        if self._memory is None:
-            return None
-        return Caps(self._memory, self.global_batch, minimum=self._least, granularity=self.granularity)
-
-    def _fresh_balancer(self, profile: Mapping[str, Any] | None) -> Balancer | None:
-        if not self._adaptive:
-            return None
-        return Balancer(
-            self.world_size, self.global_batch, minimum=self._least, granularity=self.granularity, state=profile
-        )
-
-    def _first_plan(self, profile: Mapping[str, Any] | None, speeds: Sequence[float] | None) -> Plan:
+        reason = "equal" if shares.proportions is None else "shares"
+        first = self._unmeasured = Plan(0, self._proportional(self._proportions), reason=reason)
+        adaptive = shares.adaptive and world_size > 1
+        self._balancer = self._new_balancer(profile) if adaptive else None
+        self._has_profile = adaptive and profile is not None
         if self._balancer is not None and profile is not None:
-            proposal = self._balancer.first_proposal()
-            return Plan(0, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
-        given = self._proportional(self._proportions)
-        if self._balancer is not None and speeds is not None:
-            split = self._balancer.split_from_speeds(speeds, given)
-            if split != given:
-                return Plan(0, split, reason="probe")
-        return Plan(0, given, reason=self._reason)
+            first = self._balancer.first_plan()
+        elif self._balancer is not None and speeds is not None:
+            split = self._balancer.split_from_speeds(speeds, first.local_batches)
+            first = Plan(0, split, reason="probe") if split != first.local_batches else first
+        self._discards_profile = False  # with the next update
+        self._next_is_undrawn = False  # whether no loader has drawn the batch after that of the last messages
+        self._futile_messages = 0  # in a row without a complete step
+        self.schedule = Schedule(first)
+
+    def _new_balancer(self, profile: Mapping[str, Any] | None) -> Balancer:
+        least, granularity = self._least, self.granularity
+        return Balancer(self.world_size, self.global_batch, minimum=least, granularity=granularity, state=profile)
 
     def forget_memory(self) -> None:
         """Another fit begins: its samples may be larger, so what was seen of memory no longer holds."""
-        self.caps = self._fresh_caps()
+        self.caps: Caps | None = None
+        if self._memory is not None:
+            least, granularity = self._least, self.granularity
+            self.caps = Caps(self._memory, self.global_batch, minimum=least, granularity=granularity)
 
     def discard_profile(self) -> None:
-        """Forget what the profile brought, since it is of another job.
+        """Forget what the profile brought, since it is of another job; without a profile nothing changes.
 
-        The next `update` plans equal shares, from the first step that no loader has drawn. Without a profile nothing
-        changes.
+        The next `update` plans equal shares, from the first step that no loader has drawn.
         """
         self._discards_profile = self._has_profile
 
     @property
     def is_exploring(self) -> bool:
-        """Whether it would use measurements before the next batch is drawn.
-
-        It would while it looks for the right plan, where loaders have not drawn that batch.
-        """
+        """Whether it looks for the right plan, and can use measurements before any loader draws the next batch."""
         in_time = self._next_is_undrawn and self._futile_messages < self.FUTILE_MESSAGES
         return in_time and self._balancer is not None and self._balancer.is_exploring
 
     def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
-        """Whether W local batches are known to fit on all ranks; see `memory.Caps.fits_in_memory`."""
+        """Whether W local batches are known to fit on all ranks, see `Caps.fits_in_memory`."""
         return self.caps is not None and self.caps.fits_in_memory(local_batches)
 
     def update(self, reports: StepReports) -> PlanUpdate:
@@ -189,15 +125,24 @@ class SplitPlanner:
         Raises:
             ValueError: the global batch does not fit into the memory of all ranks together.
         """
-        drawn = reports.last_drawn
-        self._next_is_undrawn = drawn <= reports.step
-        restarted = self._plan_anew(drawn) if self._discards_profile else None
+        self._next_is_undrawn = reports.last_drawn <= reports.step
+        decided = len(self.schedule.plans)
+        start = max(reports.last_drawn + 1, self.schedule.newest.first_step)
+        if self._discards_profile:
+            self._has_profile = self._discards_profile = False
+            self._balancer = self._new_balancer(None)
+            self.schedule.append(replace(self._unmeasured, first_step=start))
         warnings = self.caps.update(reports.memory) if self.caps is not None else ()
-        within = self._keep_to_caps(drawn)
+        self._keep_to_caps(start)
         measured = self._join.add(reports, self.schedule)
-        better = self._balance(measured, drawn)
-        plans = tuple(plan for plan in (restarted, within, better) if plan is not None)
-        return PlanUpdate(plans, warnings, measured)
+        self._futile_messages = 0 if measured else self._futile_messages + 1
+        if self._balancer is not None and measured:
+            for step in measured:
+                self._balancer.observe(step)
+            newest, maximum = self.schedule.newest.local_batches, self._maximum()
+            if (plan := self._balancer.propose(newest, maximum, first_step=start)) is not None:
+                self.schedule.append(plan)
+        return PlanUpdate(self.schedule.plans[decided:], warnings, measured)
 
     def models(self) -> tuple[StepTimeModel, ...] | None:
         """W models of compute time by local batch; None where nothing is known, and with fixed shares."""
@@ -211,35 +156,19 @@ class SplitPlanner:
         """What was measured, for a later run of the same job; None where nothing was, and with fixed shares."""
         return self._balancer.state_dict() if self._balancer is not None and self._balancer.models() else None
 
-    def _plan_anew(self, drawn: int) -> Plan:
-        """Forget the profile: equal shares, and a balancer without measurements."""
-        self._balancer = self._fresh_balancer(None)
-        self._has_profile = self._discards_profile = False
-        return self._append(drawn, self._proportional(self._proportions), None, self._reason)
-
-    def _keep_to_caps(self, drawn: int) -> Plan | None:
-        """Replace the newest plan at once where it asks a rank for more than its memory allows."""
-        newest, caps = self.schedule.newest, self._maximum()
-        if caps is None or all(map(int.__le__, newest.local_batches, caps)):
-            return None
-        proposal = self._balancer.propose(newest.local_batches, caps) if self._balancer is not None else None
-        if proposal is not None:
-            return self._append(drawn, proposal.local_batches, proposal.predicted_seconds, "memory")
-        # What was in force is the best that is known, or what the user wants: the surplus is spread in proportion.
-        shares = newest.local_batches if self._balancer is not None else self._proportions
-        return self._append(drawn, self._proportional(shares, caps), None, "memory")
-
-    def _balance(self, measured: Sequence[MeasuredStep], drawn: int) -> Plan | None:
-        """Ask the balancer for a better plan where a step has become known of all ranks."""
-        self._futile_messages = 0 if measured else self._futile_messages + 1
-        if self._balancer is None or not measured:
-            return None
-        for step in measured:
-            self._balancer.observe(step)
-        proposal = self._balancer.propose(self.schedule.newest.local_batches, self._maximum())
-        if proposal is None:
-            return None
-        return self._append(drawn, proposal.local_batches, proposal.predicted_seconds, proposal.reason)
+    def _keep_to_caps(self, start: int) -> None:
+        """Replace the newest plan where it asks a rank for more than its memory allows."""
+        newest, caps = self.schedule.newest.local_batches, self._maximum()
+        if caps is None or all(map(int.__le__, newest, caps)):
+            return
+        plan = self._balancer.propose(newest, caps, first_step=start) if self._balancer is not None else None
+        if plan is not None:
+            self.schedule.append(replace(plan, reason="memory"))
+        else:
+            # The newest split is the best that is known, fixed shares are what the user wants: the surplus is spread
+            # in proportion.
+            shares = newest if self._balancer is not None else self._proportions
+            self.schedule.append(Plan(start, self._proportional(shares, caps), reason="memory"))
 
     def _maximum(self) -> tuple[int, ...] | None:
         return self.caps.maximum(self.schedule.newest.local_batches) if self.caps is not None else None
@@ -249,9 +178,21 @@ class SplitPlanner:
             self.global_batch, shares, minimum=self._least, maximum=maximum, granularity=self.granularity
         )
 
-    def _append(
-        self, drawn: int, local_batches: tuple[int, ...], seconds: tuple[float, ...] | None, reason: str
-    ) -> Plan:
-        plan = Plan(max(drawn + 1, self.schedule.newest.first_step), local_batches, seconds, reason)
-        self.schedule.append(plan)
-        return plan
+
+class UserSharded:
+    """Stands for data that the user shards: there are no plans, and nothing is decided."""
+
+    global_batch: None = None
+    is_exploring = False
+
+    def fits_in_memory(self, local_batches: Sequence[int]) -> bool:  # noqa: ARG002 - as `SplitPlanner`
+        """Never: nothing is known."""
+        return False
+
+    def update(self, reports: StepReports) -> PlanUpdate:  # noqa: ARG002 - as `SplitPlanner`
+        """Nothing follows."""
+        return PlanUpdate()
+
+
+Planner: TypeAlias = SplitPlanner | UserSharded
+"""Whatever decides the plans of a fit; its answers are the same on all ranks."""

@@ -1,4 +1,4 @@
-"""What a user may say of the shares, parsed once: adaptive or fixed, proportions, a profile to begin from."""
+"""The option `shares`, parsed once: adaptive or fixed, proportions, a profile to begin from."""
 
 import math
 from collections.abc import Sequence
@@ -11,28 +11,19 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Shares:
-    """How global batches are to be split; see `parse`.
+    """How global batches are to be split."""
 
-    Attributes:
-        adaptive: the split follows what is measured.
-        proportions: one number a rank, 0 or more and not all 0, of which only the ratios matter; None where the user
-            gave none.
-        profile: path of the profile that the user named; None for none.
-    """
-
-    adaptive: bool
+    adaptive: bool  # the split follows what is measured
     proportions: tuple[float, ...] | None = None
-    profile: str | None = None
+    """One number a rank, 0 or more and not all 0, of which only the ratios matter; None where the user gave none."""
+    profile: str | None = None  # path of the profile that the user named
 
     @classmethod
     def parse(cls, value: str | Sequence[float] | NDArray[Any]) -> Self:
-        """Read what the user gave.
-
-        Args:
-            value: "auto", "equal", one number a rank, or the path of a profile (``….json``) to begin from.
+        """Read "auto", "equal", one number a rank, or the path of a profile (``….json``) to begin from.
 
         Raises:
-            ValueError: it can't be used, in one sentence.
+            ValueError: it is none of these, in one sentence.
         """
         if isinstance(value, np.ndarray):
             value = value.tolist()
@@ -60,11 +51,7 @@ class Shares:
         return cls(adaptive=False, proportions=proportions)
 
     def check_world_size(self, world_size: int) -> None:
-        """See that there is one number a rank, where there are numbers.
-
-        Raises:
-            ValueError: there isn't, in one sentence.
-        """
+        """Raise a ValueError, one sentence, where there are numbers but not one a rank."""
         if self.proportions is None or (numbers := len(self.proportions)) == world_size:
             return
         raise ValueError(
@@ -73,11 +60,7 @@ class Shares:
         )
 
     def proportions_for(self, world_size: int) -> tuple[float, ...]:
-        """W numbers: those of the user, or ones.
-
-        Raises:
-            ValueError: see `check_world_size`.
-        """
+        """W numbers: those of the user, or ones; raises as `check_world_size`."""
         self.check_world_size(world_size)
         return self.proportions or (1.0,) * world_size
 

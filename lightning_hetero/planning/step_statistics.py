@@ -8,12 +8,12 @@ from statistics import fmean
 from lightning_hetero.planning.reports import MeasuredStep
 
 KEPT_STEPS = 25
-"""Steps whose times are kept: far more than reports come late, and enough that a few disturbed ones do not matter."""
+"""Steps whose times are kept: many more than reports are late, and enough that a few disturbed ones do not matter."""
 
 
 @dataclass(frozen=True)
 class SplitSteps:
-    """W local batches, and the seconds of the latest steps in a row with them."""
+    """W local batches, and the seconds of the last steps with them."""
 
     local_batches: tuple[int, ...]
     seconds: deque[float]
@@ -22,8 +22,8 @@ class SplitSteps:
 class StepStatistics:
     """Joins the wall time of each step with the ranks' compute times, which become known some steps later.
 
-    With gradient accumulation all values are means over micro-batches, up to each optimizer step. The first step of
-    all is left out: it measures lazy initialisation.
+    With gradient accumulation all values are means over the micro-batches of an optimizer step. The very first step is
+    left out: it measures lazy initialisation.
     """
 
     def __init__(self) -> None:
@@ -36,12 +36,12 @@ class StepStatistics:
         """The first split and the last one: one until the first is left, none before a step is measured."""
 
     def begin(self, now: float) -> None:
-        """A batch is about to be fetched, at `now` seconds; the step begins here only after a pause."""
+        """A batch is about to be fetched, at `now` seconds; after a pause the step begins here."""
         if self._begun is None:
             self._begun = now
 
     def pause(self) -> None:
-        """What comes until the next batch is fetched is no part of a step: validation, a checkpoint."""
+        """What follows until the next batch is fetched is not part of a step: validation, a checkpoint."""
         self._begun = None
 
     def end(self, now: float, step: int, *, stepped: bool) -> None:
@@ -67,7 +67,7 @@ class StepStatistics:
             self.splits[-1].seconds.append(seconds)
 
     def averages(self) -> tuple[float, float] | None:
-        """Mean seconds of the steps that are new since the last call, and the part of it in which ranks were idle."""
+        """Mean seconds of the steps since the last call, and the part in which ranks were idle; None for no steps."""
         new, self._new = self._new, []
         if not new:
             return None

@@ -1,6 +1,6 @@
 """Step-time models: how many seconds a rank needs for a local batch, fitted to its own steps.
 
-A model is a fixed cost and a cost per sample, refined piecewise where measurements at several local batches call for
+A model is a fixed cost and a cost per sample, refined piecewise where measurements at several local batches require
 it: GPUs are flat at small batches, allocators make curves jump, throttled CPUs are concave. One straight line fits none
 of them.
 """
@@ -14,12 +14,12 @@ from itertools import pairwise
 from statistics import median
 from typing import Self
 
-# A piece that rises by less than this part of its time is flat. Far below what a clock can tell, and it keeps the
+# A piece that rises by less than this part of its time is flat. Far below what a clock resolves, and it keeps the
 # inverse (the largest local batch within a time) well conditioned, on which exact allocation relies. Chosen.
 _FLAT = 1e-6
 
-# Slopes beyond the ends are taken over at least this ratio of local batches, if there is: two noisy neighbours say
-# nothing of a slope. Chosen.
+# Slopes beyond the ends are taken over at least this ratio of local batches, if there are any so far apart: two noisy
+# neighbours say nothing of a slope. Chosen.
 _SPAN = 4 / 3
 
 
@@ -31,13 +31,12 @@ class StepTimeModel:
         breakpoints: local batches (samples) where the slope may change; strictly increasing, the first is 0.
         times: seconds at each breakpoint, non-decreasing; ``times[0]`` is the fixed cost of a step.
         slope: seconds per sample beyond the last breakpoint.
-        packed: ``(local batch, seconds, slope to the right)`` of each breakpoint as native float64, row by row; the
-            last row is infinity.
+        slopes: seconds per sample to the right of each breakpoint; 0 where the piece is flat.
+        packed: local batch, seconds and slope of each breakpoint as native float64, row by row, and a row of infinity:
             `allocation.allocate` joins the bytes of thousands of models and reads them at once.
 
     Raises:
         ValueError: the curve falls, is negative, is not finite, or is 0 at a local batch of 1.
-
     """
 
     breakpoints: tuple[int, ...]
@@ -72,13 +71,11 @@ class StepTimeModel:
         is taken as proportional to the local batch.
 
         Args:
-            local_batches: samples of each measured step, in any order, repeats welcome.
-            seconds: the rank's own time in each of these steps.
+            local_batches: samples of each measured step, in any order; they may repeat.
+            seconds: compute time in each of these steps.
 
         Raises:
-            ValueError: no measurements, different lengths, a local batch below 1, or a time that is not positive and
-                finite.
-
+            ValueError: they can't have been measured, or there are none.
         """
         if len(local_batches) != len(seconds):
             raise ValueError(f"got {len(local_batches)} local batches and {len(seconds)} times: they must be pairs")
@@ -91,7 +88,6 @@ class StepTimeModel:
             if not (math.isfinite(time) and time > 0):
                 raise ValueError(f"measured {time} seconds for a local batch of {local_batch}: not a positive number")
             measured.setdefault(int(local_batch), []).append(float(time))
-
         x = sorted(measured)
         pools: list[tuple[int, list[float], float]] = []  # (breakpoints in the pool, their measurements, median)
         for local_batch in x:
@@ -103,22 +99,16 @@ class StepTimeModel:
         t = [value for size, _, value in pools for _ in range(size)]
         if len(x) == 1:
             return cls((0, x[0]), (0.0, t[0]), t[0] / x[0])
-
         far = next((i for i in range(1, len(x)) if x[i] >= _SPAN * x[0]), len(x) - 1)
         fixed = t[0] - x[0] * (t[far] - t[0]) / (x[far] - x[0])
         # The nearest rise to the left of the end. A curve that is flat all over does not show where its flat part ends:
-        # more than in proportion it should not cost, so that is the cautious choice.
+        # more samples should not cost more than in proportion, so that is the cautious choice.
         near = [i for i in reversed(range(len(x) - 1)) if x[-1] >= _SPAN * x[i]] or [0]
         rises = ((t[-1] - t[i]) / (x[-1] - x[i]) for i in near if t[-1] - t[i] > _FLAT * t[i])
         return cls((0, *x), (min(max(fixed, 0.0), t[0]), *t), next(rises, t[-1] / x[-1]))
 
     def seconds(self, local_batch: int) -> float:
-        """Predict the seconds for ``local_batch`` samples: positive, and never less for more samples.
-
-        Raises:
-            ValueError: ``local_batch`` is below 1.
-
-        """
+        """Predicted seconds for a local batch of at least 1 sample: positive, and never less for more samples."""
         if not local_batch >= 1:
             raise ValueError(f"a local batch has at least 1 sample, got {local_batch}")
         i = bisect_right(self.breakpoints, local_batch) - 1
@@ -127,10 +117,5 @@ class StepTimeModel:
         return min(time, self.times[i + 1]) if i + 1 < len(self.times) else time
 
     def scaled(self, factor: float, plus: float = 0.0) -> Self:
-        """The curve of `factor` times these seconds `plus` constant ones.
-
-        Raises:
-            ValueError: the result is no step-time curve.
-
-        """
+        """The curve of `factor` times these seconds `plus` constant ones."""
         return type(self)(self.breakpoints, tuple(factor * t + plus for t in self.times), factor * self.slope)

@@ -12,24 +12,18 @@ from lightning_hetero.sampling.global_batches import GlobalBatches, Index
 
 @dataclass(frozen=True)
 class Scope:
-    """How much of a loader an evaluation takes, and how its loaders go together.
+    """How much of a loader an evaluation takes, and whether its loaders are evaluated in turn or side by side."""
 
-    Args:
-        number: of the loader, among all that are evaluated in turn; 0 where they go side by side.
-        batches: how many of its batches Lightning takes (`limit_val_batches`, sanity check); None for all.
-        steps: where loaders go side by side, how many steps all of them take together; a step is never cut then, so
-            that what is paired in one process stays paired. None where loaders go one after the other.
-        cycles: side by side, a loader that is shorter than that begins again.
-    """
-
-    number: int = 0
-    batches: int | None = None
+    number: int = 0  # of the loader, among all that are evaluated in turn; 0 side by side
+    batches: int | None = None  # how many of its batches Lightning takes (`limit_val_batches`, sanity check); None: all
     steps: int | None = None
-    cycles: bool = False
+    """Side by side, how many steps all loaders take together; a step is never cut then, so that what is paired in one
+    process stays paired. None in turn."""
+    cycles: bool = False  # side by side, a loader that is shorter than that begins again
 
 
 class EvaluationPasses(Protocol):
-    """What an evaluation says of its passes over a loader, and is told of them."""
+    """The evaluation that passes over a loader belong to."""
 
     def epoch(self) -> int:
         """The trainer's epoch."""
@@ -38,7 +32,7 @@ class EvaluationPasses(Protocol):
         """What is evaluated of the sampler's loader."""
 
     def seconds(self, scope: Scope, samples: int) -> Sequence[float]:
-        """What a batch of so many samples takes on each rank, W numbers, of which only the ratios matter."""
+        """W seconds that a batch of so many samples takes on each rank; only their ratios matter."""
 
     def begin(self, scope: Scope, sizes: Sequence[int]) -> None:
         """A pass begins, in which this rank evaluates batches of these sizes."""
@@ -48,27 +42,21 @@ class EvaluationSampler(Sampler[list[Index]]):
     """The batch sampler of one rank in evaluation: its part of the loader's batches, each sample on one rank only.
 
     Its length is the number of batches that one process would evaluate, on every rank, so that no rank leaves out what
-    Lightning does before and after the batches. A rank draws fewer, or none at all.
-
-    Args:
-        batches: the loader's batches, as one process would draw them.
-        rank: whose part.
-        passes: what is asked and told at the start of each pass.
+    Lightning does before and after the batches. A rank draws fewer, or none at all. `batches` are the loader's, as one
+    process would draw them.
     """
 
     def __init__(self, batches: GlobalBatches, rank: int, passes: EvaluationPasses) -> None:
-        self._batches = batches
-        self._rank = rank
-        self._passes = passes
+        self._batches, self._rank, self._passes = batches, rank, passes
         self._drawn = False
 
-    def _draw(self) -> list[list[Index]]:
+    def _draw(self) -> None:
         self._batches.draw(self._passes.epoch(), 0)
         self._drawn = True
-        return list(self._batches.batches(lambda: False))
 
     def __iter__(self) -> Iterator[list[Index]]:
-        batches = self._draw()
+        self._draw()
+        batches = list(self._batches.batches(lambda: False))
         scope = self._passes.scope(self)
         pieces = self._pieces([len(batch) for batch in batches[: scope.batches]], scope)
         self._passes.begin(scope, [piece.last - piece.first for piece in pieces])

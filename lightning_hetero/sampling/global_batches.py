@@ -1,4 +1,4 @@
-"""The global batches of a loader: what the user's sampler draws in a pass, the same on every rank, grouped.
+"""The global batches of a loader: what the user's sampler draws in a pass, grouped, the same on every rank.
 
 The user's sampler or batch sampler is wrapped, never rebuilt. How ranks agree on what was drawn is given from outside,
 so that the arithmetic for all ranks can be checked in one process.
@@ -6,6 +6,7 @@ so that the arithmetic for all ranks can be checked in one process.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import numpy as np
 from lightning_hetero.sampling.random_state import SeparateRandomState
 
 # A sampler that draws more than 10 times its length, and more than 1000 indices, is taken for one that never ends. A
-# length need not be exact (geographic samplers estimate theirs), but it is not wrong by that much.
+# length need not be exact (geographic samplers estimate theirs), but it is not wrong by that much. Chosen.
 _TIMES_LENGTH, _AT_LEAST = 10, 1000
 
 Index = Any
@@ -24,22 +25,15 @@ Index = Any
 
 @dataclass(frozen=True)
 class Grouping:
-    """How what a sampler draws is put together to global batches.
+    """How what a sampler draws is put together to global batches."""
 
-    Args:
-        size: draws in a global batch: indices, or whole batches of a user's batch sampler.
-        batched: a draw is a list of indices.
-        drop_last: leave out a last global batch that is not full.
-        finite: a pass is drawn to its end before it begins, also where the sampler has no length (evaluation).
-    """
-
-    size: int
-    batched: bool = False
-    drop_last: bool = False
-    finite: bool = False
+    size: int  # draws in a global batch: indices, or whole batches of a user's batch sampler
+    batched: bool = False  # each draw is a list of indices
+    drop_last: bool = False  # leave out a last global batch that is not full
+    finite: bool = False  # a pass is drawn to its end before it begins, even if the sampler has no length (evaluation)
 
     def __call__(self, draws: Iterable[Any]) -> Iterator[list[Index]]:
-        """Global batches, one list of indices each, put together as they are asked for."""
+        """Global batches, one list of indices each, put together as they are needed."""
         iterator = iter(draws)
         for group in iter(lambda: list(islice(iterator, self.size)), []):
             if self.drop_last and len(group) < self.size:
@@ -50,18 +44,17 @@ class Grouping:
 def index_hash(batches: Sequence[Sequence[Index]]) -> str:
     """A hash of drawn indices; equal draws have equal hashes on every rank.
 
-    Indices that print alike but differ (an object whose `repr` hides its value) can't be told apart; those that print
-    differently though they are equal only cost a broadcast.
+    Different indices that print alike (an object whose `repr` hides its value) have the same hash; equal ones that
+    print differently only cost a broadcast.
     """
     plain = [[index.tolist() if hasattr(index, "tolist") else index for index in batch] for batch in batches]
     return hashlib.blake2b(repr(plain).encode(), digest_size=16).hexdigest()
 
 
 class AgreeOnIndices(Protocol):
-    """Makes all ranks use the same indices: see `GlobalBatches`."""
+    """Makes all ranks use the same indices: `batches` where they are the same everywhere, rank 0's otherwise."""
 
-    def __call__(self, batches: list[list[Index]], *, complete: bool) -> list[list[Index]]:
-        """Return what all ranks use: `batches` where they are the same everywhere, rank 0's otherwise."""
+    def __call__(self, batches: list[list[Index]], *, complete: bool) -> list[list[Index]]: ...
 
 
 class GlobalBatches:
@@ -71,33 +64,25 @@ class GlobalBatches:
         sampler: the user's sampler (draws indices) or batch sampler (draws lists of indices).
         grouping: of what it draws.
         seed: shared by all ranks.
-        agree: called once a pass with all of its global batches; for a sampler without a length with the first one only
+        agree: called once a pass with all of its global batches, or, where they are endless, with the first one only
             (`complete=False`).
     """
 
     def __init__(self, sampler: Iterable[Any], grouping: Grouping, seed: int, agree: AgreeOnIndices) -> None:
         self.sampler = sampler
-        self._grouping = grouping
-        self._seed = seed
-        self._agree = agree
+        self._grouping, self._seed, self._agree = grouping, seed, agree
         self._pass: tuple[int, int] | None = None  # that was drawn last: its epoch, and its number in the epoch
         self._drawn: list[list[Index]] = []
         self._undrawn: Iterator[list[Index]] = iter(())
-        self._length = self._length_of_sampler()
+        self._length: int | None = None
+        # Some samplers draw to compute their length, and some have none after all.
+        with suppress(TypeError, NotImplementedError), SeparateRandomState(seed).active():
+            self._length = len(sampler) if isinstance(sampler, Sized) else None
         self.endless = not grouping.finite and self._length is None
         """Whether a pass may have no end, so that global batches are drawn one by one as they are needed."""
 
-    def _length_of_sampler(self) -> int | None:
-        if not isinstance(self.sampler, Sized):
-            return None
-        try:
-            with SeparateRandomState(self._seed).active():  # some samplers draw when they are asked for their length
-                return len(self.sampler)
-        except (TypeError, NotImplementedError):
-            return None
-
     def _draws(self) -> Iterable[Any]:
-        """All that the sampler draws in a pass; one that never ends is cut at its length, as one process does."""
+        """All that the sampler draws in a pass, cut at its length where it never ends, as in one process."""
         if self._length is None:
             return self.sampler
         limit = max(_TIMES_LENGTH * self._length, _AT_LEAST)
@@ -115,27 +100,25 @@ class GlobalBatches:
             yield batch
 
     def draw(self, epoch: int, number: int) -> None:
-        """Draw a pass over the sampler; asking again for the one that was drawn last changes nothing.
+        """Draw a pass over the sampler, unless it is the one that was drawn last.
 
         Args:
-            epoch: the trainer's epoch; given to `set_epoch` of the sampler, or of the one inside a batch sampler.
+            epoch: the trainer's epoch; given to `set_epoch` of the sampler and of the one inside a batch sampler.
             number: of the pass in the epoch, from 0; loaders that are cycled have several.
         """
         if self._pass == (epoch, number):
             return
         for sampler in (self.sampler, getattr(self.sampler, "sampler", None)):
-            set_epoch = getattr(sampler, "set_epoch", None)
-            if callable(set_epoch):
+            if callable(set_epoch := getattr(sampler, "set_epoch", None)):
                 set_epoch(epoch)
-        seed = int(np.random.SeedSequence([self._seed, epoch, number]).generate_state(1)[0])
-        state = SeparateRandomState(seed)
-        if not self.endless:
-            with state.active():
-                drawn = list(self._grouping(self._draws()))
-            self._drawn, self._undrawn = self._agree(drawn, complete=True), iter(())
-        else:
+        state = SeparateRandomState(int(np.random.SeedSequence([self._seed, epoch, number]).generate_state(1)[0]))
+        if self.endless:
             self._undrawn = self._one_by_one(state)
             self._drawn = [*self._agree(list(islice(self._undrawn, 1)), complete=False)]
+        else:
+            with state.active():
+                drawn = list(self._grouping(self._draws()))
+            self._drawn = self._agree(drawn, complete=True)
         self._pass = (epoch, number)
 
     @property
@@ -144,12 +127,7 @@ class GlobalBatches:
         return len(self._drawn[0]) if self._drawn else 0
 
     def batches(self, may_restart: Callable[[], bool]) -> Iterator[list[Index]]:
-        """The global batches of the pass that was drawn last.
-
-        Args:
-            may_restart: whether the pass may be asked for again from its start; while it may, global batches that are
-                drawn one by one are remembered.
-        """
+        """The global batches of the pass that was drawn last; remembered while the pass may restart from its start."""
         yield from tuple(self._drawn)
         for batch in self._undrawn:
             if may_restart():
@@ -157,11 +135,7 @@ class GlobalBatches:
             yield batch
 
     def __len__(self) -> int:
-        """Global batches in the pass that was drawn last.
-
-        Raises:
-            TypeError: the sampler has no length.
-        """
+        """Global batches in the pass that was drawn last; a TypeError where the sampler has no length."""
         if self.endless:
             raise TypeError(f"{type(self.sampler).__name__} has no length")
         return len(self._drawn)

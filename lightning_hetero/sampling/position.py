@@ -8,25 +8,16 @@ from lightning_hetero.sampling.global_batches import GlobalBatches, Index
 
 @dataclass(frozen=True)
 class Position:
-    """Where training stands.
+    """Where training stands."""
 
-    Args:
-        epoch: the one that is trained, or that comes next; from 0.
-        step: global batches that have been started since the run began, which is the number of the next one.
-    """
-
-    epoch: int
-    step: int
+    epoch: int  # the current one, or the one that comes next; from 0
+    step: int  # global batches that have been started since the run began, which is the number of the next one
 
 
 class EpochPasses:
-    """The passes over a loader's global batches, and the step at which each begins.
+    """The passes over a loader's global batches, and the step at which each begins, from where training stands now.
 
     A loader is read once an epoch, or several times if it is cycled beside a longer one.
-
-    Args:
-        global_batches: of the loader.
-        position: where training stands now.
     """
 
     def __init__(self, global_batches: GlobalBatches, position: Callable[[], Position]) -> None:
@@ -39,10 +30,9 @@ class EpochPasses:
         self._end: int | None = None  # the step after the pass, once it was read to its end
 
     def begin(self) -> int:
-        """Draw the pass that comes next; nothing happens when it was drawn already and no step of it was started.
+        """Draw the pass that comes next, unless it was drawn already and no step of it was started.
 
-        Returns:
-            The step of its first global batch.
+        Returns the step of its first global batch.
         """
         position = self._position()
         if self.epoch != position.epoch:

@@ -1,4 +1,4 @@
-"""The global random states of a process: saved and put back, or seeded and kept apart from what training draws."""
+"""The global random states of a process: saved and restored, or seeded and separate from what training draws."""
 
 import random
 from collections.abc import Iterator
@@ -13,26 +13,21 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RandomState:
-    """The global random states at one moment: torch on the CPU and on the current CUDA device, numpy, Python.
-
-    Args:
-        states: of torch on the CPU, numpy and Python.
-        cuda: of the current device; None where CUDA is not in use.
-    """
+    """The global random states at one moment: torch on the CPU and on the current CUDA device, numpy, Python."""
 
     states: dict[str, Any]
-    cuda: torch.Tensor | None
+    cuda: torch.Tensor | None  # None where CUDA is not in use
 
     @classmethod
     def current(cls) -> "RandomState":
         """The states now."""
-        # Lightning's helper would read the states of all CUDA devices, and so make this process use each of them.
+        # Lightning's helper would read the states of all CUDA devices, and so start to use each of them.
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         return cls(_collect_rng_states(include_cuda=False), cuda)
 
     @classmethod
     def seeded(cls, seed: int) -> "RandomState":
-        """The states after torch (on the CPU), numpy and Python were seeded; the process keeps its own."""
+        """The states after seeding torch (on the CPU), numpy and Python; those of the process do not change."""
         with _put_back():
             torch.default_generator.manual_seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002 - samplers may draw from numpy's global generator
@@ -48,7 +43,7 @@ class RandomState:
 
 @contextmanager
 def _put_back() -> Iterator[None]:
-    """What is drawn inside leaves no trace, also if it raises; Lightning's `isolate_rng` leaves one then."""
+    """What is drawn inside leaves no trace, also if an error is raised: then Lightning's `isolate_rng` does."""
     before = RandomState.current()
     try:
         yield
@@ -57,12 +52,9 @@ def _put_back() -> Iterator[None]:
 
 
 class SeparateRandomState:
-    """Global random states of their own for whatever is drawn inside `active`.
+    """Separate global random states, from a seed, for whatever is drawn inside `active`.
 
     Nothing that a training step draws (dropout, augmentation) can change what is drawn inside, and the reverse.
-
-    Args:
-        seed: of the three generators.
     """
 
     def __init__(self, seed: int) -> None:
@@ -70,7 +62,7 @@ class SeparateRandomState:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Go on from where the last such block ended; outside, everything is as it was."""
+        """Continue where the last such block ended; outside, everything is as it was."""
         with _put_back():
             self._state.restore()
             try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from torch.utils.data import Sampler
 
@@ -13,19 +14,11 @@ from lightning_hetero.sampling.random_state import RandomState
 
 
 def split(size: int, local_batches: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
-    """How many of `size` samples each rank gets when a full global batch is split into `local_batches`.
+    """How many of `size` samples, at least 1, each rank gets where a full global batch is split into `local_batches`.
 
     A batch as large as the plan is split as planned. Another size is split in proportion, with at least `minimum`
-    samples a rank; if there are not enough for that, the ranks with the largest shares get them, at least
-    `minimum` each as far as possible, and the others get none.
-
-    Args:
-        size: samples at hand, at least 1.
-        local_batches: the plan, W numbers.
-        minimum: the least that a rank can compute with.
-
-    Returns:
-        W numbers that add up to `size`.
+    samples a rank; if there are not enough for that, the ranks with the largest shares get them, at least `minimum`
+    each as far as possible, and the others get none.
     """
     if size == sum(local_batches):
         return tuple(local_batches)
@@ -35,14 +28,12 @@ def split(size: int, local_batches: Sequence[int], minimum: int = 1) -> tuple[in
     ranks = max(1, size // minimum)
     chosen = sorted(sorted(range(world_size), key=lambda rank: (-local_batches[rank], rank))[:ranks])
     counts = proportional(size, [local_batches[rank] for rank in chosen], minimum=min(minimum, size))
-    result = [0] * world_size
-    for rank, count in zip(chosen, counts, strict=True):
-        result[rank] = count
-    return tuple(result)
+    by_rank = dict(zip(chosen, counts, strict=True))
+    return tuple(by_rank.get(rank, 0) for rank in range(world_size))
 
 
 def local_indices(indices: Sequence[Index], counts: Sequence[int], rank: int, minimum: int = 1) -> list[Index]:
-    """The samples of a global batch that `rank` computes: its own, or borrowed ones from the front."""
+    """The samples of a global batch that a rank computes: its own, or borrowed ones from the front."""
     if counts[rank] == 0:
         return list(indices[: min(minimum, len(indices))])
     start = sum(counts[:rank])
@@ -51,29 +42,18 @@ def local_indices(indices: Sequence[Index], counts: Sequence[int], rank: int, mi
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank computes of one global batch.
+    """What one rank computes of one global batch."""
 
-    Args:
-        step: which global batch, counted from 0 over the whole run.
-        counts: W numbers, the samples of each rank; 0 for a rank that borrows.
-        borrowed: this rank has no sample of its own in this step and computes some of the others' with weight 0.
-        checksum: the plan's, see `Plan.checksum`.
-        random_state: of this process before a borrowed batch was loaded in it; None for any other share.
-    """
-
-    step: int
-    counts: tuple[int, ...]
-    borrowed: bool
-    checksum: int
+    step: int  # which global batch, counted from 0 over the whole run
+    counts: tuple[int, ...]  # W numbers, the samples of each rank; 0 for a rank that borrows
+    borrowed: bool  # this rank has no sample of its own in this step and computes some of the others' with weight 0
+    checksum: int  # the plan's
     random_state: RandomState | None = field(default=None, compare=False)
+    """Of this process before a borrowed batch was loaded in it; None for any other share."""
 
 
 class PendingShares:
-    """The shares that a loader was given and that were not trained on yet.
-
-    Args:
-        rank: whose shares.
-    """
+    """A rank's shares that its loader was given and that were not trained on yet."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -84,8 +64,7 @@ class PendingShares:
 
     def begin(self, first_step: int) -> None:
         """A pass begins at a step; shares of an abandoned pass from there on are dropped."""
-        for dropped in [step for step in self._shares if step >= first_step]:
-            del self._shares[dropped]
+        self._shares = {step: share for step, share in self._shares.items() if step < first_step}
         self._complete = False
 
     def end(self) -> None:
@@ -102,20 +81,17 @@ class PendingShares:
         self.last_drawn = share.step
 
     def take(self, step: int) -> Share:
-        """The share that this rank computes at `step`; earlier ones are forgotten.
+        """The share that this rank computes at a step, for which the loader must have been given one.
 
-        Raises:
-            RuntimeError: the loader was given none for that step.
+        Earlier ones are forgotten.
         """
-        share = self._shares.get(step)
-        if share is None:
+        if step not in self._shares:
             raise RuntimeError(
                 f"rank {self._rank} trains on global batch {step}, but its loader has drawn "
                 f"{sorted(self._shares) or 'none'}: a batch was skipped or fetched behind the strategy's back"
             )
-        for earlier in [known for known in self._shares if known < step]:
-            del self._shares[earlier]
-        return share
+        self._shares = {known: share for known, share in self._shares.items() if known >= step}
+        return self._shares[step]
 
 
 class LocalBatchSampler(Sampler[list[Index]]):
@@ -127,27 +103,19 @@ class LocalBatchSampler(Sampler[list[Index]]):
         rank: whose shares.
         minimum: the least that a rank can compute with.
         loads_in_process: a batch is loaded in this process, and not before its step begins. Then the random state
-            before a borrowed batch is known, and goes with its share.
+            before a borrowed batch is known.
     """
 
     def __init__(
-        self,
-        passes: EpochPasses,
-        schedule: Schedule,
-        rank: int,
-        *,
-        minimum: int,
-        loads_in_process: bool = False,
+        self, passes: EpochPasses, schedule: Schedule, rank: int, *, minimum: int, loads_in_process: bool = False
     ) -> None:
         self.passes = passes
-        self._schedule = schedule
-        self._rank = rank
-        self._minimum = minimum
+        self._schedule, self._rank, self._minimum = schedule, rank, minimum
         self._loads_in_process = loads_in_process
         self.pending_shares = PendingShares(rank)
 
     def __iter__(self) -> Iterator[list[Index]]:
-        first_step = self.passes.begin()
+        first_step = self.passes.begin()  # at once: the iterator that is returned runs when its first batch is fetched
         self.pending_shares.begin(first_step)
         return self._local_batches(first_step)
 
@@ -169,31 +137,19 @@ class LocalBatchSizeSampler(Sampler[list[None]]):
     """The batch sampler of one rank for an iterable data set: only how many samples to take, without an end.
 
     An iterable data set can't be split: each rank iterates over samples of its own, and its local batch follows the
-    plan.
-
-    Args:
-        schedule: the plans.
-        rank: whose local batches.
-        global_batch: samples of a full step over all ranks.
-        minimum: the least that a rank can compute with.
-        position: where training stands now.
+    plan. The arguments are those of `LocalBatchSampler`, samples of a full step, and where training stands now.
     """
 
     def __init__(
         self, schedule: Schedule, rank: int, *, global_batch: int, minimum: int, position: Callable[[], Position]
     ) -> None:
-        self._schedule = schedule
-        self._rank = rank
-        self._global_batch = global_batch
-        self._minimum = minimum
-        self._position = position
+        self._schedule, self._rank, self._minimum = schedule, rank, minimum
+        self._global_batch, self._position = global_batch, position
         self.pending_shares = PendingShares(rank)
 
     def __iter__(self) -> Iterator[list[None]]:
-        step = self._position().step
-        while True:
+        for step in count(self._position().step):
             plan = self._schedule.at(step)
             counts = split(self._global_batch, plan.local_batches, self._minimum)
             self.pending_shares.add(Share(step, counts, borrowed=False, checksum=plan.checksum))
             yield [None] * counts[self._rank]
-            step += 1

@@ -39,7 +39,6 @@ class CudaClock:
     """Points in a CUDA stream: the host runs ahead of it, so they are read when the device has passed them."""
 
     def now(self) -> torch.cuda.Event:
-        """The end of what has been queued so far on the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -51,38 +50,29 @@ class CudaClock:
         return float(start.elapsed_time(end)) / 1000
 
 
+def device_clock(device: torch.device) -> DeviceClock:
+    """The clock of a device."""
+    return CudaClock() if device.type == "cuda" else HostClock()
+
+
 @dataclass(frozen=True)
 class StepTiming:
-    """What a rank has measured in one step.
-
-    Args:
-        clock: reads the points.
-        compute: pairs of points, in order: the stretches between the rank's waits.
-        sync: pairs of points, from the last local gradient to the averaged ones, one for each backward pass.
-    """
+    """What a rank has measured in one step, as pairs of points in time."""
 
     clock: DeviceClock
-    compute: Sequence[tuple[Any, Any]]
-    sync: Sequence[tuple[Any, Any]] = ()
+    compute: Sequence[tuple[Any, Any]]  # the stretches between the rank's waits, in order
+    sync: Sequence[tuple[Any, Any]] = ()  # from the last local gradient to the averaged ones, for each backward pass
 
     def has_passed(self) -> bool:
         """Whether the device has come to the end of the step; only then can seconds be asked for."""
         return self.clock.has_passed(self.compute[-1][1])
 
     def compute_seconds(self) -> float:
-        """Seconds of compute time.
-
-        Raises:
-            RuntimeError: the clock went back.
-        """
+        """Seconds of compute time."""
         return self._sum(self.compute)
 
     def sync_seconds(self) -> float:
-        """Seconds between this rank's last gradient and the averaged ones: it waits for others, and communicates.
-
-        Raises:
-            RuntimeError: the clock went back.
-        """
+        """Seconds between this rank's last gradient and the averaged ones: it waits for others, and communicates."""
         return self._sum(self.sync)
 
     def _sum(self, pairs: Sequence[tuple[Any, Any]]) -> float:
@@ -93,11 +83,7 @@ class StepTiming:
 
 
 class ComputeTimer:
-    """Measures a rank's compute time; it is stopped wherever the rank waits for others.
-
-    Args:
-        clock: of the rank's device.
-    """
+    """Measures a rank's compute time; it is stopped wherever the rank waits for others."""
 
     def __init__(self, clock: DeviceClock) -> None:
         self._clock = clock
@@ -152,13 +138,3 @@ class ComputeTimer:
     def _resume(self) -> None:
         if self._in_step and self._since is None:
             self._since = self._clock.now()
-
-
-def device_clock(device: torch.device) -> DeviceClock:
-    """The clock of a device."""
-    return CudaClock() if device.type == "cuda" else HostClock()
-
-
-def compute_timer(device: torch.device) -> ComputeTimer:
-    """A timer on the clock of a device."""
-    return ComputeTimer(device_clock(device))

@@ -89,14 +89,13 @@ def halves(size: int, smallest: int) -> tuple[int, int] | None:
 def join_outputs(outputs: Sequence[Any], sizes: Sequence[int], loss: Tensor) -> Any:
     """What a training step would have returned for the batch, from what it returned for its parts.
 
+    Entries with one row for each sample are concatenated, other tensors become their mean over the samples, and of
+    everything else the last part's is taken.
+
     Args:
         outputs: of P parts: a loss, or a mapping with the key "loss".
         sizes: P numbers of samples.
         loss: of the whole batch.
-
-    Returns:
-        The loss, or a dict with it: entries with one row for each sample are concatenated, other tensors become their
-            mean over the samples, and of everything else the last part's is taken.
     """
     if not isinstance(outputs[0], Mapping):
         return loss

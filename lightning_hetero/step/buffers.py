@@ -17,8 +17,8 @@ from torch.nn.parameter import UninitializedBuffer
 
 from lightning_hetero.exchange.groups import gather_rows, total
 from lightning_hetero.sampling.train_sampler import Share
+from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.batch_norm import modules_without_metrics, pooled_statistics
-from lightning_hetero.step.loss_count import sample_count
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
 
@@ -48,18 +48,17 @@ def exclude_broadcast_from_compute_time(
     model._sync_buffers = timed_broadcast  # type: ignore[method-assign] # noqa: SLF001
 
 
-def running_statistics(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers whose running statistics are each rank's own, each once; no lazy ones without a shape."""
-    found: dict[int, _BatchNorm] = {}
-    for layer in modules_without_metrics(module):
-        if (
-            isinstance(layer, _BatchNorm)
-            and not isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm)
-            and isinstance(layer.running_mean, Tensor)
-            and isinstance(layer.running_var, Tensor)
-            and not isinstance(layer.running_mean, UninitializedBuffer)
-        ):
-            found[id(layer)] = layer
+def running_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Means and variances of BatchNorm that are each rank's own, of each layer once; no lazy ones without a shape."""
+    found = {
+        layer: (layer.running_mean, layer.running_var)
+        for layer in modules_without_metrics(module)
+        if isinstance(layer, _BatchNorm)
+        and not isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm)
+        and isinstance(layer.running_mean, Tensor)
+        and isinstance(layer.running_var, Tensor)
+        and not isinstance(layer.running_mean, UninitializedBuffer)
+    }
     return list(found.values())
 
 
@@ -136,7 +135,7 @@ class BufferMerge:
         samples, self._steps, self._samples = self._samples, 0, 0
         if self._world_size == 1:
             return
-        statistics = [_statistics(layer) for layer in running_statistics(self._module)]
+        statistics = running_statistics(self._module)
         others = other_buffers(self._module)
         flat = torch.cat([_bytes(buffer) for buffer in others]) if others else torch.empty(0, dtype=torch.uint8)
         flat = flat.to(self._device)  # (bytes,)
@@ -148,8 +147,9 @@ class BufferMerge:
         if statistics:
             mean, variance = pooled_statistics(table[:, 0], *table[:, 2:].chunk(2, dim=1))  # (channels,)
             lengths = [len(mean) for mean, _ in statistics]
-            for layer, *pooled in zip(statistics, mean.split(lengths), variance.split(lengths), strict=True):
-                for buffer, value in zip(layer, pooled, strict=True):
+            pooled = zip(mean.split(lengths), variance.split(lengths), strict=True)
+            for buffers, values in zip(statistics, pooled, strict=True):
+                for buffer, value in zip(buffers, values, strict=True):
                     buffer.copy_(value)
         if others:
             with self._waiting():
@@ -169,15 +169,9 @@ def _check_sizes(sizes: list[float]) -> None:
 
 def _fill(buffers: list[Tensor], flat: Tensor) -> None:
     """Fill buffers with their bytes, one after the other."""
-    for buffer, part in zip(buffers, flat.split([b.numel() * b.element_size() for b in buffers]), strict=True):
+    for buffer, part in zip(buffers, flat.split([buffer.nbytes for buffer in buffers]), strict=True):
         # A tensor of its own is aligned for any type; a slice of bytes need not be.
         buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
-
-
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
 
 
 def _bytes(buffer: Tensor) -> Tensor:

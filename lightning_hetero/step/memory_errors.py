@@ -1,4 +1,4 @@
-"""Errors that say that memory ran out: how they are recognised, and how they are explained to the user."""
+"""Errors that say that memory ran out: how they are recognized, and how they are explained to the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ class RankOutOfMemoryError(RuntimeError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on CUDA or on the CPU.
 
-    Lightning's `is_oom_error` knows neither `MemoryError` nor most of the messages, and takes it for one that cuDNN
-    does not support an input.
+    Lightning's `is_oom_error` knows neither `MemoryError` nor most of the messages, and it takes an input that cuDNN
+    does not support for one.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True

@@ -13,7 +13,7 @@ from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 class ModuleSnapshot:
     """Copies of what a forward pass changes in a module: its buffers, and the states of its torchmetrics.
 
-    Statistics of synchronised BatchNorm are left out: they follow the samples of all ranks, whatever this one computes.
+    Statistics of synchronized BatchNorm are left out: they follow the samples of all ranks, whatever this one computes.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -40,7 +40,7 @@ class ModuleSnapshot:
 
 
 def _copied(value: Any) -> Any:
-    """A copy that later changes in place don't reach; detached, since tensors with a graph can't be deep-copied."""
+    """A copy that shares no memory; detached, since tensors with a graph can't be deep-copied."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, list | tuple):

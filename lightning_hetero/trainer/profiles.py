@@ -14,7 +14,7 @@ from zlib import crc32
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_hetero.exchange.consistency import machine
+from lightning_hetero.device.name import machine
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.shares import Shares
 

@@ -5,7 +5,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from lightning_hetero.step.input_shape import input_shape
+from lightning_hetero.step.batch_contents import input_shape
 
 
 @pytest.mark.parametrize("local_batch", [1, 5])

@@ -43,7 +43,7 @@ class StepContext:
 
     @property
     def counts_on_device(self) -> bool:
-        """Whether the host leaves counts to the device, as it would have to wait to read them there."""
+        """Whether loss counts stay on the device; the host would wait for a GPU to read them."""
         return self.device.type == "cuda"
 
 

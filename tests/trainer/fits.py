@@ -157,6 +157,13 @@ def hetero_fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def keep_counts_on_device() -> None:
+    """Let the host never read loss counts in this process, as on CUDA; here the device is a CPU."""
+    from lightning_hetero.step.step import StepContext
+
+    StepContext.counts_on_device = property(lambda _: True)
+
+
 def plain_fit(recipe: Recipe, global_batch: int) -> dict[str, Any]:
     """Train in this one process with plain Lightning."""
     module = recipe.module()

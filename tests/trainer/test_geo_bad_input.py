@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hetero import HeteroStrategy
 from tests.ranks import fails_on_ranks, run_ranks
-from tests.trainer.fits import Recipe, hetero_fit, make_trainer, plain_fit, relative_error
+from tests.trainer.fits import Recipe, hetero_fit, keep_counts_on_device, make_trainer, plain_fit, relative_error
 from tests.trainer.geography import EVERYWHERE, NEW, installed, make_chips, tolerate_torchgeo
 from tests.trainer.modules import Pairs
 from tests.trainer.test_loss_count import Scenes, segmentation
@@ -118,15 +118,7 @@ def fit_unlabelled() -> Any:
 
 def fit_unlabelled_as_on_cuda() -> Any:
     """The host does not know the counts."""
-    from lightning_hetero.step.step import TrainingSteps
-
-    begun = TrainingSteps.__init__
-
-    def on_device(self: Any, *args: Any) -> None:
-        begun(self, *args)
-        self._on_device = True
-
-    TrainingSteps.__init__ = on_device
+    keep_counts_on_device()
     return fit_unlabelled()
 
 

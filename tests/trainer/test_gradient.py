@@ -10,7 +10,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.ranks import run_ranks
-from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, merged, plain_fit, relative_error
+from tests.trainer.fits import (
+    Numbers,
+    Recipe,
+    Regression,
+    hetero_fit,
+    keep_counts_on_device,
+    merged,
+    plain_fit,
+    relative_error,
+)
 from tests.trainer.modules import Classifier, Manual, MaskedMean, Newton, Pairs, Single, Unused
 
 EXACT = 1e-12
@@ -173,16 +182,7 @@ def test_plain_ddp_spreads_the_nan_of_an_empty_rank() -> None:
 
 
 def hidden_fit(names: list[str]) -> list[dict[str, Any]]:
-    """With counts that only the device knows, as on CUDA; here the device is a CPU that is not asked."""
-    from lightning_hetero.step.step import TrainingSteps
-
-    begun = TrainingSteps.__init__
-
-    def as_on_cuda(self: TrainingSteps, *args: Any) -> None:
-        begun(self, *args)
-        self._on_device = True
-
-    TrainingSteps.__init__ = as_on_cuda
+    keep_counts_on_device()
     return [hetero_fit(HIDDEN[name], {"shares": [2, 1]}) for name in names]
 
 

@@ -11,7 +11,16 @@ from torch.utils.data import DataLoader
 
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 from tests.ranks import run_ranks
-from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, parameters_of, plain_fit, relative_error
+from tests.trainer.fits import (
+    Numbers,
+    Recipe,
+    Regression,
+    hetero_fit,
+    keep_counts_on_device,
+    parameters_of,
+    plain_fit,
+    relative_error,
+)
 from tests.trainer.modules import MaskedMean
 
 EXACT = 1e-12
@@ -85,15 +94,8 @@ RECIPES = {
 
 
 def fit_all(on_device: bool) -> list[Any]:
-    from lightning_hetero.step.step import TrainingSteps
-
-    begun = TrainingSteps.__init__
-
-    def as_on_cuda(self: Any, *args: Any) -> None:
-        begun(self, *args)
-        self._on_device = on_device
-
-    TrainingSteps.__init__ = as_on_cuda
+    if on_device:
+        keep_counts_on_device()
     outs = []
     for recipe in RECIPES.values():
         recipe.trainer["sync_batchnorm"] = True

@@ -44,14 +44,13 @@ def memory_limits(capacities: Sequence[MemoryCapacity], memory_limit: float) -> 
     hosts = [capacity for capacity in capacities if capacity.on_host]
     on_machine = Counter(capacity.machine for capacity in hosts)
     in_group = Counter((capacity.machine, group) for capacity in hosts for group in capacity.groups)
-    limits = []
-    for capacity in capacities:
+
+    def limit(capacity: MemoryCapacity) -> float:
         if memory_limit > 1:
-            limits.append(min(memory_limit, capacity.total, *capacity.groups.values()))
-            continue
-        available = capacity.total
-        if capacity.on_host:
-            shared = (size / in_group[capacity.machine, group] for group, size in capacity.groups.items())
-            available = min([available / on_machine[capacity.machine], *shared])
-        limits.append(memory_limit * available)
-    return tuple(limits)
+            return min(memory_limit, capacity.total, *capacity.groups.values())
+        if not capacity.on_host:
+            return memory_limit * capacity.total
+        shared = (size / in_group[capacity.machine, group] for group, size in capacity.groups.items())
+        return memory_limit * min([capacity.total / on_machine[capacity.machine], *shared])
+
+    return tuple(map(limit, capacities))

@@ -26,8 +26,7 @@ class PeakMemory:
         self._device = device
         self._proc = proc
         self._measured: Counter[int] = Counter()  # steps, by local batch
-        # Bytes held before any step.
-        self.resting = self._cuda("current") if device.type == "cuda" else linux_memory.resident_bytes(proc)
+        self.resting = self._held()  # bytes before any step
 
     def start(self, local_batch: int) -> None:
         """A step begins: forget earlier peaks."""
@@ -45,13 +44,14 @@ class PeakMemory:
         if not self._measures(local_batch):
             return 0.0
         self._measured[local_batch] += 1
-        is_cuda = self._device.type == "cuda"
-        return self._cuda("peak") if is_cuda else linux_memory.resident_bytes(self._proc, peak=True)
+        return self._held(peak=True)
 
     def _measures(self, local_batch: int) -> bool:
         comparable = self._device.type == "cuda" or local_batch >= max(self._measured, default=0)
         return comparable and self._measured[local_batch] < self.MEASURED
 
-    def _cuda(self, which: str) -> float:
+    def _held(self, *, peak: bool = False) -> float:
+        if self._device.type != "cuda":
+            return linux_memory.resident_bytes(self._proc, peak=peak)
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)  # the flat one takes far longer to make
-        return float(stats["allocated_bytes"]["all"][which]) if stats else 0.0
+        return float(stats["allocated_bytes"]["all"]["peak" if peak else "current"]) if stats else 0.0

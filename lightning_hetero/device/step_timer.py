@@ -4,39 +4,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-
-class DeviceClock(Protocol):
-    """Points in time on a device."""
-
-    def now(self) -> Any:
-        """The end of what the device has been given to do so far."""
-
-    def has_passed(self, point: Any) -> bool:
-        """Whether the device has come to that point; does not wait."""
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Between two points that the device has passed."""
 
 
 class HostClock:
     """Points in time of a device that works while the host calls: the CPU."""
 
     def now(self) -> float:
+        """The end of what the device has been given to do so far."""
         return perf_counter()
 
     def has_passed(self, point: float) -> bool:  # noqa: ARG002 - the host is always past its own points
+        """Whether the device has come to that point; does not wait."""
         return True
 
     def seconds(self, start: float, end: float) -> float:
+        """Between two points that the device has passed."""
         return end - start
 
 
 class CudaClock:
-    """Points in a CUDA stream: the host runs ahead of it, so they are read when the device has passed them."""
+    """The same in a CUDA stream: the host runs ahead of it, so points are read when the device has passed them."""
 
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -48,6 +38,9 @@ class CudaClock:
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return float(start.elapsed_time(end)) / 1000
+
+
+DeviceClock = HostClock | CudaClock
 
 
 def device_clock(device: torch.device) -> DeviceClock:

@@ -23,14 +23,10 @@ _CONTENT = 2**16
 
 
 def content_hash(batch: Any, index_hash: str = "") -> float:
-    """A number that stands for a batch, exact as a float; equal for equal batches on all ranks.
+    """A number above 0 that stands for a batch, exact as a float; equal for equal batches on all ranks.
 
-    Args:
-        batch: on the CPU.
-        index_hash: of the indices that it was drawn by, where they are known.
-
-    Returns:
-        A number above 0; 0 where the batch holds nothing that is compared: no tensors, arrays, numbers or texts.
+    It is 0 where the batch holds nothing that is compared: no tensors, arrays, numbers or texts. `index_hash` is that
+    of the indices that it was drawn by, where they are known.
     """
     digest = hashlib.blake2b(index_hash.encode(), digest_size=6)  # a float holds 53 bits exactly
     comparable = False

@@ -15,12 +15,16 @@ user's sentence may contain any of them. The errors of a lost connection surface
 
 import contextlib
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from lightning_hetero.exchange.groups import LostConnectionError
+
+T = TypeVar("T")
 
 _RUNS = "lightning_hetero/runs"
 _FAILURE = "lightning_hetero/failure/{}"
@@ -39,15 +43,20 @@ def default_store() -> Store | None:
     return get() if get is not None else None
 
 
+def _ask_store(call: Callable[[Store], T]) -> T | None:
+    """What `call` makes of the store; None if that fails, as where the store has ended with rank 0."""
+    with contextlib.suppress(Exception):
+        if (store := default_store()) is not None:
+            return call(store)
+    return None
+
+
 def new_run() -> int:
     """A number that no run of this job has had, so that a later run never sees an earlier one's failure.
 
     It differs from rank to rank; rank 0's is the one to agree on.
     """
-    with contextlib.suppress(Exception):  # without the store nothing can be published either
-        if (store := default_store()) is not None:
-            return store.add(_RUNS, 1)
-    return 0
+    return _ask_store(lambda store: store.add(_RUNS, 1)) or 0  # without the store nothing can be published either
 
 
 class CollectiveErrors:
@@ -66,12 +75,7 @@ class CollectiveErrors:
 
 
 def is_secondary_failure(exception: BaseException, averaging: CollectiveErrors) -> bool:
-    """Whether an exception is what a rank sees when another one has ended: a broken or timed-out connection.
-
-    Args:
-        exception: with its traceback.
-        averaging: errors of the gradients' collective calls.
-    """
+    """Whether an exception is what a rank sees when another one has ended: a broken or timed-out connection."""
     if isinstance(exception, dist.DistError | LostConnectionError):
         return True
     if type(exception) is not RuntimeError:  # subclasses, such as running out of memory, say what they are
@@ -100,16 +104,18 @@ def explain(exception: BaseException, *, run: int, rank: int, device: str, avera
         exception: that ends the run on this rank, with its traceback.
         run: on which all ranks have agreed; see `new_run`.
         rank: this rank.
-        device: that it drives.
+        device: its name.
         averaging: errors of the gradients' collective calls.
     """
+    key = _FAILURE.format(run)
     if not is_secondary_failure(exception, averaging):
-        first = _publish(run, f"rank {rank} ({device}) failed first: {type(exception).__name__}: {exception}")
+        own = f"rank {rank} ({device}) failed first: {type(exception).__name__}: {exception}"
+        first = _ask_store(lambda store: store.compare_set(key, "", own).decode()) or own
         if type(exception) is RuntimeError and str(exception) not in first:  # all ranks may raise the same
             exception.add_note(first)
         return
     text = " ".join(str(exception).split())  # in one line, which shows the cause too
-    if (cause := _published(run)) is not None:
+    if (cause := _ask_store(lambda store: _awaited(store, key))) is not None:
         message = f"{cause} (rank {rank} then lost the connection: {text})"
     else:
         reached = f"rank {rank} could not reach it: {text}"
@@ -117,19 +123,6 @@ def explain(exception: BaseException, *, run: int, rank: int, device: str, avera
     exception.args = (message,)
 
 
-def _publish(run: int, cause: str) -> str:
-    """Publish a cause unless another rank was first; returns the first one."""
-    with contextlib.suppress(Exception):  # the store ends with rank 0: no rank that could read it is left
-        if (store := default_store()) is not None:
-            cause = store.compare_set(_FAILURE.format(run), "", cause).decode()
-    return cause
-
-
-def _published(run: int) -> str | None:
-    """Why the first rank of this run failed; None if no rank says so in time."""
-    with contextlib.suppress(Exception):  # it was not published, or the store has ended with rank 0
-        if (store := default_store()) is not None:
-            store.wait([_FAILURE.format(run)], _LATEST)
-            cause: bytes = store.get(_FAILURE.format(run))
-            return cause.decode()
-    return None
+def _awaited(store: Store, key: str) -> str:
+    store.wait([key], _LATEST)
+    return store.get(key).decode()

@@ -13,10 +13,7 @@ def sample_count(batch: Any, drawn: int | None = None) -> int:
     """Number of samples in a batch: the length of its tensors.
 
     Where these differ, as in batches of boxes, it is the number of samples that were drawn for it, if that is known.
-
-    Args:
-        batch: of any kind.
-        drawn: samples that were drawn for it; augmentations may make more of them, but all tensors then grow alike.
+    Augmentations may make more of them, but all tensors then grow alike.
 
     Raises:
         TypeError: there is no tensor with a batch dimension in it, and `drawn` is not known.

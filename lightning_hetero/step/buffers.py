@@ -33,12 +33,7 @@ def broadcast_in_forward(options: Mapping[str, Any]) -> bool | None:
 def exclude_broadcast_from_compute_time(
     model: DistributedDataParallel, waiting: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Do not count the time in which DDP copies rank 0's buffers as compute time: ranks wait for rank 0 there.
-
-    Args:
-        model: copies them within its forward pass.
-        waiting: see `ComputeTimer.waiting`.
-    """
+    """Do not count the time in which DDP copies rank 0's buffers as compute time: ranks wait for rank 0 there."""
     broadcast = model._sync_buffers  # noqa: SLF001 - there is no public name for it
 
     def timed_broadcast() -> None:
@@ -82,13 +77,7 @@ class BufferMerge:
     weigh more, while samples are counted alike; and each running variance is an average of unbiased variances, so the
     pooled one lies above that of all samples together, by a part of about 1 / (values per channel in a local batch).
     All other buffers become rank 0's, bit by bit. `num_batches_tracked` is left alone.
-
-    Args:
-        module: whose buffers.
-        device: where the exchange takes place.
-        rank: this rank.
-        world_size: W.
-        waiting: entered while this rank waits for others.
+    The exchange takes place on `device`, and `waiting` is entered while this rank waits for others.
     """
 
     def __init__(
@@ -108,18 +97,10 @@ class BufferMerge:
         self._samples = 0  # that this rank has computed in them
 
     def add_batch(self, share: Share | None, batch: Any) -> None:
-        """Count one more training batch; all ranks call this equally often.
-
-        Args:
-            share: None where the user shards; then the samples are counted in the batch.
-            batch: as the loader gave it.
-        """
+        """Count one more training batch, without a share where the user shards; all ranks call this equally often."""
         self._steps += 1
-        if share is not None:
-            self._samples += share.counts[self._rank]  # 0 for a borrowed batch, whose effects are undone
-            return
-        try:
-            self._samples += sample_count(batch)
+        try:  # a share has no samples of this rank if they are borrowed: what these change is undone
+            self._samples += share.counts[self._rank] if share is not None else sample_count(batch)
         except TypeError:
             self._samples += 1
 
@@ -137,8 +118,8 @@ class BufferMerge:
             return
         statistics = running_statistics(self._module)
         others = other_buffers(self._module)
-        flat = torch.cat([_bytes(buffer) for buffer in others]) if others else torch.empty(0, dtype=torch.uint8)
-        flat = flat.to(self._device)  # (bytes,)
+        parts = [buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in others]
+        flat = (torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)).to(self._device)  # (bytes,)
         row = [torch.tensor([samples, len(flat)]), *(mean for mean, _ in statistics), *(var for _, var in statistics)]
         with self._waiting():
             own = torch.cat([part.to(self._device, torch.float64) for part in row])  # (2 + 2 * channels,)
@@ -172,8 +153,3 @@ def _fill(buffers: list[Tensor], flat: Tensor) -> None:
     for buffer, part in zip(buffers, flat.split([buffer.nbytes for buffer in buffers]), strict=True):
         # A tensor of its own is aligned for any type; a slice of bytes need not be.
         buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
-
-
-def _bytes(buffer: Tensor) -> Tensor:
-    """The bytes of a buffer, in a tensor of their own."""
-    return buffer.detach().contiguous().view(-1).view(torch.uint8)

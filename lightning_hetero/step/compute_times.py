@@ -61,11 +61,11 @@ class ComputeTimes:
 
         Args:
             timing: None where it was not measured.
-            share: of this rank; None where the user shards.
+            share: None where the user shards.
             global_batch: samples of a full one.
             stepped: the optimizer has made its step, or may have.
             in_parts: memory ran out, and it was computed in parts.
-            averaged_after_backward: gradients were averaged after the backward pass, not during it.
+            averaged_after_backward: see `StepMeasurement`.
         """
         current = self._current
         current.micro_batches += 1

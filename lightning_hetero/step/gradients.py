@@ -59,8 +59,7 @@ def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> AbstractC
 def averaging_hook(errors: CollectiveErrors) -> Hook:
     """What DDP does with a bucket when it has no hook, the mean over all ranks.
 
-    Args:
-        errors: gets the error of a failed all-reduce, which autograd's engine raises later.
+    `errors` get the error of a failed all-reduce, which autograd's engine raises later.
     """
 
     def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -85,12 +84,8 @@ def averaging_hook(errors: CollectiveErrors) -> Hook:
 def until_last_bucket(hook: Hook, timer: ComputeTimer, *, may_wait: bool) -> Hook:
     """Wrap a DDP communication hook so that the timer notes when the last local gradient is ready.
 
-    DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass.
-
-    Args:
-        hook: what averages a bucket.
-        timer: of this rank.
-        may_wait: the hook may wait for the other ranks before it returns, so nothing of it is compute time.
+    DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass. A
+    hook that `may_wait` for the other ranks before it returns takes no compute time.
     """
 
     def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -128,11 +123,7 @@ class GradientMask:
 def masked(hook: Hook, mask: Callable[[], Tensor | None]) -> Hook:
     """Wrap a DDP communication hook so that this rank's gradients are exact zeros where its mask is false.
 
-    Weight 0 is not enough, as in `gradients_left_alone`.
-
-    Args:
-        hook: what averages a bucket.
-        mask: gives a truth value on the device, which the host never reads, or None for no mask.
+    Weight 0 is not enough, as in `gradients_left_alone`. The host never reads the mask; None is none.
     """
 
     def kept(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -152,11 +143,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: RankGroup) -> N
     """What DDP does in a backward pass, after one that was purely local: the mean over all ranks.
 
     A parameter without gradient on this rank counts as zeros. One without gradient on all ranks is left as it is, as
-    under DDP with `find_unused_parameters`.
-
-    Args:
-        parameters: the same on all ranks, in the same order.
-        group: of all ranks; they exchange which parameters have a gradient on any of them.
+    under DDP with `find_unused_parameters`. All ranks give the same parameters, in the same order.
     """
     used = group.any_of([parameter.grad is not None for parameter in parameters])
     bucket: list[Tensor] = []

@@ -32,12 +32,7 @@ class LossCounter:
     advice: str = ""  # how to make the rule exact where it is only a guess
 
     def __call__(self, module: nn.Module, batch: Any, samples: int | None = None) -> Count:
-        """The loss count of a batch.
-
-        Args:
-            module: the LightningModule.
-            batch: as `training_step` gets it.
-            samples: that went into it, if known; see `sample_count`.
+        """The loss count of a batch as `training_step` gets it, into which so many samples went, if that is known.
 
         Raises:
             TypeError: the rule returned something that is neither a number nor a tensor without dimensions.

@@ -47,12 +47,7 @@ class MemoryUse:
         self._peak.start(local_batch)
 
     def end(self, local_batch: int, found: MemoryFound | None) -> None:
-        """A step is over.
-
-        Args:
-            local_batch: samples of this rank; 0 where they are borrowed, or not known.
-            found: where it was computed in parts.
-        """
+        """A step is over, with `found` if in parts; the local batch is 0 where samples are borrowed, or not known."""
         fits, fails = self.report.fits, self.report.fails
         if found is not None and found.fails is not None and local_batch:  # borrowed samples are no measure
             known = int(self._largest[self._rank])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from lightning_hetero.step.memory_errors import explained, explanation, is_out_o
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Gradients = list[Tensor | None]
 """One for each parameter."""
 
@@ -32,11 +34,8 @@ def find_obstacle(
 ) -> str | None:
     """Why no step of this run can be repeated in parts, as the end of a sentence; None if steps can.
 
-    Args:
-        module: the LightningModule.
-        model: what the strategy has wrapped it in.
-        automatic_optimization: whether Lightning calls backward and the optimizer.
-        custom_hook: the user gave DDP a communication hook, or a wrapper for one.
+    `model` is what the strategy has wrapped the module in; `custom_hook` says whether the user gave DDP a communication
+    hook, or a wrapper for one.
     """
     layers = list(module.modules())
     is_ddp = isinstance(model, DistributedDataParallel) and model.mixed_precision is None
@@ -127,12 +126,10 @@ class OutOfMemoryRecovery:
             local_batch: samples of the rank; None where the user shards.
             risky: a rank had more samples in the step than ever before.
         """
+        static = "with static_graph the first step can't be repeated in parts"
+        reason = self.obstacle or (static if risky else "it has computed as many samples in an earlier step")
         if local_batch is None:
             reason = "where the user shards a step can't be repeated in parts"
-        elif risky:
-            reason = self.obstacle or "with static_graph the first step can't be repeated in parts"
-        else:
-            reason = self.obstacle or "it has computed as many samples in an earlier step"
         return explained(self.place, local_batch, reason)
 
 
@@ -175,15 +172,11 @@ class StepInParts:
         self._args, self._kwargs, self._gradients = args, kwargs, None
         self._prepare_forward()
         before = ModuleSnapshot(self._module)
-        details = "it did so in an earlier step"
+        details: str | None = "it did so in an earlier step"
         if not self._too_large:
-            try:
-                return self._passes.forward(*args, **kwargs)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                details = str(error)
-        # Here the error is gone, and with it the frames that held the activations.
+            output, details = _attempt(self._passes.forward, *args, **kwargs)
+        if details is None:
+            return output
         before.restore()
         earlier = _take_gradients(self._module)  # Lightning is yet to clear those of the last step
         with logging.in_parts() as logs:
@@ -200,13 +193,11 @@ class StepInParts:
             loss: to go backward from, scaled as the precision in use wants it.
             *graph: further tensors that hold its graph, the unscaled loss for instance.
             average: called with the parameters when their gradients are complete; None before the last micro-batch.
-
-        Raises:
-            RankOutOfMemoryError: not even a part can be computed.
         """
         earlier = _take_gradients(self._module)
         gradients, self._gradients = self._gradients, None
-        if gradients is None and (details := self._try_backward(loss)) is not None:
+        details = _attempt(self._passes.backward, loss)[1] if gradients is None else None
+        if details is not None:
             _take_gradients(self._module)  # what the broken backward pass has left is dropped
             for tensor in (loss, *graph):
                 # Lightning still holds the loss: the graph behind it would take the memory that the parts need.
@@ -233,16 +224,6 @@ class StepInParts:
             model._sync_buffers()  # noqa: SLF001 - this stands in for DDP's forward
         model.require_forward_param_sync = model.require_backward_grad_sync
 
-    def _try_backward(self, loss: Tensor) -> str | None:
-        """Go backward; returns the message of the error if memory runs out."""
-        try:
-            self._passes.backward(loss)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return str(error)
-        return None
-
     def _in_parts(self, details: str, logs: PartLogs | None) -> tuple[Gradients, Any]:
         """Forward and backward of halves of the batch, and of halves of those, until they fit.
 
@@ -267,20 +248,18 @@ class StepInParts:
             before = ModuleSnapshot(self._module)
             try:
                 batch = slice_batch(self._args[0], size, start, stop)
-                part = self._compute(batch, stop - start, weight, total, logs)
             except CannotSliceError as error:
                 raise explanation(place, size, f"its batch can't be cut into parts: {error}", details) from None
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+            part, _ = _attempt(self._compute, batch, stop - start, weight, total, logs)
+            if part is not None:
+                parts.append(part)
+                _add_gradients(self._module, gradients)
+                gradients = _take_gradients(self._module)
+            else:
                 too_many, ran_out = stop - start, True
                 waiting.append((start, stop))
                 before.restore()
                 _take_gradients(self._module)  # what a broken backward pass has left is dropped
-            else:
-                parts.append(part)
-                _add_gradients(self._module, gradients)
-                gradients = _take_gradients(self._module)
         if ran_out or self.found is None:  # else an earlier closure of the same step has found more
             self.found = MemoryFound(max(part.samples for part in parts), too_many if ran_out else None)
         return _joined(parts, gradients)
@@ -306,6 +285,19 @@ class StepInParts:
         else:
             output = loss.detach()
         return _Part(samples, fraction, output, loss.detach())
+
+
+def _attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, str | None]:
+    """What `call` returns, and None; or None and the error's message if memory runs out.
+
+    The error is gone then, and with it the frames that held the activations.
+    """
+    try:
+        return call(*args, **kwargs), None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, str(error)
 
 
 def _joined(parts: Sequence[_Part], gradients: Gradients) -> tuple[Gradients, Any]:

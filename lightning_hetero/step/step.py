@@ -50,23 +50,15 @@ class StepContext:
 class LoadedBatch:
     """A rank's batch as it was loaded: nothing of the user's code has seen it yet.
 
-    Borrowed samples must leave no trace on this rank, so what they may change is saved here.
-
-    Args:
-        step: the global batch.
-        share: of this rank; None where the user shards.
-        rank: this rank.
-        module: the LightningModule.
-
-    Attributes:
-        local_batch: samples of this rank, 0 if they are borrowed; None where the user shards.
+    Borrowed samples must leave no trace on this rank, so what they may change is saved here. `step` is the global
+    batch; there is no share where the user shards.
     """
 
     def __init__(self, step: int, share: Share | None, rank: int, module: nn.Module) -> None:
         self.step = step
         self.share = share
         self.borrowed = share is not None and share.borrowed
-        self.local_batch = share.counts[rank] if share is not None else None
+        self.local_batch = share.counts[rank] if share is not None else None  # 0 if samples are borrowed
         self._saved: tuple[ModuleSnapshot, RandomState] | None = None
         if share is not None and share.borrowed:
             self._saved = ModuleSnapshot(module), share.random_state or RandomState.current()
@@ -144,11 +136,6 @@ class Step:
         count: what it counts for.
         messages: `StepMessages` of all ranks, on their way.
         accumulates: gradients of earlier micro-batches of the same optimizer step are there.
-
-    Attributes:
-        weight: the factor on this rank's loss; known once messages are received.
-        logged_weight: what its loss weighs where it is logged, in samples of the global batch; None: as much as its
-            samples.
     """
 
     def __init__(
@@ -156,8 +143,8 @@ class Step:
     ) -> None:
         self.loaded = loaded
         self.count = count
-        self.weight: float | Tensor = 1.0
-        self.logged_weight: float | Tensor | None = None
+        self.weight: float | Tensor = 1.0  # the factor on this rank's loss; known once messages are received
+        self.logged_weight: float | Tensor | None = None  # in samples of the global batch; None: as much as its samples
         self._context = context
         self._accumulates = accumulates
         self._pending: PendingRows | None = messages

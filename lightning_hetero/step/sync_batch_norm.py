@@ -17,11 +17,8 @@ from lightning_hetero.step.gradients import without_nan
 class BatchNormGroup:
     """What the synchronized layers of a rank share: the exchange with the other ranks, and the state of the step.
 
-    Args:
-        rank: this rank.
-        world_size: W.
-        total: adds a tensor up over all ranks, in place, over a process group that nothing else uses.
-        waiting: entered while this rank waits for others.
+    `total` adds a tensor up over all ranks, in place, over a process group that nothing else uses; `waiting` is entered
+    while this rank waits for others.
     """
 
     def __init__(
@@ -71,10 +68,6 @@ class BatchNormGroup:
         return BatchNormGroup, ()  # in another process there are no other ranks
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class _Normalize(torch.autograd.Function):
     """Normalize by the statistics of all ranks; one exchange forward, one backward.
 
@@ -91,7 +84,7 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(y, mean, biased variance, N)`, the last three in double precision, the same on all ranks."""
         channels, dims = x.shape[1], [0, *range(2, x.ndim)]
-        values = x.to(_accumulation_dtype(x.dtype))
+        values = x if x.dtype == torch.float64 else x.float()
         row = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
         if x.numel():
             row[0] = x.numel() // channels
@@ -157,11 +150,11 @@ class SynchronizedBatchNorm(_BatchNorm):
         if not self.training or self.batch_norm_group.world_size == 1:
             return super().forward(input)
         self._check_input_dim(input)
+        output: Tensor
         output, mean, variance, count = _Normalize.apply(input, self.weight, self.bias, self.eps, self.batch_norm_group)
         if self.track_running_stats:
             self._update_running_statistics(mean, variance * (count / (count - 1)))
-        result: Tensor = output
-        return result
+        return output
 
     @torch.no_grad()
     def _update_running_statistics(self, mean: Tensor, variance: Tensor) -> None:

@@ -18,9 +18,7 @@ def total_bytes(proc: Path = PROC) -> float:
 def resident_bytes(proc: Path = PROC, *, peak: bool = False) -> float:
     """What this process has in main memory, without the pages of files, which the system can take back.
 
-    Args:
-        proc: where the system's tables are.
-        peak: the most that it had since `forget_peak`, or since it started.
+    The peak is the most that it had since `forget_peak`, or since it started.
     """
     text = _read(proc / "self/status") or ""
     return max(0.0, _entry(text, "VmHWM" if peak else "VmRSS") - _entry(text, "RssFile"))

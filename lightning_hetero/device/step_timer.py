@@ -61,7 +61,6 @@ class StepTiming:
         return self.clock.has_passed(self.compute[-1][1])
 
     def compute_seconds(self) -> float:
-        """Seconds of compute time."""
         return self._sum(self.compute)
 
     def sync_seconds(self) -> float:

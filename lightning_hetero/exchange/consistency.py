@@ -37,11 +37,7 @@ def job(module: nn.Module, precision: str) -> dict[str, Any]:
 
 
 def differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each fact on which ranks differ, with the values and the ranks that hold them.
-
-    Args:
-        facts: one mapping a rank, from what is compared to its value.
-    """
+    """One line for each of the ranks' facts in which they differ, with the values and the ranks that hold them."""
     lines = []
     for name in dict.fromkeys(name for mapping in facts for name in mapping):
         holders = defaultdict[str, list[int]](list)

@@ -16,13 +16,8 @@ class LongBackwardMonitor:
     """Publishes that this rank has been in a backward pass for long, and looks for other ranks that have.
 
     A backward pass ends when all ranks have made theirs. So a rank that is at a later step while another is still in
-    one has skipped it. The main thread can't publish anything while it is in a backward pass; a second thread does.
-
-    Args:
-        rank: this rank.
-        world_size: W.
-        store: that all ranks read and write; None where there is only this one.
-        seconds: after which a backward pass is published.
+    one has skipped it. The main thread can't publish anything while it is in a backward pass; a second thread does so
+    in the store that all ranks share, after so many seconds. There is no store where there is only this rank.
     """
 
     def __init__(self, rank: int, world_size: int, store: Store | None, seconds: float = _LONG) -> None:

@@ -24,10 +24,8 @@ from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
 def broadcast_in_forward(options: Mapping[str, Any]) -> bool | None:
     """Whether the user's options of DDP copy rank 0's buffers before each forward pass; None if they don't say."""
-    for name in ("forward_sync_buffers", "broadcast_buffers"):  # the first of them decides in DDP
-        if options.get(name) is not None:
-            return bool(options[name])
-    return None
+    values = (options.get(name) for name in ("forward_sync_buffers", "broadcast_buffers"))  # the first decides in DDP
+    return next((bool(value) for value in values if value is not None), None)
 
 
 def exclude_broadcast_from_compute_time(

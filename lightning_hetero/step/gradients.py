@@ -30,14 +30,13 @@ def _hooked(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> Iterator[Non
 
 
 def gradients_left_alone(module: nn.Module, unless: Tensor | None = None) -> AbstractContextManager[None]:
-    """A backward pass inside adds exact zeros to the gradients of a module, whatever it computes.
+    """A backward pass inside adds exact zeros to a module's gradients, unless a truth value on the device is true.
 
-    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN. Where `unless`, a truth value on the
-    device that the host never reads, is true, gradients are what they are.
+    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN. The host never reads the truth value.
     """
     if unless is None:
         return _hooked(module, torch.zeros_like)
-    return _hooked(module, lambda gradient: torch.where(unless, gradient, torch.zeros_like(gradient)))
+    return _hooked(module, lambda gradient: torch.where(unless, gradient, 0.0))
 
 
 def without_nan(gradient: Tensor, counts: bool | Tensor) -> Tensor:

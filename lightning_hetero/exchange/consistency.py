@@ -31,7 +31,7 @@ def facts(module: nn.Module, precision: str) -> dict[str, Any]:
 
 
 def job(module: nn.Module, precision: str) -> dict[str, Any]:
-    """What has to be the same for another run's step times to be valid here, beside devices and the global batch."""
+    """What has to be the same for another run's step times to be valid here, besides devices and the global batch."""
     shapes = repr([(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()])
     return {"module": type(module).__name__, "parameters": crc32(shapes.encode()), "precision": precision}
 

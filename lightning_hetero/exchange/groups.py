@@ -152,7 +152,7 @@ def total(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
 
 
 def own_total(timeout: timedelta | None) -> Callable[[Tensor], None]:
-    """A `total` over a group of its own, so that its calls keep no order with those of gradients.
+    """A `total` over a group of its own, so that its calls need no order among those of gradients.
 
     All ranks have to call this; the group has the backend of the default one.
     """

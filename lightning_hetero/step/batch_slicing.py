@@ -57,7 +57,11 @@ def _slice_sequence(value: Sequence[Any], size: int, span: slice, *, is_batch: b
         return _same_type(value, entries)
     raise CannotSliceError(
         f"a {type(value).__name__} of {len(value)} entries is in it, "
-        + ("which may be one a sample, or hold all samples each" if one_each else f"not one for each of {size} samples")
+        + (
+            "which may be one for each sample, or hold all samples each"
+            if one_each
+            else f"not one for each of {size} samples"
+        )
     )
 
 

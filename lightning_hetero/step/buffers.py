@@ -24,7 +24,7 @@ from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
 def broadcast_in_forward(options: Mapping[str, Any]) -> bool | None:
     """Whether the user's options of DDP copy rank 0's buffers before each forward pass; None if they don't say."""
-    values = (options.get(name) for name in ("forward_sync_buffers", "broadcast_buffers"))  # the first decides in DDP
+    values = (options.get(name) for name in ("forward_sync_buffers", "broadcast_buffers"))  # in DDP the first decides
     return next((bool(value) for value in values if value is not None), None)
 
 
@@ -42,7 +42,7 @@ def exclude_broadcast_from_compute_time(
 
 
 def running_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Means and variances of BatchNorm that are each rank's own, of each layer once; no lazy ones without a shape."""
+    """Running means and variances of each BatchNorm layer that is not synchronized; lazy ones need a shape first."""
     found = {
         layer: (layer.running_mean, layer.running_var)
         for layer in modules_without_metrics(module)
@@ -74,8 +74,8 @@ class BufferMerge:
     computed since the last merge. This is approximate in two ways: they are moving averages, in which late batches
     weigh more, while samples are counted alike; and each running variance is an average of unbiased variances, so the
     pooled one lies above that of all samples together, by a part of about 1 / (values per channel in a local batch).
-    All other buffers become rank 0's, bit by bit. `num_batches_tracked` is left alone.
-    The exchange takes place on `device`, and `waiting` is entered while this rank waits for others.
+    All other buffers become rank 0's, bit by bit. `num_batches_tracked` is left alone. The exchange takes place on
+    `device`, and `waiting` is entered while this rank waits for others.
     """
 
     def __init__(

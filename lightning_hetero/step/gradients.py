@@ -122,7 +122,8 @@ class GradientMask:
 def masked(hook: Hook, mask: Callable[[], Tensor | None]) -> Hook:
     """Wrap a DDP communication hook so that this rank's gradients are exact zeros where its mask is false.
 
-    Weight 0 is not enough, as in `gradients_left_alone`. The host never reads the mask; None is none.
+    Weight 0 is not enough, as in `gradients_left_alone`. A mask is a truth value on the device, which the host never
+    reads; None is for no mask.
     """
 
     def kept(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:

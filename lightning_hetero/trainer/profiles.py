@@ -27,7 +27,7 @@ class Profile:
 
     Attributes:
         state: of its planner, see `SplitPlanner.state_dict`.
-        input_shape: of its first batch, see `batch_contents.input_shape`. It belongs to the job, but is not known before
+        input_shape: of its first batch, see `input_shape`. It belongs to the job, but is not known before
             the first batch is there: whoever uses the profile has to compare it then.
         path: the file.
     """

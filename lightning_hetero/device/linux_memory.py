@@ -6,7 +6,7 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def machine_id(proc: Path = PROC) -> str:
-    """Another one for each start of a machine; empty if not known."""
+    """Differs between machines, and between starts of one; empty if not known."""
     return _read(proc / "sys/kernel/random/boot_id") or ""
 
 
@@ -15,22 +15,17 @@ def total_bytes(proc: Path = PROC) -> float:
     return _entry(_read(proc / "meminfo") or "", "MemTotal") or float("inf")
 
 
-def resident_bytes(proc: Path = PROC) -> float:
-    """What this process has in main memory, without the pages of files, which the system can take back."""
-    return _without_files(proc, "VmRSS")
+def resident_bytes(proc: Path = PROC, *, peak: bool = False) -> float:
+    """What this process has in main memory, without the pages of files, which the system can take back.
 
-
-def peak_resident_bytes(proc: Path = PROC) -> float:
-    """The most that it had since `forget_peak`, or since it started."""
-    return _without_files(proc, "VmHWM")
+    The peak is the most that it had since `forget_peak`, or since it started.
+    """
+    text = _read(proc / "self/status") or ""
+    return max(0.0, _entry(text, "VmHWM" if peak else "VmRSS") - _entry(text, "RssFile"))
 
 
 def forget_peak(proc: Path = PROC) -> None:
-    """Begin with a new peak of resident memory.
-
-    Raises:
-        OSError: this process may not do so.
-    """
+    """Begin with a new peak of resident memory; an OSError if this process may not do so."""
     (proc / "self/clear_refs").write_text("5")
 
 
@@ -56,11 +51,6 @@ def control_group_limits(proc: Path = PROC, cgroups: Path = CGROUPS) -> dict[str
                 if text is not None and text.isdigit() and int(text) < 2**60:
                     found[str(folder)] = float(text)
     return found
-
-
-def _without_files(proc: Path, name: str) -> float:
-    text = _read(proc / "self/status") or ""
-    return max(0.0, _entry(text, name) - _entry(text, "RssFile"))
 
 
 def _entry(text: str, name: str) -> float:

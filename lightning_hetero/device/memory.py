@@ -14,28 +14,19 @@ from lightning_hetero.device.linux_memory import CGROUPS, PROC
 
 @dataclass(frozen=True)
 class MemoryCapacity:
-    """The memory that a rank's device has.
+    """The memory that a rank's device has."""
 
-    Args:
-        on_host: the rank computes in the machine's main memory, which it shares with others.
-        machine: an identifier; ranks on the same machine have the same.
-        total: bytes of the device, or of the machine; infinity if not known.
-        groups: from the control groups that the process is in to the bytes that each allows for all in it.
-    """
-
-    on_host: bool
-    machine: str
-    total: float
-    groups: Mapping[str, float] = field(default_factory=dict)
+    on_host: bool  # the rank computes in the machine's main memory, which it shares with others
+    machine: str  # an identifier; ranks on the same machine have the same
+    total: float  # bytes of the device, or of the machine; infinity if not known
+    groups: Mapping[str, float] = field(default_factory=dict)  # bytes that control groups allow for all their processes
 
 
 def memory_capacity(device: torch.device, proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryCapacity:
     """What there is on this machine for a rank on `device`."""
     machine = f"{platform.node()}/{linux_memory.machine_id(proc)}"
     if device.type == "cuda":
-        return MemoryCapacity(
-            on_host=False, machine=machine, total=float(torch.cuda.get_device_properties(device).total_memory)
-        )
+        return MemoryCapacity(False, machine, float(torch.cuda.get_device_properties(device).total_memory))
     groups = linux_memory.control_group_limits(proc, cgroups)
     return MemoryCapacity(True, machine, linux_memory.total_bytes(proc), groups)
 
@@ -53,15 +44,13 @@ def memory_limits(capacities: Sequence[MemoryCapacity], memory_limit: float) -> 
     hosts = [capacity for capacity in capacities if capacity.on_host]
     on_machine = Counter(capacity.machine for capacity in hosts)
     in_group = Counter((capacity.machine, group) for capacity in hosts for group in capacity.groups)
-    limits = []
-    for capacity in capacities:
+
+    def limit(capacity: MemoryCapacity) -> float:
         if memory_limit > 1:
-            limits.append(min(memory_limit, capacity.total, *capacity.groups.values()))
-            continue
-        available = capacity.total
-        if capacity.on_host:
-            available /= on_machine[capacity.machine]
-            shared = (size / in_group[capacity.machine, group] for group, size in capacity.groups.items())
-            available = min([available, *shared])
-        limits.append(memory_limit * available)
-    return tuple(limits)
+            return min(memory_limit, capacity.total, *capacity.groups.values())
+        if not capacity.on_host:
+            return memory_limit * capacity.total
+        shared = (size / in_group[capacity.machine, group] for group, size in capacity.groups.items())
+        return memory_limit * min([capacity.total / on_machine[capacity.machine], *shared])
+
+    return tuple(map(limit, capacities))

@@ -1,8 +1,16 @@
-"""A device as a person calls it."""
+"""What a device is called, and what distinguishes it from those of other ranks."""
+
+import platform
+from typing import Any
 
 import torch
 
 
 def device_name(device: torch.device) -> str:
     """The GPU's product name, or the device's type."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def machine(device: torch.device) -> list[Any]:
+    """What distinguishes a rank's device from others."""
+    return [platform.node(), device_name(device), torch.get_num_threads()]

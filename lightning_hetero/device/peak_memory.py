@@ -17,13 +17,6 @@ class PeakMemory:
     else wants to read are reset in those few steps only. On the CPU, resident pages without those of files; asking for
     them takes a tenth of a millisecond. An allocator may keep what it was given, so there only steps at least as large
     as all before are measured: a later, smaller one would seem to need as much.
-
-    Args:
-        device: of this rank.
-        proc: where the system's tables lie.
-
-    Attributes:
-        resting: bytes held when this object was made.
     """
 
     MEASURED = 8
@@ -33,7 +26,7 @@ class PeakMemory:
         self._device = device
         self._proc = proc
         self._measured: Counter[int] = Counter()  # steps, by local batch
-        self.resting = self._cuda("current") if device.type == "cuda" else linux_memory.resident_bytes(proc)
+        self.resting = self._held()  # bytes before any step
 
     def start(self, local_batch: int) -> None:
         """A step begins: forget earlier peaks."""
@@ -51,12 +44,14 @@ class PeakMemory:
         if not self._measures(local_batch):
             return 0.0
         self._measured[local_batch] += 1
-        return self._cuda("peak") if self._device.type == "cuda" else linux_memory.peak_resident_bytes(self._proc)
+        return self._held(peak=True)
 
     def _measures(self, local_batch: int) -> bool:
         comparable = self._device.type == "cuda" or local_batch >= max(self._measured, default=0)
         return comparable and self._measured[local_batch] < self.MEASURED
 
-    def _cuda(self, which: str) -> float:
+    def _held(self, *, peak: bool = False) -> float:
+        if self._device.type != "cuda":
+            return linux_memory.resident_bytes(self._proc, peak=peak)
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)  # the flat one takes far longer to make
-        return float(stats["allocated_bytes"]["all"][which]) if stats else 0.0
+        return float(stats["allocated_bytes"]["all"]["peak" if peak else "current"]) if stats else 0.0

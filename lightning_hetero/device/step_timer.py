@@ -4,42 +4,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-
-class DeviceClock(Protocol):
-    """Points in time on a device."""
-
-    def now(self) -> Any:
-        """The end of what the device has been given to do so far."""
-
-    def has_passed(self, point: Any) -> bool:
-        """Whether the device has come to that point; does not wait."""
-
-    def seconds(self, start: Any, end: Any) -> float:
-        """Between two points that the device has passed."""
 
 
 class HostClock:
     """Points in time of a device that works while the host calls: the CPU."""
 
     def now(self) -> float:
+        """The end of what the device has been given to do so far."""
         return perf_counter()
 
     def has_passed(self, point: float) -> bool:  # noqa: ARG002 - the host is always past its own points
+        """Whether the device has come to that point; does not wait."""
         return True
 
     def seconds(self, start: float, end: float) -> float:
+        """Between two points that the device has passed."""
         return end - start
 
 
 class CudaClock:
-    """Points in a CUDA stream: the host runs ahead of it, so they are read when the device has passed them."""
+    """The same in a CUDA stream: the host runs ahead of it, so points are read when the device has passed them."""
 
     def now(self) -> torch.cuda.Event:
-        """The end of what has been queued so far on the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -51,38 +40,31 @@ class CudaClock:
         return float(start.elapsed_time(end)) / 1000
 
 
+DeviceClock = HostClock | CudaClock
+
+
+def device_clock(device: torch.device) -> DeviceClock:
+    """The clock of a device."""
+    return CudaClock() if device.type == "cuda" else HostClock()
+
+
 @dataclass(frozen=True)
 class StepTiming:
-    """What a rank has measured in one step.
-
-    Args:
-        clock: reads the points.
-        compute: pairs of points, in order: the stretches between the rank's waits.
-        sync: pairs of points, from the last local gradient to the averaged ones, one for each backward pass.
-    """
+    """What a rank has measured in one step, as pairs of points in time."""
 
     clock: DeviceClock
-    compute: Sequence[tuple[Any, Any]]
-    sync: Sequence[tuple[Any, Any]] = ()
+    compute: Sequence[tuple[Any, Any]]  # the stretches between the rank's waits, in order
+    sync: Sequence[tuple[Any, Any]] = ()  # from the last local gradient to the averaged ones, for each backward pass
 
     def has_passed(self) -> bool:
         """Whether the device has come to the end of the step; only then can seconds be asked for."""
         return self.clock.has_passed(self.compute[-1][1])
 
     def compute_seconds(self) -> float:
-        """Seconds of compute time.
-
-        Raises:
-            RuntimeError: the clock went back.
-        """
         return self._sum(self.compute)
 
     def sync_seconds(self) -> float:
-        """Seconds between this rank's last gradient and the averaged ones: it waits for others, and communicates.
-
-        Raises:
-            RuntimeError: the clock went back.
-        """
+        """Seconds between this rank's last gradient and the averaged ones: it waits for others, and communicates."""
         return self._sum(self.sync)
 
     def _sum(self, pairs: Sequence[tuple[Any, Any]]) -> float:
@@ -93,11 +75,7 @@ class StepTiming:
 
 
 class ComputeTimer:
-    """Measures a rank's compute time; it is stopped wherever the rank waits for others.
-
-    Args:
-        clock: of the rank's device.
-    """
+    """Measures a rank's compute time; it is stopped wherever the rank waits for others."""
 
     def __init__(self, clock: DeviceClock) -> None:
         self._clock = clock
@@ -152,13 +130,3 @@ class ComputeTimer:
     def _resume(self) -> None:
         if self._in_step and self._since is None:
             self._since = self._clock.now()
-
-
-def device_clock(device: torch.device) -> DeviceClock:
-    """The clock of a device."""
-    return CudaClock() if device.type == "cuda" else HostClock()
-
-
-def compute_timer(device: torch.device) -> ComputeTimer:
-    """A timer on the clock of a device."""
-    return ComputeTimer(device_clock(device))

@@ -1,12 +1,11 @@
-"""Checks that all ranks agree on the job when it starts: what differs is listed, where ranks would hang later."""
+"""Checks at the start that all ranks agree on the job, and lists what differs: otherwise ranks would hang later."""
 
-import platform
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from zlib import crc32
 
-import torch
 from torch import nn
 
 from lightning_hetero.exchange.groups import RankGroup
@@ -32,28 +31,18 @@ def facts(module: nn.Module, precision: str) -> dict[str, Any]:
 
 
 def job(module: nn.Module, precision: str) -> dict[str, Any]:
-    """What has to be the same for another run's step times to be valid here, beside devices and the global batch."""
+    """What has to be the same for another run's step times to be valid here, besides devices and the global batch."""
     shapes = repr([(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()])
     return {"module": type(module).__name__, "parameters": crc32(shapes.encode()), "precision": precision}
 
 
-def machine(device: torch.device) -> list[Any]:
-    """What distinguishes a rank's device from others."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return [platform.node(), name, torch.get_num_threads()]
-
-
 def differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a fact on which ranks differ, with the values and the ranks that hold them.
-
-    Args:
-        facts: one mapping a rank, from what is compared to its value.
-    """
+    """One line for each of the ranks' facts in which they differ, with the values and the ranks that hold them."""
     lines = []
     for name in dict.fromkeys(name for mapping in facts for name in mapping):
-        holders: dict[str, list[int]] = {}
+        holders = defaultdict[str, list[int]](list)
         for rank, mapping in enumerate(facts):
-            holders.setdefault(repr(mapping.get(name, "missing")), []).append(rank)
+            holders[repr(mapping.get(name, "missing"))].append(rank)
         if len(holders) > 1:
             values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
             lines.append(f"{name}: {values}")
@@ -65,15 +54,10 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def require(group: RankGroup, facts: Mapping[str, Any], topic: str) -> None:
-    """Compare `facts` over all ranks.
-
-    Args:
-        group: of all ranks, which have to call this together.
-        facts: from what is compared to this rank's value.
-        topic: what they are about, for the error.
+    """Compare `facts`, from what is compared to this rank's value; all ranks have to call this together.
 
     Raises:
-        ValueError: they differ; the same sentence on every rank.
+        ValueError: they differ, with `topic` saying what they are about; the same sentence on every rank.
     """
     lines = differences(group.gather(dict(facts)))
     if lines:

@@ -12,28 +12,21 @@ USER_SHARDS = (
     "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the strategy then gives "
     "each rank its own share"
 )
-"""The sentence where the user has chosen to shard."""
-
 NO_DATA_LOADER = (
     "all ranks train on the same data: the training data is an iterable that is no DataLoader, which the strategy "
     "can't split; give it as a DataLoader, or let the iterable of each rank yield other data than those of the others"
 )
-"""The sentence where the training data can't be split."""
+"""The errors where the user has chosen to shard, and where the training data can't be split."""
 
 _CONTENT = 2**16
-"""Numbers of each tensor that are looked at: more than enough to distinguish data, and hashed in well under a
-millisecond."""
+"""Numbers of each tensor that are hashed: enough to distinguish data, in well under a millisecond."""
 
 
 def content_hash(batch: Any, index_hash: str = "") -> float:
-    """A number that stands for a batch, exact as a float; equal for equal batches on all ranks.
+    """A number above 0 that stands for a batch, exact as a float; equal for equal batches on all ranks.
 
-    Args:
-        batch: on the CPU.
-        index_hash: of the indices that it was drawn by, where they are known.
-
-    Returns:
-        A number above 0; 0 where the batch holds no tensors, arrays, numbers or texts, which are what is compared.
+    It is 0 where the batch holds nothing that is compared: no tensors, arrays, numbers or texts. `index_hash` is that
+    of the indices that it was drawn by, where they are known.
     """
     digest = hashlib.blake2b(index_hash.encode(), digest_size=6)  # a float holds 53 bits exactly
     comparable = False
@@ -54,7 +47,7 @@ class DuplicateDataCheck:
     """Compares the first batches of all ranks in one fit."""
 
     WATCHED = 3
-    """Steps that are compared: one batch may be the same by chance where there are few samples."""
+    """Steps that are compared: where there are few samples, one batch may be the same by chance."""
 
     def __init__(self) -> None:
         self._duplicates = 0
@@ -64,13 +57,13 @@ class DuplicateDataCheck:
 
         Args:
             messages: of all ranks; hashes of 0 are not compared, and those of all later steps are 0.
-            steps_in_epoch: where they are fewer than are compared, they are enough; infinity where not known.
-            sentence: that is raised where all of them are the same; see `USER_SHARDS` and `NO_DATA_LOADER`.
+            steps_in_epoch: where they are fewer than `WATCHED`, they are enough; infinity where not known.
+            sentence: of the error.
 
         Raises:
             ValueError: the batches of all steps so far were the same on all ranks, and they were enough.
         """
-        hashes = messages.content_hashes  # (W,)
+        hashes = messages.column("content_hash")  # (W,)
         if len(hashes) == 1 or not hashes.all():
             return
         self._duplicates += len(set(hashes)) == 1

@@ -1,10 +1,9 @@
 """Collective calls between all ranks, over a gloo group of their own.
 
-They never share a group with the gradients: a rank that goes astray meets the others here, in a call whose rows say
-where each of them stands, instead of in a gradient bucket that waits for ever.
+They never share a group with the gradients: a rank that has lost step with the others meets them here, in a call whose
+rows say where each of them is, instead of in a gradient bucket that waits forever.
 """
 
-import builtins
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -16,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_hetero.exchange.messages import StepMessage, StepMessages
-
 T = TypeVar("T")
 
 
@@ -25,27 +22,16 @@ class LostConnectionError(RuntimeError):
     """A call to the other ranks has failed: one of them has ended, or does not answer within the timeout."""
 
 
-def row_in_table(row: Tensor, rank: int, world_size: int) -> Tensor:
-    """A table of zeros in which one row is that of `rank`, (W, columns).
-
-    Adding zeros to a row leaves it as it is. So the sum of all ranks' tables holds the rows of all ranks: it is a
-    gather that needs one buffer only.
-    """
+def _row_in_table(row: Tensor, rank: int, world_size: int) -> Tensor:
+    """A table of zeros but for the row of `rank`, (W, columns): the sum of all ranks' tables gathers all rows."""
     table = row.new_zeros((world_size, len(row)))  # (W, columns)
     table[rank] = row
     return table
 
 
 def gather_rows(row: Tensor, rank: int, world_size: int, total: Callable[[Tensor], None]) -> Tensor:
-    """The rows of all ranks, (W, columns), on the device of `row`.
-
-    Args:
-        row: this rank's, (columns,); equally long on all ranks.
-        rank: this rank.
-        world_size: W.
-        total: adds a tensor up over all ranks, in place.
-    """
-    table = row_in_table(row, rank, world_size)
+    """The rows of all ranks, (W, columns), from each rank's, (columns,); `total` adds up over all ranks, in place."""
+    table = _row_in_table(row, rank, world_size)
     total(table)
     return table
 
@@ -53,25 +39,25 @@ def gather_rows(row: Tensor, rank: int, world_size: int, total: Callable[[Tensor
 class PendingRows:
     """Rows that are on their way; see `RankGroup.start`."""
 
+    PATIENCE = timedelta(seconds=5)
+    """How long to wait before asking whether to go on waiting; far longer than the waiting of a usual step."""
+
     def __init__(self, table: Tensor, work: dist.Work | None) -> None:
         self._table = table
         self._work = work
 
-    PATIENCE = timedelta(seconds=5)
-    """How long to wait before asking whether it makes sense to wait on; far longer than a step's usual waiting."""
-
-    def wait(self, still_makes_sense: Callable[[], None] = lambda: None) -> npt.NDArray[np.float64]:
+    def wait(self, check_others: Callable[[], None] = lambda: None) -> npt.NDArray[np.float64]:
         """Rows of all ranks, (W, columns); blocks until the slowest rank has sent its own.
 
         Args:
-            still_makes_sense: called now and then while waiting; raises where the others will never send theirs.
+            check_others: called now and then while waiting; raises where the others will never send theirs.
 
         Raises:
             LostConnectionError: a rank has ended, or has not sent its row within the group's timeout.
         """
         work, self._work = self._work, None
         while work is not None and not _is_over(work, self.PATIENCE):
-            still_makes_sense()
+            check_others()
         return self._table.numpy()
 
 
@@ -89,26 +75,10 @@ def _is_over(work: dist.Work, patience: timedelta) -> bool:
     return True
 
 
-class PendingMessages:
-    """Messages of a step that are on their way; see `RankGroup.start_messages`."""
-
-    def __init__(self, rows: PendingRows) -> None:
-        self._rows = rows
-
-    def wait(self, still_makes_sense: Callable[[], None] = lambda: None) -> StepMessages:
-        """The messages of all ranks; see `PendingRows.wait`."""
-        return StepMessages(self._rows.wait(still_makes_sense))
-
-
 class RankGroup:
     """All ranks, as they exchange numbers and small objects with each other.
 
-    All ranks have to make it, and to call its methods in the same order.
-
-    Args:
-        rank: this rank.
-        world_size: W.
-        timeout: how long a call may wait for a rank.
+    All ranks have to make it, and to call its methods in the same order. A call waits for a rank for up to `timeout`.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: timedelta | None) -> None:
@@ -119,17 +89,9 @@ class RankGroup:
 
     def start(self, row: Sequence[float]) -> PendingRows:
         """Send this rank's row and receive those of all ranks, without waiting; all ranks give equally many numbers."""
-        table = row_in_table(torch.tensor(row, dtype=torch.float64), self.rank, self.world_size)
+        table = _row_in_table(torch.tensor(row, dtype=torch.float64), self.rank, self.world_size)
         work = dist.all_reduce(table, group=self._group, async_op=True) if self._group is not None else None
         return PendingRows(table, work)
-
-    def start_messages(self, message: StepMessage) -> PendingMessages:
-        """Send this rank's message of a step and receive those of all ranks, without waiting."""
-        return PendingMessages(self.start(message.row()))
-
-    def table(self, row: Sequence[float]) -> npt.NDArray[np.float64]:
-        """The rows of all ranks, (W, numbers); all ranks give equally many numbers, and wait for each other."""
-        return self.start(row).wait()
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order."""
@@ -141,7 +103,7 @@ class RankGroup:
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """Which of the flags are set on any rank; all ranks give equally many."""
-        table = self.start(flags).wait() > 0  # (W, flags)
+        table = self.start(flags).wait()  # (W, flags)
         return [bool(column.any()) for column in table.T]
 
     def broadcast(self, value: T) -> T:
@@ -180,10 +142,8 @@ _RELAYED = (ValueError, TypeError, RuntimeError, OSError, FileNotFoundError, Per
 
 def _rebuilt(name: str, text: str) -> Exception:
     """An exception of another rank, from the name of its type and its text."""
-    kind = getattr(builtins, name, None)
-    if kind in _RELAYED:
-        return cast("Exception", kind(text))
-    return RuntimeError(f"{name}: {text}")
+    relayed = next((kind for kind in _RELAYED if kind.__name__ == name), None)
+    return relayed(text) if relayed is not None else RuntimeError(f"{name}: {text}")
 
 
 def total(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
@@ -192,7 +152,7 @@ def total(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
 
 
 def own_total(timeout: timedelta | None) -> Callable[[Tensor], None]:
-    """The same over a group of its own, so that its calls keep no order with those of gradients.
+    """A `total` over a group of its own, so that its calls need no order among those of gradients.
 
     All ranks have to call this; the group has the backend of the default one.
     """

@@ -1,4 +1,4 @@
-"""Finds out that a rank waits in a backward pass which another rank has skipped, so that neither waits for ever."""
+"""Finds out that a rank waits in a backward pass which another rank has skipped, so that neither waits forever."""
 
 import contextlib
 import threading
@@ -9,22 +9,15 @@ from torch.distributed.distributed_c10d import Store
 _KEY = "lightning_hetero/long_backward/{}"
 
 _LONG = 5.0
-"""Seconds: far longer than most backward passes, so that the store is hardly ever written to, and short for a user who
-waits for the error."""
+"""Seconds: longer than most backward passes, so the store is rarely written to; short for who waits for the error."""
 
 
 class LongBackwardMonitor:
     """Publishes that this rank has been in a backward pass for long, and looks for other ranks that have.
 
     A backward pass ends when all ranks have made theirs. So a rank that is at a later step while another is still in
-    one has skipped it. The main thread can't publish anything while it is inside a backward pass; a thread of the
-    monitor does.
-
-    Args:
-        rank: this rank.
-        world_size: W.
-        store: that all ranks read and write; None where there is only this one.
-        seconds: after which a backward pass is published.
+    one has skipped it. The main thread can't publish anything while it is in a backward pass; a second thread does so
+    in the store that all ranks share, after so many seconds. There is no store where there is only this rank.
     """
 
     def __init__(self, rank: int, world_size: int, store: Store | None, seconds: float = _LONG) -> None:

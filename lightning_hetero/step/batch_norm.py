@@ -10,7 +10,7 @@ from lightning_hetero.step.torchgeo import uses_batch_statistics
 
 
 def modules_without_metrics(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all below it but torchmetrics, which synchronise themselves."""
+    """The module and all below it but torchmetrics, which synchronize themselves."""
     if isinstance(module, Metric):
         return
     yield module
@@ -18,24 +18,17 @@ def modules_without_metrics(module: nn.Module) -> Iterator[nn.Module]:
         yield from modules_without_metrics(child)
 
 
-def smallest_local_batch(module: nn.Module, *, synchronised: bool = False) -> int:
+def smallest_local_batch(module: nn.Module, *, synchronized: bool = False) -> int:
     """The fewest samples that a rank can compute with: 2 where statistics are taken over them, else 1.
 
-    A layer that is kept in evaluation mode uses its running statistics, and `SyncBatchNorm` those of all ranks.
-
-    Args:
-        module: the LightningModule.
-        synchronised: its BatchNorm layers take statistics over all ranks.
+    A layer that is kept in evaluation mode uses its running statistics, and `SyncBatchNorm` those of all ranks, as all
+    BatchNorm layers do if they are `synchronized`.
     """
-    if uses_batch_statistics(module):
-        return 2
-    if synchronised:
-        return 1
-    in_use = any(
+    in_use = not synchronized and any(
         isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm) and layer.training
         for layer in module.modules()
     )
-    return 2 if in_use else 1
+    return 2 if in_use or uses_batch_statistics(module) else 1
 
 
 def pooled_statistics(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:

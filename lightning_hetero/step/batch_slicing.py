@@ -57,7 +57,11 @@ def _slice_sequence(value: Sequence[Any], size: int, span: slice, *, is_batch: b
         return _same_type(value, entries)
     raise CannotSliceError(
         f"a {type(value).__name__} of {len(value)} entries is in it, "
-        + ("which may be one a sample, or hold all samples each" if one_each else f"not one for each of {size} samples")
+        + (
+            "which may be one for each sample, or hold all samples each"
+            if one_each
+            else f"not one for each of {size} samples"
+        )
     )
 
 
@@ -89,14 +93,13 @@ def halves(size: int, smallest: int) -> tuple[int, int] | None:
 def join_outputs(outputs: Sequence[Any], sizes: Sequence[int], loss: Tensor) -> Any:
     """What a training step would have returned for the batch, from what it returned for its parts.
 
+    Entries with one row for each sample are concatenated, other tensors become their mean over the samples, and of
+    everything else the last part's is taken.
+
     Args:
         outputs: of P parts: a loss, or a mapping with the key "loss".
         sizes: P numbers of samples.
         loss: of the whole batch.
-
-    Returns:
-        The loss, or a dict with it: entries with one row for each sample are concatenated, other tensors become their
-            mean over the samples, and of everything else the last part's is taken.
     """
     if not isinstance(outputs[0], Mapping):
         return loss

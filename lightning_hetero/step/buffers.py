@@ -17,28 +17,21 @@ from torch.nn.parameter import UninitializedBuffer
 
 from lightning_hetero.exchange.groups import gather_rows, total
 from lightning_hetero.sampling.train_sampler import Share
+from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.batch_norm import modules_without_metrics, pooled_statistics
-from lightning_hetero.step.loss_count import sample_count
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
 
 def broadcast_in_forward(options: Mapping[str, Any]) -> bool | None:
     """Whether the user's options of DDP copy rank 0's buffers before each forward pass; None if they don't say."""
-    for name in ("forward_sync_buffers", "broadcast_buffers"):  # the first of them decides in DDP
-        if options.get(name) is not None:
-            return bool(options[name])
-    return None
+    values = (options.get(name) for name in ("forward_sync_buffers", "broadcast_buffers"))  # in DDP the first decides
+    return next((bool(value) for value in values if value is not None), None)
 
 
 def exclude_broadcast_from_compute_time(
     model: DistributedDataParallel, waiting: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Do not count the time in which DDP copies rank 0's buffers as compute time: ranks wait for rank 0 there.
-
-    Args:
-        model: copies them within its forward pass.
-        waiting: see `ComputeTimer.waiting`.
-    """
+    """Do not count the time in which DDP copies rank 0's buffers as compute time: ranks wait for rank 0 there."""
     broadcast = model._sync_buffers  # noqa: SLF001 - there is no public name for it
 
     def timed_broadcast() -> None:
@@ -48,18 +41,17 @@ def exclude_broadcast_from_compute_time(
     model._sync_buffers = timed_broadcast  # type: ignore[method-assign] # noqa: SLF001
 
 
-def running_statistics(module: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers whose running statistics are each rank's own, each once; no lazy ones without a shape."""
-    found: dict[int, _BatchNorm] = {}
-    for layer in modules_without_metrics(module):
-        if (
-            isinstance(layer, _BatchNorm)
-            and not isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm)
-            and isinstance(layer.running_mean, Tensor)
-            and isinstance(layer.running_var, Tensor)
-            and not isinstance(layer.running_mean, UninitializedBuffer)
-        ):
-            found[id(layer)] = layer
+def running_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Running means and variances of each BatchNorm layer that is not synchronized; lazy ones need a shape first."""
+    found = {
+        layer: (layer.running_mean, layer.running_var)
+        for layer in modules_without_metrics(module)
+        if isinstance(layer, _BatchNorm)
+        and not isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm)
+        and isinstance(layer.running_mean, Tensor)
+        and isinstance(layer.running_var, Tensor)
+        and not isinstance(layer.running_mean, UninitializedBuffer)
+    }
     return list(found.values())
 
 
@@ -82,14 +74,8 @@ class BufferMerge:
     computed since the last merge. This is approximate in two ways: they are moving averages, in which late batches
     weigh more, while samples are counted alike; and each running variance is an average of unbiased variances, so the
     pooled one lies above that of all samples together, by a part of about 1 / (values per channel in a local batch).
-    All other buffers become rank 0's, bit by bit. `num_batches_tracked` is left alone.
-
-    Args:
-        module: whose buffers.
-        device: where the exchange takes place.
-        rank: this rank.
-        world_size: W.
-        waiting: entered while this rank waits for others.
+    All other buffers become rank 0's, bit by bit. `num_batches_tracked` is left alone. The exchange takes place on
+    `device`, and `waiting` is entered while this rank waits for others.
     """
 
     def __init__(
@@ -109,18 +95,10 @@ class BufferMerge:
         self._samples = 0  # that this rank has computed in them
 
     def add_batch(self, share: Share | None, batch: Any) -> None:
-        """Count one more training batch; all ranks call this equally often.
-
-        Args:
-            share: None where the user shards; then the samples are counted in the batch.
-            batch: as the loader gave it.
-        """
+        """Count one more training batch, without a share where the user shards; all ranks call this equally often."""
         self._steps += 1
-        if share is not None:
-            self._samples += share.counts[self._rank]  # 0 for a borrowed batch, whose effects are undone
-            return
-        try:
-            self._samples += sample_count(batch)
+        try:  # a share has no samples of this rank if they are borrowed: what these change is undone
+            self._samples += share.counts[self._rank] if share is not None else sample_count(batch)
         except TypeError:
             self._samples += 1
 
@@ -136,10 +114,10 @@ class BufferMerge:
         samples, self._steps, self._samples = self._samples, 0, 0
         if self._world_size == 1:
             return
-        statistics = [_statistics(layer) for layer in running_statistics(self._module)]
+        statistics = running_statistics(self._module)
         others = other_buffers(self._module)
-        flat = torch.cat([_bytes(buffer) for buffer in others]) if others else torch.empty(0, dtype=torch.uint8)
-        flat = flat.to(self._device)  # (bytes,)
+        parts = [buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in others]
+        flat = (torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)).to(self._device)  # (bytes,)
         row = [torch.tensor([samples, len(flat)]), *(mean for mean, _ in statistics), *(var for _, var in statistics)]
         with self._waiting():
             own = torch.cat([part.to(self._device, torch.float64) for part in row])  # (2 + 2 * channels,)
@@ -148,8 +126,9 @@ class BufferMerge:
         if statistics:
             mean, variance = pooled_statistics(table[:, 0], *table[:, 2:].chunk(2, dim=1))  # (channels,)
             lengths = [len(mean) for mean, _ in statistics]
-            for layer, *pooled in zip(statistics, mean.split(lengths), variance.split(lengths), strict=True):
-                for buffer, value in zip(layer, pooled, strict=True):
+            pooled = zip(mean.split(lengths), variance.split(lengths), strict=True)
+            for buffers, values in zip(statistics, pooled, strict=True):
+                for buffer, value in zip(buffers, values, strict=True):
                     buffer.copy_(value)
         if others:
             with self._waiting():
@@ -169,17 +148,6 @@ def _check_sizes(sizes: list[float]) -> None:
 
 def _fill(buffers: list[Tensor], flat: Tensor) -> None:
     """Fill buffers with their bytes, one after the other."""
-    for buffer, part in zip(buffers, flat.split([b.numel() * b.element_size() for b in buffers]), strict=True):
+    for buffer, part in zip(buffers, flat.split([buffer.nbytes for buffer in buffers]), strict=True):
         # A tensor of its own is aligned for any type; a slice of bytes need not be.
         buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
-
-
-def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return layer.running_mean, layer.running_var
-
-
-def _bytes(buffer: Tensor) -> Tensor:
-    """The bytes of a buffer, in a tensor of their own."""
-    return buffer.detach().contiguous().view(-1).view(torch.uint8)

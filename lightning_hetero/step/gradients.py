@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import compress
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 
 from lightning_hetero.device.step_timer import ComputeTimer
+from lightning_hetero.exchange.failures import CollectiveErrors
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.exchange.secondary_failures import CollectiveErrors
 
-Hook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
+Hook = Callable[[Any, Any], torch.futures.Future[Tensor]]
 """A DDP communication hook: from its state and a gradient bucket to the averaged gradients."""
 
 
@@ -29,25 +30,19 @@ def _hooked(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> Iterator[Non
 
 
 def gradients_left_alone(module: nn.Module, unless: Tensor | None = None) -> AbstractContextManager[None]:
-    """A backward pass inside adds exact zeros to the gradients, whatever it computes.
+    """A backward pass inside adds exact zeros to a module's gradients, unless a truth value on the device is true.
 
-    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN.
-
-    Args:
-        module: whose gradients.
-        unless: a truth value on the device; where it is true, gradients are what they are. The host never reads it.
+    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN. The host never reads the truth value.
     """
     if unless is None:
         return _hooked(module, torch.zeros_like)
-    return _hooked(module, lambda gradient: torch.where(unless, gradient, torch.zeros_like(gradient)))
+    return _hooked(module, lambda gradient: torch.where(unless, gradient, 0.0))
 
 
 def without_nan(gradient: Tensor, counts: bool | Tensor) -> Tensor:
     """A gradient without the NaN of 0 x NaN, which a loss of which nothing counts brings; all else in it is kept.
 
-    Args:
-        gradient: of a loss times its weight.
-        counts: whether something counts; then the gradient stays as it is. The host never reads a tensor.
+    Where something counts, the gradient stays as it is; the host never reads a tensor that says so.
     """
     if counts is True:
         return gradient
@@ -56,21 +51,17 @@ def without_nan(gradient: Tensor, counts: bool | Tensor) -> Tensor:
 
 
 def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> AbstractContextManager[None]:
-    """A backward pass inside adds gradients `without_nan`.
-
-    Unlike `gradients_left_alone` it keeps what synchronised layers bring from other ranks.
-    """
+    """A backward pass inside adds gradients `without_nan`: what synchronized layers bring from other ranks is kept."""
     return _hooked(module, lambda gradient: without_nan(gradient, counts))
 
 
 def averaging_hook(errors: CollectiveErrors) -> Hook:
     """What DDP does with a bucket when it has no hook, the mean over all ranks.
 
-    Args:
-        errors: gets the error of a failed all-reduce, which autograd's engine raises later.
+    `errors` get the error of a failed all-reduce, which autograd's engine raises later.
     """
 
-    def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         group = group if group is not None else dist.group.WORLD
         assert group is not None
         work = dist.all_reduce(bucket.buffer().div_(group.size()), group=group, async_op=True)
@@ -92,15 +83,11 @@ def averaging_hook(errors: CollectiveErrors) -> Hook:
 def until_last_bucket(hook: Hook, timer: ComputeTimer, *, may_wait: bool) -> Hook:
     """Wrap a DDP communication hook so that the timer notes when the last local gradient is ready.
 
-    DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass.
-
-    Args:
-        hook: what averages a bucket.
-        timer: of this rank.
-        may_wait: the hook may wait for the other ranks before it returns, so nothing of it is compute time.
+    DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass. A
+    hook that `may_wait` for the other ranks before it returns takes no compute time.
     """
 
-    def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         if may_wait and bucket.is_last():
             timer.gradients_ready()
         with timer.waiting() if may_wait else nullcontext():
@@ -113,7 +100,7 @@ def until_last_bucket(hook: Hook, timer: ComputeTimer, *, may_wait: bool) -> Hoo
 
 
 class GradientMask:
-    """Which gradients of this rank count in the backward pass at hand, where only the device knows."""
+    """Whether this rank's gradients count in the backward pass at hand, where only the device knows."""
 
     def __init__(self) -> None:
         self._keep: Tensor | None = None
@@ -132,17 +119,14 @@ class GradientMask:
             self._keep = None
 
 
-def masked(hook: Hook, mask: Callable[[], torch.Tensor | None]) -> Hook:
+def masked(hook: Hook, mask: Callable[[], Tensor | None]) -> Hook:
     """Wrap a DDP communication hook so that this rank's gradients are exact zeros where its mask is false.
 
-    Weight 0 is not enough for a rank of which nothing counts: the mean over an empty set is NaN, and so is 0 x NaN.
-
-    Args:
-        hook: what averages a bucket.
-        mask: a truth value on the device, or None for no mask; the host never reads it.
+    Weight 0 is not enough, as in `gradients_left_alone`. A mask is a truth value on the device, which the host never
+    reads; None is for no mask.
     """
 
-    def kept(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def kept(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         keep = mask()
         if keep is not None:
             bucket.buffer().masked_fill_(~keep, 0.0)
@@ -152,38 +136,31 @@ def masked(hook: Hook, mask: Callable[[], torch.Tensor | None]) -> Hook:
 
 
 _BUCKET_BYTES = 25 * 2**20
-"""As large as DDP's buckets: large enough to be quick, small beside the gradients."""
+"""As large as DDP's buckets: large enough to be quick, small compared with all gradients."""
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], group: RankGroup) -> None:
     """What DDP does in a backward pass, after one that was purely local: the mean over all ranks.
 
     A parameter without gradient on this rank counts as zeros. One without gradient on all ranks is left as it is, as
-    under DDP with `find_unused_parameters`.
-
-    Args:
-        parameters: the same on all ranks, in the same order.
-        group: of all ranks; they exchange which parameters have a gradient on any of them.
+    under DDP with `find_unused_parameters`. All ranks give the same parameters, in the same order.
     """
     used = group.any_of([parameter.grad is not None for parameter in parameters])
-    bucket: list[nn.Parameter] = []
-    for parameter, anywhere in zip(parameters, used, strict=True):
-        if not anywhere:
-            continue
+    bucket: list[Tensor] = []
+    for parameter in compress(parameters, used):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         same = not bucket or (bucket[0].dtype, bucket[0].device) == (parameter.dtype, parameter.device)
-        if bucket and (not same or sum(p.nbytes for p in bucket) + parameter.nbytes > _BUCKET_BYTES):
+        if bucket and (not same or sum(gradient.nbytes for gradient in bucket) + parameter.nbytes > _BUCKET_BYTES):
             _average(bucket, group.world_size)
             bucket = []
-        bucket.append(parameter)
+        bucket.append(parameter.grad)
     if bucket:
         _average(bucket, group.world_size)
 
 
 @torch.no_grad()
-def _average(parameters: Sequence[nn.Parameter], world_size: int) -> None:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+def _average(gradients: Sequence[Tensor], world_size: int) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(world_size)
     dist.all_reduce(flat)
     for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):

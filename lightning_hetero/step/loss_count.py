@@ -1,45 +1,38 @@
-"""What a batch counts for: the number that its loss was averaged over.
+"""What a batch counts for, the number that its loss was averaged over, and the weight of a rank's loss.
 
 The rule is found once a run, in this order: the user's callable, the module's own `loss_count`, what is known of
 TorchGeo's tasks, the number of samples.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.torchgeo import IMAGE_TASKS, TARGETS, task_name, unchanged_task
 
 Count = float | Tensor
 """A number, or a tensor without dimensions on the module's device."""
 
-CROSS_ENTROPY_DEFAULT_IGNORE_INDEX = -100
+_IGNORES_NOTHING = (-100, -1000)
+"""What `ignore_index` is by default in torch, and in TorchGeo's tasks."""
 
 
 @dataclass(frozen=True)
 class LossCounter:
-    """How batches are counted in this run.
+    """How batches are counted in this run."""
 
-    Args:
-        rule: what is counted, in words, for warnings and errors.
-        count: from the module and a batch, as `training_step` gets it, to the batch's loss count; None: its samples.
-        advice: how to make the rule exact where it is only a guess; empty otherwise.
-    """
-
-    rule: str
-    count: Callable[[Any, Any], Count] | None = None
-    advice: str = ""
+    rule: str  # what is counted, in words, for warnings and errors
+    count: Callable[[Any, Any], Count] | None = None  # from the module and a batch; None counts its samples
+    advice: str = ""  # how to make the rule exact where it is only a guess
 
     def __call__(self, module: nn.Module, batch: Any, samples: int | None = None) -> Count:
-        """The loss count of a batch.
-
-        Args:
-            module: the LightningModule.
-            batch: as `training_step` gets it.
-            samples: that went into it, if known; see `sample_count`.
+        """The loss count of a batch as `training_step` gets it, into which so many samples went, if that is known.
 
         Raises:
             TypeError: the rule returned something that is neither a number nor a tensor without dimensions.
@@ -61,20 +54,12 @@ class LossCounter:
 
 
 def find(module: nn.Module, given: Callable[[Any, Any], Count] | None) -> LossCounter:
-    """The rule for `module`.
-
-    Args:
-        module: the LightningModule.
-        given: the user's `loss_count=`, if any.
-    """
+    """The rule for `module`; `given` is the user's `loss_count=`, if any."""
     if given is not None:
         return LossCounter("the strategy's loss_count", given)
     if callable(getattr(module, "loss_count", None)):
-        return LossCounter("the module's loss_count", _declared)
-    task = _torchgeo_rule(module)
-    if task is not None:
-        return task
-    return LossCounter("samples", advice=_advice(module))
+        return LossCounter("the module's loss_count", lambda owner, batch: owner.loss_count(batch))
+    return _torchgeo_rule(module) or LossCounter("samples", advice=_advice(module))
 
 
 def _torchgeo_rule(module: nn.Module) -> LossCounter | None:
@@ -113,21 +98,13 @@ def cross_entropy_count(criterion: nn.CrossEntropyLoss | nn.NLLLoss, target: Ten
     return (weight.double()[classes] * valid).sum()
 
 
-def _declared(module: Any, batch: Any) -> Count:
-    count: Count = module.loss_count(batch)
-    return count
-
-
-def _weighted_losses(module: nn.Module) -> Iterable[str]:
-    for name, loss in module.named_modules():
-        if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
-            continue
-        if loss.weight is not None or loss.ignore_index not in (CROSS_ENTROPY_DEFAULT_IGNORE_INDEX, -1000):
-            yield name
-
-
 def _advice(module: nn.Module) -> str:
-    names = list(_weighted_losses(module))
+    names = [
+        name
+        for name, loss in module.named_modules()
+        if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
+        and (loss.weight is not None or loss.ignore_index not in _IGNORES_NOTHING)
+    ]
     if not names:
         return ""
     return (
@@ -139,40 +116,15 @@ def _advice(module: nn.Module) -> str:
     )
 
 
-def sample_count(batch: Any, drawn: int | None = None) -> int:
-    """Number of samples in a batch: the length of its tensors.
+def loss_weight(counts: Sequence[float] | NDArray[np.float64], rank: int) -> float:
+    """The factor on the loss of `rank` that turns DDP's plain mean into the count-weighted mean.
 
-    Where these differ, as in batches of boxes, it is the number of samples that were drawn for it, if that is known.
+    `w_r = W * c_r / sum(c)`: the mean over ranks of `w_r` times the gradient of rank r's mean loss is the gradient of
+    the mean over all of the global batch. 0 where nothing counts on any rank.
 
     Args:
-        batch: of any kind.
-        drawn: samples that were drawn for it; augmentations may make more of them, but all tensors then grow alike.
-
-    Raises:
-        TypeError: there is no tensor with a batch dimension in it, and `drawn` is not known.
+        counts: W loss counts, finite and at least 0.
+        rank: whose weight.
     """
-    lengths = [len(tensor) for tensor in _tensors(batch) if tensor.ndim]
-    if drawn is not None and len(set(lengths)) != 1:
-        return drawn
-    if lengths:
-        return lengths[0]
-    raise TypeError(
-        f"there is no tensor with a batch dimension in a batch of type {type(batch).__name__}, so its samples can't be "
-        "counted: give the module a loss_count(batch), or HeteroStrategy a loss_count"
-    )
-
-
-def _tensors(batch: Any) -> Iterable[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
-        for value in batch:
-            yield from _tensors(value)
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        for field in fields(batch):
-            yield from _tensors(getattr(batch, field.name))
-    elif hasattr(batch, "__dict__"):
-        yield from (value for value in vars(batch).values() if isinstance(value, Tensor))
+    total = float(sum(counts))
+    return len(counts) * float(counts[rank]) / total if total > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Errors that say that memory ran out: how they are recognised, and how they are explained to the user."""
+"""Errors that say that memory ran out: how they are recognized, and how they are explained to the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ class RankOutOfMemoryError(RuntimeError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on CUDA or on the CPU.
 
-    Lightning's `is_oom_error` knows neither `MemoryError` nor most of the messages, and takes it for one that cuDNN
-    does not support an input.
+    Lightning's `is_oom_error` knows neither `MemoryError` nor most of the messages, and it takes an input that cuDNN
+    does not support for one.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -31,16 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained(place: str, local_batch: int | None, reason: str) -> Iterator[None]:
-    """Give an out-of-memory error inside its explanation.
-
-    Args:
-        place: rank and device, such as "rank 1 (cpu)".
-        local_batch: samples of the rank; None if not known.
-        reason: why the run can't go on, as the end of a sentence.
-
-    Raises:
-        RankOutOfMemoryError: memory ran out inside; its cause is the original error.
-    """
+    """Turn an out-of-memory error inside into a RankOutOfMemoryError, whose cause it is; see `explanation`."""
     try:
         yield
     except Exception as error:
@@ -50,7 +41,14 @@ def explained(place: str, local_batch: int | None, reason: str) -> Iterator[None
 
 
 def explanation(place: str, local_batch: int | None, reason: str, details: str) -> RankOutOfMemoryError:
-    """The error that ends the run; `details` is the message of the original one, the rest as for `explained`."""
+    """The error that ends the run.
+
+    Args:
+        place: rank and device, such as "rank 1 (cpu)".
+        local_batch: samples of the rank; None if not known.
+        reason: why the run can't go on, as the end of a sentence.
+        details: the message of the original error.
+    """
     samples = f" at a local batch of {local_batch}" if local_batch is not None else ""
     return RankOutOfMemoryError(
         f"{place} ran out of memory{samples}, and {reason}; use a smaller global_batch, shares that give this rank "

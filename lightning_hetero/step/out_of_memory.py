@@ -10,19 +10,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.batch_slicing import CannotSliceError, halves, join_outputs, slice_batch
 from lightning_hetero.step.gradients import gradients_left_alone
-from lightning_hetero.step.loss_count import sample_count
 from lightning_hetero.step.memory_errors import explained, explanation, is_out_of_memory
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Gradients = list[Tensor | None]
 """One for each parameter."""
 
@@ -32,31 +34,28 @@ def find_obstacle(
 ) -> str | None:
     """Why no step of this run can be repeated in parts, as the end of a sentence; None if steps can.
 
-    Args:
-        module: the LightningModule.
-        model: what the strategy has wrapped it in.
-        automatic_optimization: whether Lightning calls backward and the optimizer.
-        custom_hook: the user gave DDP a communication hook, or a wrapper for one.
+    `model` is what the strategy has wrapped the module in; `custom_hook` says whether the user gave DDP a communication
+    hook, or a wrapper for one.
     """
     layers = list(module.modules())
     is_ddp = isinstance(model, DistributedDataParallel) and model.mixed_precision is None
     sparse = any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse for layer in layers)
     # DDP marks what a pass past its wrapper uses, and misses the gradients of it in the next one.
     finds_unused = isinstance(model, DistributedDataParallel) and model.find_unused_parameters
-    synchronised = any(isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm) for layer in layers)
+    synchronized = any(isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm) for layer in layers)
     obstacles = (
         (not automatic_optimization, "in manual optimization a step"),
         (custom_hook, "with a ddp_comm_hook of its own a step"),
         (not is_ddp, "with this kind of wrapper a step"),
         (sparse, "with sparse gradients a step"),
         (finds_unused, "with find_unused_parameters a step"),
-        (synchronised, "with synchronised BatchNorm, which waits for the other ranks, a step"),
+        (synchronized, "with synchronized BatchNorm, which waits for the other ranks, a step"),
     )
     return next((f"{where} can't be repeated in parts" for applies, where in obstacles if applies), None)
 
 
 class PartLogs(Protocol):
-    """Gathers what the parts of a batch log."""
+    """Gathers what the parts of a batch log; see `trainer.step_logging`."""
 
     def begin(self, batch: Any) -> None:
         """A part begins; what a part that was not kept has logged is forgotten."""
@@ -66,78 +65,50 @@ class PartLogs(Protocol):
 
 
 class PartLogging(Protocol):
-    """What handles `self.log`; see `trainer.step_logging`."""
+    """What handles `self.log`."""
 
     def in_parts(self) -> AbstractContextManager[PartLogs]:
         """A batch is computed in parts inside; each key is updated once, when all of them are done."""
 
 
-class PartialStep(Protocol):
+@dataclass(frozen=True)
+class PartialStep:
     """What is needed to know of a step whose batch is computed in parts."""
 
-    @property
-    def local_batch(self) -> int | None:
-        """This rank's samples, 0 if they are borrowed; None where the user shards."""
-
-    def weight(self) -> float | Tensor:
-        """The weight of this rank's loss; waits for the other ranks' messages the first time in a step."""
-
-    def count(self) -> float:
-        """What this rank's batch counts for."""
-
-    def count_of(self, part: Any, samples: int) -> float:
-        """What a part of the batch, of so many samples, counts for."""
+    local_batch: int | None  # this rank's samples, 0 if they are borrowed; None where the user shards
+    weight: Callable[[], float | Tensor]  # of this rank's loss; waits for the other ranks the first time in a step
+    count: Callable[[], float]  # of this rank's batch
+    count_of: Callable[[Any, int], float]  # of a part of the batch, from that and its number of samples
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of a training step, as this run's precision and optimization make them.
+    """The passes of a training step, as this run's precision and optimization make them."""
 
-    Attributes:
-        forward: the module's training step, past DDP's wrapper.
-        scaled: a loss divided by the micro-batches of an optimizer step, and multiplied by the loss scale if any.
-        backward: goes backward from a scaled loss.
-        without_logging: `self.log` does nothing inside.
-    """
-
-    forward: Callable[..., Any]
-    scaled: Callable[[Tensor], Tensor]
-    backward: Callable[[Tensor], None]
-    without_logging: Callable[[], AbstractContextManager[None]]
+    forward: Callable[..., Any]  # the module's training step, past DDP's wrapper
+    scaled: Callable[[Tensor], Tensor]  # a loss divided by the micro-batches of a step, and times the loss scale if any
+    backward: Callable[[Tensor], None]  # goes backward from a scaled loss
+    without_logging: Callable[[], AbstractContextManager[None]]  # `self.log` does nothing inside
 
 
 @dataclass(frozen=True)
 class MemoryFound:
-    """What a step in parts has shown of this rank's memory.
+    """What a step in parts has shown of this rank's memory."""
 
-    Attributes:
-        fits: samples of the largest part that was computed.
-        fails: the fewest samples with which memory ran out; None where the batch was known to be too large before.
-    """
-
-    fits: int
-    fails: int | None
+    fits: int  # samples of the largest part that was computed
+    fails: int | None  # the fewest with which memory ran out; None where the batch was known to be too large before
 
 
 @dataclass(frozen=True)
 class OutOfMemoryRecovery:
-    """How the steps of a fit recover on this rank.
-
-    Attributes:
-        module: the LightningModule.
-        model: what the strategy has wrapped it in.
-        passes: of this run.
-        place: rank and device, such as "rank 1 (cpu)", for messages.
-        smallest: the fewest samples that can be computed.
-        obstacle: why no step can be repeated in parts; see `find_obstacle`.
-    """
+    """How the steps of a fit recover on this rank."""
 
     module: nn.Module
-    model: nn.Module | None
+    model: nn.Module | None  # what the strategy has wrapped it in
     passes: Passes
-    place: str
-    smallest: int
-    obstacle: str | None
+    place: str  # rank and device, such as "rank 1 (cpu)", for messages
+    smallest: int  # the fewest samples that can be computed
+    obstacle: str | None  # why no step can be repeated in parts; see `find_obstacle`
 
     def can_recover(self) -> bool:
         """Whether a step that begins now can be repeated in parts.
@@ -148,10 +119,6 @@ class OutOfMemoryRecovery:
             return False
         return not self.model.static_graph or bool(self.model._static_graph_delay_allreduce_enqueued)  # noqa: SLF001 - no other way
 
-    def start(self, step: PartialStep, *, too_large: bool) -> "StepInParts":
-        """Begin a step in which a rank may run out of memory; see `StepInParts`. `can_recover` has to be true."""
-        return StepInParts(self, step, too_large=too_large)
-
     def explained(self, local_batch: int | None, *, risky: bool) -> AbstractContextManager[None]:
         """As the function `explained`, with the reason why a step was not repeated in parts.
 
@@ -159,12 +126,10 @@ class OutOfMemoryRecovery:
             local_batch: samples of the rank; None where the user shards.
             risky: a rank had more samples in the step than ever before.
         """
+        static = "with static_graph the first step can't be repeated in parts"
+        reason = self.obstacle or (static if risky else "it has computed as many samples in an earlier step")
         if local_batch is None:
             reason = "where the user shards a step can't be repeated in parts"
-        elif risky:
-            reason = self.obstacle or "with static_graph the first step can't be repeated in parts"
-        else:
-            reason = self.obstacle or "it has computed as many samples in an earlier step"
         return explained(self.place, local_batch, reason)
 
 
@@ -182,14 +147,13 @@ class StepInParts:
     """A step past DDP's wrapper, in one piece if it fits, else in parts; LBFGS goes through it several times.
 
     Args:
-        recovery: of this fit.
+        recovery: of this fit, which can recover.
         step: of this rank.
         too_large: memory is known to run out with as many samples as this rank has in it.
     """
 
     def __init__(self, recovery: OutOfMemoryRecovery, step: PartialStep, *, too_large: bool) -> None:
-        self.found: MemoryFound | None = None
-        """Set once the batch was computed in parts."""
+        self.found: MemoryFound | None = None  # once the batch was computed in parts
         self._recovery = recovery
         self._module = recovery.module
         self._passes = recovery.passes
@@ -208,15 +172,11 @@ class StepInParts:
         self._args, self._kwargs, self._gradients = args, kwargs, None
         self._prepare_forward()
         before = ModuleSnapshot(self._module)
-        details = "it did so in an earlier step"
+        details: str | None = "it did so in an earlier step"
         if not self._too_large:
-            try:
-                return self._passes.forward(*args, **kwargs)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                details = str(error)
-        # Here the error is gone, and with it the frames that held the activations.
+            output, details = _attempt(self._passes.forward, *args, **kwargs)
+        if details is None:
+            return output
         before.restore()
         earlier = _take_gradients(self._module)  # Lightning is yet to clear those of the last step
         with logging.in_parts() as logs:
@@ -233,12 +193,11 @@ class StepInParts:
             loss: to go backward from, scaled as the precision in use wants it.
             *graph: further tensors that hold its graph, the unscaled loss for instance.
             average: called with the parameters when their gradients are complete; None before the last micro-batch.
-
-        Raises:
-            RankOutOfMemoryError: not even a part can be computed.
         """
         earlier = _take_gradients(self._module)
-        if self._gradients is None and (details := self._try_backward(loss)) is not None:
+        gradients, self._gradients = self._gradients, None
+        details = _attempt(self._passes.backward, loss)[1] if gradients is None else None
+        if details is not None:
             _take_gradients(self._module)  # what the broken backward pass has left is dropped
             for tensor in (loss, *graph):
                 # Lightning still holds the loss: the graph behind it would take the memory that the parts need.
@@ -247,12 +206,11 @@ class StepInParts:
             # The forward pass of the whole batch was done: its buffers and what it logged stay.
             after = ModuleSnapshot(self._module)
             with self._passes.without_logging():
-                self._gradients, _ = self._in_parts(details, None)
+                gradients, _ = self._in_parts(details, None)
             after.restore()
-        if self._gradients is not None:
-            _add_gradients(self._module, self._gradients)
+        if gradients is not None:
+            _add_gradients(self._module, gradients)
         _add_gradients(self._module, earlier)
-        self._gradients = None
         if average is not None:
             ignored = getattr(self._module, "_ddp_params_and_buffers_to_ignore", ())
             average([p for name, p in self._module.named_parameters() if p.requires_grad and name not in ignored])
@@ -266,25 +224,11 @@ class StepInParts:
             model._sync_buffers()  # noqa: SLF001 - this stands in for DDP's forward
         model.require_forward_param_sync = model.require_backward_grad_sync
 
-    def _try_backward(self, loss: Tensor) -> str | None:
-        """Go backward; returns the message of the error if memory runs out."""
-        try:
-            self._passes.backward(loss)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return str(error)
-        return None
-
     def _in_parts(self, details: str, logs: PartLogs | None) -> tuple[Gradients, Any]:
         """Forward and backward of halves of the batch, and of halves of those, until they fit.
 
-        Args:
-            details: the message of the error that led here.
-            logs: gathers what is logged; None where that was done.
-
-        Returns:
-            The gradients, with the rank's weight, and what the training step would have returned.
+        Returns the gradients, with the rank's weight, and what the training step would have returned. `details` is the
+        message of the error that led here; `logs` gathers what is logged, where that was not done before.
         """
         place, size = self._recovery.place, self._step.local_batch or sample_count(self._args[0])
         weight, total = self._step.weight(), self._step.count()
@@ -304,20 +248,18 @@ class StepInParts:
             before = ModuleSnapshot(self._module)
             try:
                 batch = slice_batch(self._args[0], size, start, stop)
-                part = self._compute(batch, stop - start, weight, total, logs)
             except CannotSliceError as error:
                 raise explanation(place, size, f"its batch can't be cut into parts: {error}", details) from None
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+            part, _ = _attempt(self._compute, batch, stop - start, weight, total, logs)
+            if part is not None:
+                parts.append(part)
+                _add_gradients(self._module, gradients)
+                gradients = _take_gradients(self._module)
+            else:
                 too_many, ran_out = stop - start, True
                 waiting.append((start, stop))
                 before.restore()
                 _take_gradients(self._module)  # what a broken backward pass has left is dropped
-            else:
-                parts.append(part)
-                _add_gradients(self._module, gradients)
-                gradients = _take_gradients(self._module)
         if ran_out or self.found is None:  # else an earlier closure of the same step has found more
             self.found = MemoryFound(max(part.samples for part in parts), too_many if ran_out else None)
         return _joined(parts, gradients)
@@ -336,12 +278,26 @@ class StepInParts:
         # Weight 0 is not enough for a part of which nothing counts: its loss may be NaN.
         with gradients_left_alone(self._module) if fraction == 0 else nullcontext():
             self._passes.backward(self._passes.scaled(loss * (factor * fraction)))
-        loss = loss.detach()
         if logs is not None:
-            logs.keep(loss, count)
+            logs.keep(loss.detach(), count)
         if isinstance(output, Mapping):
-            output = {key: v.detach() if isinstance(v, Tensor) else v for key, v in output.items()}
-        return _Part(samples, fraction, output if isinstance(output, Mapping) else loss, loss)
+            output = {key: value.detach() if isinstance(value, Tensor) else value for key, value in output.items()}
+        else:
+            output = loss.detach()
+        return _Part(samples, fraction, output, loss.detach())
+
+
+def _attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, str | None]:
+    """What `call` returns, and None; or None and the error's message if memory runs out.
+
+    The error is gone then, and with it the frames that held the activations.
+    """
+    try:
+        return call(*args, **kwargs), None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, str(error)
 
 
 def _joined(parts: Sequence[_Part], gradients: Gradients) -> tuple[Gradients, Any]:

@@ -9,11 +9,14 @@ from torchmetrics import Metric
 
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
+_OF_METRICS = ("_update_count", "_computed", "_forward_cache")
+"""What torchmetrics keep besides their states."""
+
 
 class ModuleSnapshot:
     """Copies of what a forward pass changes in a module: its buffers, and the states of its torchmetrics.
 
-    Statistics of synchronised BatchNorm are left out: they follow the samples of all ranks, whatever this one computes.
+    Statistics of synchronized BatchNorm are left out: they follow the samples of all ranks, whatever this one computes.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -24,7 +27,7 @@ class ModuleSnapshot:
             for buffer in layer.buffers(recurse=False)
         ]
         self._metrics = [
-            (metric, {name: _copied(getattr(metric, name)) for name in _metric_state(metric)})
+            (metric, {name: _copied(getattr(metric, name)) for name in (*metric.metric_state, *_OF_METRICS)})
             for metric in module.modules()
             if isinstance(metric, Metric)
         ]
@@ -40,7 +43,7 @@ class ModuleSnapshot:
 
 
 def _copied(value: Any) -> Any:
-    """A copy that later changes in place don't reach; detached, since tensors with a graph can't be deep-copied."""
+    """A copy that shares no memory; detached, since tensors with a graph can't be deep-copied."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, list | tuple):
@@ -48,8 +51,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copied(entry) for key, entry in value.items()}
     return copy.deepcopy(value)
-
-
-def _metric_state(metric: Metric) -> list[str]:
-    state: dict[str, Any] = metric.metric_state
-    return [*state, *(name for name in ("_update_count", "_computed", "_forward_cache") if hasattr(metric, name))]

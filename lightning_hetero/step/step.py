@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hetero.device.step_timer import ComputeTimer
-from lightning_hetero.exchange.groups import PendingMessages, RankGroup
+from lightning_hetero.exchange.groups import PendingRows, RankGroup
 from lightning_hetero.exchange.long_backward import LongBackwardMonitor
 from lightning_hetero.exchange.messages import StepMessages
 from lightning_hetero.sampling.random_state import RandomState
@@ -21,8 +21,7 @@ from lightning_hetero.step.gradients import (
     gradients_left_alone,
     gradients_without_nan,
 )
-from lightning_hetero.step.loss_count import LossCounter
-from lightning_hetero.step.loss_weight import loss_weight
+from lightning_hetero.step.loss_count import LossCounter, loss_weight
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.step.zero_count import ZeroCountWarning
@@ -30,29 +29,17 @@ from lightning_hetero.step.zero_count import ZeroCountWarning
 
 @dataclass(frozen=True)
 class StepContext:
-    """What all training steps of a fit have in common.
-
-    Attributes:
-        module: the LightningModule.
-        counter: its loss counts.
-        group: of all ranks.
-        device: of this rank.
-        timer: runs while this rank computes.
-        mask: of the gradients that DDP averages.
-        long_backward: lets the other ranks know of a long backward pass.
-        zero_counts: warns of global batches in which nothing counts.
-        batch_norm_group: of the synchronized layers; None where there are none.
-    """
+    """What all training steps of a fit have in common."""
 
     module: nn.Module
     counter: LossCounter
     group: RankGroup
-    device: torch.device
-    timer: ComputeTimer
-    mask: GradientMask
+    device: torch.device  # of this rank
+    timer: ComputeTimer  # runs while this rank computes
+    mask: GradientMask  # of the gradients that DDP averages
     long_backward: LongBackwardMonitor
     zero_counts: ZeroCountWarning
-    batch_norm_group: BatchNormGroup | None
+    batch_norm_group: BatchNormGroup | None  # of the synchronized layers; None where there are none
 
     @property
     def counts_on_device(self) -> bool:
@@ -63,43 +50,31 @@ class StepContext:
 class LoadedBatch:
     """A rank's batch as it was loaded: nothing of the user's code has seen it yet.
 
-    Borrowed samples must leave no trace on this rank, so what they may change is saved here.
-
-    Args:
-        step: the global batch.
-        share: of this rank; None where the user shards.
-        rank: this rank.
-        module: the LightningModule.
+    Borrowed samples must leave no trace on this rank, so what they may change is saved here. `step` is the global
+    batch; there is no share where the user shards.
     """
 
     def __init__(self, step: int, share: Share | None, rank: int, module: nn.Module) -> None:
         self.step = step
         self.share = share
         self.borrowed = share is not None and share.borrowed
-        self.local_batch = share.counts[rank] if share is not None else None
-        """Samples of this rank, 0 if they are borrowed; None where the user shards."""
+        self.local_batch = share.counts[rank] if share is not None else None  # 0 if samples are borrowed
         self._saved: tuple[ModuleSnapshot, RandomState] | None = None
         if share is not None and share.borrowed:
             self._saved = ModuleSnapshot(module), share.random_state or RandomState.current()
 
     def undo_borrowed(self) -> None:
         """Put back what borrowed samples have changed."""
-        if self._saved is not None:
-            for state in self._saved:
-                state.restore()
+        for state in self._saved or ():
+            state.restore()
 
 
 @dataclass(frozen=True)
 class LocalCount:
-    """What a rank's batch counts for.
+    """What a rank's batch counts for."""
 
-    Attributes:
-        value: the loss count; where it is a tensor on a CUDA device, the host never reads it.
-        error: what counting has raised: all ranks learn of it by a count that is none, and this one raises it then.
-    """
-
-    value: float | Tensor
-    error: Exception | None = None
+    value: float | Tensor  # the loss count; the host never reads a tensor, which is on a CUDA device
+    error: Exception | None = None  # of counting: the count is then NaN, by which all ranks learn of it
 
     @classmethod
     def of(cls, context: StepContext, batch: Any, loaded: LoadedBatch) -> Self:
@@ -110,8 +85,12 @@ class LocalCount:
             value = context.counter(context.module, batch, loaded.local_batch or None)
         except Exception as error:  # noqa: BLE001 - whatever the user's rule raises has to reach the other ranks
             return cls(float("nan"), error)
-        on_device = isinstance(value, Tensor) and context.counts_on_device
-        return cls(value if on_device else float(value))
+        return cls(value if isinstance(value, Tensor) and context.counts_on_device else float(value))
+
+    @property
+    def on_device(self) -> Tensor | None:
+        """The count where only the device knows it."""
+        return self.value if isinstance(self.value, Tensor) else None
 
     @property
     def on_host(self) -> float:
@@ -128,19 +107,9 @@ class LocalCount:
         """Whether something counts; on the device where only that knows."""
         return self.value > 0 if isinstance(self.value, Tensor) else self.value != 0
 
-    @property
-    def on_device(self) -> Tensor | None:
-        """The count where only the device knows it."""
-        return self.value if isinstance(self.value, Tensor) else None
-
 
 class DeviceTotal:
-    """Loss counts added up over all ranks on the device: to read them would make the host wait for it.
-
-    Args:
-        count: of this rank.
-        context: of the fit.
-    """
+    """Loss counts added up over all ranks on the device: to read them would make the host wait for it."""
 
     def __init__(self, count: LocalCount, context: StepContext) -> None:
         self._own = torch.as_tensor(count.value, dtype=torch.float64).to(context.device, non_blocking=True)
@@ -165,29 +134,21 @@ class Step:
         context: of the fit.
         loaded: the batch.
         count: what it counts for.
-        messages: of all ranks, on their way.
+        messages: `StepMessages` of all ranks, on their way.
         accumulates: gradients of earlier micro-batches of the same optimizer step are there.
     """
 
     def __init__(
-        self,
-        context: StepContext,
-        loaded: LoadedBatch,
-        count: LocalCount,
-        messages: PendingMessages,
-        *,
-        accumulates: bool,
+        self, context: StepContext, loaded: LoadedBatch, count: LocalCount, messages: PendingRows, *, accumulates: bool
     ) -> None:
-        self._context = context
         self.loaded = loaded
         self.count = count
+        self.weight: float | Tensor = 1.0  # the factor on this rank's loss; known once messages are received
+        self.logged_weight: float | Tensor | None = None  # in samples of the global batch; None: as much as its samples
+        self._context = context
         self._accumulates = accumulates
-        self._pending: PendingMessages | None = messages
+        self._pending: PendingRows | None = messages
         self._device_total = DeviceTotal(count, context) if context.counts_on_device else None
-        self.weight: float | Tensor = 1.0
-        """The factor on this rank's loss; known once messages are received."""
-        self.logged_weight: float | Tensor | None = None
-        """What its loss weighs where it is logged, in samples of the global batch; None: as much as its samples."""
 
     def receive(self) -> StepMessages | None:
         """Wait for the messages of all ranks, from which this rank's weight follows; None where that was done before.
@@ -198,30 +159,27 @@ class Step:
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
-        context = self._context
+        context, total = self._context, self._device_total
         with context.timer.waiting():
-            messages = pending.wait(lambda: context.long_backward.check_others(self.loaded.step))
-            if self._device_total is not None:
-                self._device_total.wait()
+            messages = StepMessages(pending.wait(lambda: context.long_backward.check_others(self.loaded.step)))
+            if total is not None:
+                total.wait()
         if self.count.error is not None:
             raise self.count.error
         messages.check()
-        if self._device_total is not None:
-            context.zero_counts.check_on_device(self._device_total.total)
-            self.weight = self._device_total.weight()
+        counts = messages.column("loss_count")  # (W,)
+        if total is not None:
+            context.zero_counts.check_on_device(total.total)
+            self.weight = total.weight()
         else:
-            context.zero_counts.check(self.loaded.step, float(messages.loss_counts.sum()))
-            self.weight = loss_weight(messages.loss_counts, context.group.rank)
-        self.logged_weight = self._logged_weight(messages)
-        return messages
-
-    def _logged_weight(self, messages: StepMessages) -> float | Tensor | None:
+            context.zero_counts.check(self.loaded.step, float(counts.sum()))
+            self.weight = loss_weight(counts, context.group.rank)
         share = self.loaded.share
         if share is None:
-            return self.count.value
-        if self.count.on_device is None and tuple(messages.loss_counts.tolist()) == tuple(share.counts):
-            return None
-        return self.weight * sum(share.counts) / self._context.group.world_size
+            self.logged_weight = self.count.value
+        elif self.count.on_device is not None or tuple(counts) != tuple(share.counts):
+            self.logged_weight = self.weight * sum(share.counts) / context.group.world_size
+        return messages
 
     @contextmanager
     def weighted(self, loss: Tensor, *, averaged: bool, keeps_gradients: bool) -> Iterator[Tensor]:
@@ -240,7 +198,8 @@ class Step:
         with ExitStack() as hooks:
             hooks.callback(context.timer.backward_over)
             if averaged:
-                hooks.enter_context(_watched(context.long_backward, self.loaded.step))
+                context.long_backward.enter(self.loaded.step)
+                hooks.callback(context.long_backward.leave)
             if layers is not None:
                 hooks.enter_context(layers.backward_pass(positive))
                 hooks.enter_context(gradients_without_nan(context.module, positive))
@@ -265,15 +224,8 @@ class Step:
         """The mean of the gradients over all ranks, after backward passes that each rank made by itself."""
         context = self._context
         context.timer.gradients_ready()  # it runs again when the backward pass is over
-        with _watched(context.long_backward, self.loaded.step):
+        context.long_backward.enter(self.loaded.step)
+        try:
             average_gradients(parameters, context.group)
-
-
-@contextmanager
-def _watched(monitor: LongBackwardMonitor, step: int) -> Iterator[None]:
-    """A backward pass that is averaged over all ranks happens inside."""
-    monitor.enter(step)
-    try:
-        yield
-    finally:
-        monitor.leave()
+        finally:
+            context.long_backward.leave()

@@ -15,13 +15,10 @@ from lightning_hetero.step.gradients import without_nan
 
 
 class BatchNormGroup:
-    """What the synchronised layers of a rank share: the exchange with the other ranks, and the state of the step.
+    """What the synchronized layers of a rank share: the exchange with the other ranks, and the state of the step.
 
-    Args:
-        rank: this rank.
-        world_size: W.
-        total: adds a tensor up over all ranks, in place; over a process group that nothing else uses.
-        waiting: entered while this rank waits for others.
+    `total` adds a tensor up over all ranks, in place, over a process group that nothing else uses; `waiting` is entered
+    while this rank waits for others.
     """
 
     def __init__(
@@ -71,12 +68,8 @@ class BatchNormGroup:
         return BatchNormGroup, ()  # in another process there are no other ranks
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class _Normalise(torch.autograd.Function):
-    """Normalise by the statistics of all ranks; one exchange forward, one backward.
+class _Normalize(torch.autograd.Function):
+    """Normalize by the statistics of all ranks; one exchange forward, one backward.
 
     Let J be the sum of the ranks' weighted losses. A value of rank r moves the statistics, and by them the outputs of
     all ranks. So its gradient takes plain sums over ranks of `dJ/dy` and of `dJ/dy · x̂`, where each rank's `dJ/dy`
@@ -91,7 +84,7 @@ class _Normalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`(y, mean, biased variance, N)`, the last three in double precision, the same on all ranks."""
         channels, dims = x.shape[1], [0, *range(2, x.ndim)]
-        values = x.to(_accumulation_dtype(x.dtype))
+        values = x if x.dtype == torch.float64 else x.float()
         row = torch.zeros(1 + 2 * channels, dtype=torch.float64, device=x.device)
         if x.numel():
             row[0] = x.numel() // channels
@@ -105,13 +98,13 @@ class _Normalise(torch.autograd.Function):
             )
         mean, variance = pooled_statistics(table[:, 0], *table[:, 1:].chunk(2, dim=1))  # (C,)
         shape = [1, channels, *[1] * (x.ndim - 2)]
-        centre, inverse = mean.to(values.dtype).view(shape), (variance + eps).rsqrt().to(values.dtype).view(shape)
-        normal = (values - centre) * inverse
+        center, inverse = mean.to(values.dtype).view(shape), (variance + eps).rsqrt().to(values.dtype).view(shape)
+        normal = (values - center) * inverse
         if weight is not None:
             normal = normal * weight.to(values.dtype).view(shape)
         if bias is not None:
             normal = normal + bias.to(values.dtype).view(shape)
-        ctx.save_for_backward(x, weight, bias, centre, inverse, count)
+        ctx.save_for_backward(x, weight, bias, center, inverse, count)
         ctx.batch_norm_group = batch_norm_group
         ctx.mark_non_differentiable(mean, variance, count)
         return normal.to(x.dtype), mean, variance, count
@@ -120,17 +113,17 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
-        x, weight, bias, centre, inverse, count = ctx.saved_tensors
+        x, weight, bias, center, inverse, count = ctx.saved_tensors
         dims = [0, *range(2, x.ndim)]
-        gradient = ctx.batch_norm_group.counted_gradient(gradient.to(centre.dtype))
-        normal = (x.to(centre.dtype) - centre) * inverse
+        gradient = ctx.batch_norm_group.counted_gradient(gradient.to(center.dtype))
+        normal = (x.to(center.dtype) - center) * inverse
         sums = torch.stack([gradient.sum(dims), (gradient * normal).sum(dims)])  # (2, C)
         for_x = None
         if ctx.needs_input_grad[0]:
             total = sums.to(torch.float64, copy=True)
             ctx.batch_norm_group.total(total)
-            first, second = (total / count).to(centre.dtype).view(2, *centre.shape)
-            scale = inverse if weight is None else inverse * weight.to(centre.dtype).view(centre.shape)
+            first, second = (total / count).to(center.dtype).view(2, *center.shape)
+            scale = inverse if weight is None else inverse * weight.to(center.dtype).view(center.shape)
             for_x = (scale * (gradient - first - normal * second)).to(x.dtype)
         for_weight = sums[1].to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
         for_bias = sums[0].to(bias.dtype) if bias is not None and ctx.needs_input_grad[2] else None
@@ -157,11 +150,11 @@ class SynchronizedBatchNorm(_BatchNorm):
         if not self.training or self.batch_norm_group.world_size == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        output, mean, variance, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self.batch_norm_group)
+        output: Tensor
+        output, mean, variance, count = _Normalize.apply(input, self.weight, self.bias, self.eps, self.batch_norm_group)
         if self.track_running_stats:
             self._update_running_statistics(mean, variance * (count / (count - 1)))
-        result: Tensor = output
-        return result
+        return output
 
     @torch.no_grad()
     def _update_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
@@ -176,7 +169,7 @@ class SynchronizedBatchNorm(_BatchNorm):
 
 
 def convert_sync_batchnorm(module: nn.Module, batch_norm_group: BatchNormGroup) -> None:
-    """Turn all BatchNorm layers of a module into synchronised ones, in place: parameters, buffers and hooks stay.
+    """Turn all BatchNorm layers of a module into synchronized ones, in place: parameters, buffers and hooks stay.
 
     Layers with a process group of the user's own and torchmetrics are left alone.
 

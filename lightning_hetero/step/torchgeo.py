@@ -1,6 +1,6 @@
-"""TorchGeo's tasks, recognised by the names of their classes.
+"""TorchGeo's tasks, recognized by the names of their classes.
 
-torchgeo is not imported for it. Its old names (`torchgeo.trainers.SemanticSegmentationTask`) and those of 0.10
+torchgeo is not imported for that. Its old names (`torchgeo.trainers.SemanticSegmentationTask`) and those of 0.10
 (`torchgeo.tasks.SemanticSegmentation`) mean the same.
 """
 
@@ -22,7 +22,7 @@ IMAGE_TASKS = frozenset({"ObjectDetection", "InstanceSegmentation", "BYOL", "Sim
 """Tasks whose losses are computed inside the model: only the images of a batch can be counted."""
 
 _BATCH_STATISTICS = frozenset({"SimCLR", "MoCo", "MAE"})
-"""Tasks that take a standard deviation over the samples of a batch: of a single sample it is NaN."""
+"""Tasks that take a standard deviation over the samples of a batch, which is NaN for a single one."""
 
 
 def _names(module: nn.Module) -> list[str]:

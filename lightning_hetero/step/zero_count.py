@@ -2,17 +2,11 @@
 
 import warnings
 
-import torch
 from torch import Tensor
 
 
 class ZeroCountWarning:
-    """Warns on the first rank, once a run, when a global batch has a loss count of 0.
-
-    Args:
-        rule: what is counted, in words.
-        rank: this rank.
-    """
+    """Warns on the first rank, once a run, when a global batch has a loss count of 0; `rule` says what is counted."""
 
     def __init__(self, rule: str, rank: int) -> None:
         self._rule = rule
@@ -28,7 +22,7 @@ class ZeroCountWarning:
         """For a count that only the device knows; the host reads it at the end of the epoch, so no step waits."""
         if not self._is_silent:
             found = total == 0
-            self._on_device = found if self._on_device is None else torch.logical_or(self._on_device, found)
+            self._on_device = found if self._on_device is None else self._on_device | found
 
     def end_epoch(self) -> None:
         """Warn of what was found on the device; the host waits for it here."""
@@ -40,7 +34,6 @@ class ZeroCountWarning:
         if self._is_silent:
             return
         self._is_silent = True
-        self._on_device = None
         warnings.warn(
             f"nothing in {where} counts on any rank ({self._rule}): its gradient is zero and its loss is left out of "
             "what is logged. Later ones are not mentioned; if there are many, draw other samples, or see whether "

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from lightning_hetero.device.peak_memory import PeakMemory
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
+from lightning_hetero.exchange.failures import default_store
 from lightning_hetero.exchange.long_backward import LongBackwardMonitor
 from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
-from lightning_hetero.exchange.store import default_store
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step import loss_count
+from lightning_hetero.step.batch_contents import input_shape, shape_number
 from lightning_hetero.step.buffers import BufferMerge
 from lightning_hetero.step.compute_times import ComputeTimes
-from lightning_hetero.step.input_shape import input_shape, shape_number
 from lightning_hetero.step.memory_use import MemoryUse
-from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, StepInParts
+from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, PartialStep, StepInParts
 from lightning_hetero.step.step import LoadedBatch, LocalCount, Step, StepContext
 from lightning_hetero.step.zero_count import ZeroCountWarning
 from lightning_hetero.trainer.reporting import make_reporter
@@ -91,8 +91,8 @@ class Fit:
         job = self._job
         if job.on_cpus and self._planner.is_exploring and not self._times.accumulates:
             step = job.batches.next_step()
-            pending = job.group.start_messages(self._message(FETCHES, step))
-            messages = pending.wait(lambda: self._context.long_backward.check_others(step))
+            pending = job.group.start(self._message(FETCHES, step).row())
+            messages = StepMessages(pending.wait(lambda: self._context.long_backward.check_others(step)))
             messages.check()
             self._update(messages)
         job.timer.start()
@@ -209,7 +209,7 @@ class Fit:
         """
         self._context.zero_counts.end_epoch()
         message = StepMessage(LEFT_EPOCH, self._job.batches.next_step(), stop_requested=self._run.stop.requested)
-        messages = self._job.group.start_messages(message).wait()
+        messages = StepMessages(self._job.group.start(message.row()).wait())
         messages.check()
         self._stop_if_requested(messages)
         self._run.metrics.epoch_over()
@@ -255,13 +255,22 @@ class Fit:
             plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
             content_hash=self._content,
         )
-        pending = self._job.group.start_messages(message)
+        pending = self._job.group.start(message.row())
         self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
         if self._risky and self._recovery.can_recover():
             too_large = self._memory.is_too_large(loaded.local_batch or 0)
-            partial = _PartialStep(context, step, self._receive)
-            self._in_parts = self._recovery.start(partial, too_large=too_large)
+            partial = PartialStep(
+                local_batch=loaded.local_batch,
+                weight=lambda: self._weight(step),
+                count=lambda: float(count.value),
+                count_of=lambda part, samples: float(context.counter(context.module, part, samples)),
+            )
+            self._in_parts = StepInParts(self._recovery, partial, too_large=too_large)
         return step
+
+    def _weight(self, step: Step) -> float | Tensor:
+        self._receive(step)
+        return step.weight
 
     def _is_risky(self, local_batches: tuple[int, ...]) -> bool:
         """Whether a rank has more samples than it is known to be able to compute; the same on all ranks."""
@@ -280,10 +289,8 @@ class Fit:
 
     def _message(self, kind: int, step: int, **more: Any) -> StepMessage:
         """This rank's message of a step, with what it has measured since the last one."""
-        measured: dict[str, Any] = {}
-        if (measurement := self._times.next_measurement()) is not None:
-            measured = asdict(measurement)
-            measured["measured_step"] = measured.pop("step")
+        measurement = self._times.next_measurement()
+        measured = asdict(measurement) if measurement is not None else {}
         return StepMessage(
             kind=kind,
             step=step,
@@ -303,7 +310,7 @@ class Fit:
 
     def _update(self, messages: StepMessages) -> None:
         """What follows from the messages of all ranks: the same on each of them."""
-        self._memory.update(messages.local_batches.tolist())
+        self._memory.update(messages.column("local_batch"))
         self._stop_if_requested(messages)
         loaders, steps = self._run.loaders, self._run.trainer.num_training_batches
         self._duplicates.check(messages, steps, loaders.duplicate_data_sentence)
@@ -317,7 +324,7 @@ class Fit:
         self._reporter.update(update)
 
     def _stop_if_requested(self, messages: StepMessages) -> None:
-        if messages.stop_requested.any():
+        if messages.column("stop_requested").any():
             self._run.stop.stop()
 
     def _compare_with_profile(self, messages: StepMessages) -> None:
@@ -325,35 +332,12 @@ class Fit:
         profile, self._profile = self._profile, None
         if profile is None or not isinstance(self._planner, SplitPlanner):
             return
-        if int(messages.input_shapes[0]) != shape_number(profile.input_shape):
+        if int(messages.column("input_shape")[0]) != shape_number(profile.input_shape):
             self._planner.discard_profile()
             rank_zero_warn(
                 f"the profile {profile.path} is of samples of another shape ({profile.input_shape}; here "
                 f"{self._input_shape}), so the shares are measured anew"
             )
-
-
-@dataclass(frozen=True)
-class _PartialStep:
-    """The step at hand as the recovery from running out of memory needs it; see `PartialStep`."""
-
-    context: StepContext
-    step: Step
-    receive: Callable[[Step], None]
-
-    @property
-    def local_batch(self) -> int | None:
-        return self.step.loaded.local_batch
-
-    def weight(self) -> float | Tensor:
-        self.receive(self.step)
-        return self.step.weight
-
-    def count(self) -> float:
-        return float(self.step.count.value)
-
-    def count_of(self, part: Any, samples: int) -> float:
-        return float(self.context.counter(self.context.module, part, samples))
 
 
 def _loss(output: Any) -> Tensor | None:

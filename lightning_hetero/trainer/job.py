@@ -8,9 +8,9 @@ import torch
 from lightning_hetero.device.allocator import keep_freed_memory
 from lightning_hetero.device.memory import memory_capacity, memory_limits
 from lightning_hetero.device.name import device_name
-from lightning_hetero.device.step_timer import ComputeTimer, compute_timer, device_clock
+from lightning_hetero.device.step_timer import ComputeTimer, device_clock
+from lightning_hetero.exchange.failures import CollectiveErrors
 from lightning_hetero.exchange.groups import RankGroup, own_total
-from lightning_hetero.exchange.secondary_failures import CollectiveErrors
 from lightning_hetero.planning.memory import MemoryLimits
 from lightning_hetero.step.gradients import GradientMask
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
@@ -87,7 +87,7 @@ class Job:
         """Meet the other ranks, and tell each other what devices there are; all ranks call it together."""
         if device.type == "cpu":
             keep_freed_memory()
-        timer = compute_timer(device)
+        timer = ComputeTimer(device_clock(device))
         group = RankGroup(rank, world_size, timeout)
         devices = tuple(group.gather(device_name(device)))
         planners = Planners()

@@ -14,7 +14,7 @@ from zlib import crc32
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_hetero.exchange.consistency import machine
+from lightning_hetero.device.name import machine
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.shares import Shares
 
@@ -27,7 +27,7 @@ class Profile:
 
     Attributes:
         state: of its planner, see `SplitPlanner.state_dict`.
-        input_shape: of its first batch, see `input_shape.input_shape`. It belongs to the job, but is not known before
+        input_shape: of its first batch, see `input_shape`. It belongs to the job, but is not known before
             the first batch is there: whoever uses the profile has to compare it then.
         path: the file.
     """

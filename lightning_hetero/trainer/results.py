@@ -126,7 +126,7 @@ class SynchronizedResults(_ResultCollection):
         rows = [own[first : first + _COLUMNS] for first in range(0, len(own), _COLUMNS)]
         group = self._exchange.group
         with self._exchange.timer.waiting():
-            table = group.table([len(new), *own[: _COLUMNS * len(known)]])  # (W, 1 + 4 * known)
+            table = group.start([len(new), *own[: _COLUMNS * len(known)]]).wait()  # (W, 1 + 4 * known)
             reported: list[list[tuple[LoggedKey, list[float]]]] = (
                 group.gather(list(zip(new, rows[len(known) :], strict=True))) if table[:, 0].any() else []
             )

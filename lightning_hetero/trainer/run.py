@@ -97,7 +97,7 @@ class Run:
         """
         job, options, module = self.job, self.job.options, self.trainer.lightning_module
         facts = {**consistency.job(module, self.trainer.precision), "global batch": global_batch}
-        minimum = smallest_local_batch(module, synchronised=job.batch_norm_group is not None)
+        minimum = smallest_local_batch(module, synchronized=job.batch_norm_group is not None)
 
         def make() -> SplitPlanner:
             self.job_facts = facts

@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from lightning_hetero.exchange import failures
+from lightning_hetero.exchange.failures import CollectiveErrors, is_secondary_failure
 from lightning_hetero.exchange.groups import LostConnectionError
-from lightning_hetero.exchange.secondary_failures import CollectiveErrors, is_secondary_failure
 
 
 def explain(exception: BaseException, rank: int = 0, run: int = 1) -> str:

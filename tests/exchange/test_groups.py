@@ -54,7 +54,7 @@ def test_a_sum_of_tables_with_one_row_each_is_a_gather() -> None:
 
 def test_one_rank_needs_no_processes() -> None:
     group = RankGroup(0, 1, None)
-    assert group.table([1.0, 2.0]).tolist() == [[1.0, 2.0]]
+    assert group.start([1.0, 2.0]).wait().tolist() == [[1.0, 2.0]]
     assert group.gather("a") == ["a"]
     assert group.broadcast("b") == "b"
     assert group.any_of([True, False]) == [True, False]

@@ -42,12 +42,12 @@ def test_each_field_comes_back_under_its_name() -> None:
     messages = gathered(first, second)
     messages.check()
     assert messages.step == 7
-    assert messages.kinds.tolist() == [TRAINS, TRAINS]
-    assert messages.loss_counts.tolist() == [2.5, 3.5]
-    assert messages.content_hashes.tolist() == [11, 0]
-    assert messages.stop_requested.tolist() == [False, True]
-    assert messages.local_batches.tolist() == [6, 0]
-    assert messages.input_shapes.tolist() == [14, 0]
+    assert messages.column("kind").tolist() == [TRAINS, TRAINS]
+    assert messages.column("loss_count").tolist() == [2.5, 3.5]
+    assert messages.column("content_hash").tolist() == [11, 0]
+    assert messages.column("stop_requested").tolist() == [0, 1]
+    assert messages.column("local_batch").tolist() == [6, 0]
+    assert messages.column("input_shape").tolist() == [14, 0]
     reports = messages.reports()
     assert (reports.step, reports.last_drawn) == (7, 9)
     assert reports.measured_steps.tolist() == [4, -1]

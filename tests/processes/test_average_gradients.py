@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_hetero.exchange.failures import CollectiveErrors
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.exchange.secondary_failures import CollectiveErrors
 from lightning_hetero.step import gradients
 from lightning_hetero.step.gradients import average_gradients, averaging_hook
 from tests.ranks import run_ranks

@@ -16,9 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hetero.device.step_timer import ComputeTimer, HostClock
-from lightning_hetero.exchange.failures import explain
+from lightning_hetero.exchange.failures import CollectiveErrors, explain, is_secondary_failure
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.exchange.secondary_failures import CollectiveErrors, is_secondary_failure
 from lightning_hetero.step.gradients import average_gradients, averaging_hook, masked, until_last_bucket
 from tests.ranks import fails_on_ranks, run_ranks
 
@@ -81,7 +80,7 @@ def buffers(meeting: Meeting) -> None:
     model(torch.ones(2, 8))
 
 
-def synchronised(meeting: Meeting) -> None:
+def synchronized(meeting: Meeting) -> None:
     """In the backward pass of a layer that calls the other ranks by itself."""
     loss = Sums.apply(torch.ones(2, requires_grad=True)).sum()
     meeting.rank_1_ends()
@@ -101,7 +100,7 @@ class Sums(torch.autograd.Function):
 
 
 def table(meeting: Meeting) -> None:
-    meeting.group.table([1.0])
+    meeting.group.start([1.0]).wait()
     meeting.rank_1_ends()
     meeting.group.start([1.0, 2.0]).wait()
 
@@ -134,7 +133,7 @@ CALLS: dict[str, Callable[[Meeting], None]] = {
     "the gradients' all-reduce": backward,
     "averaging after the backward pass": afterwards,
     "rank 0's buffers": buffers,
-    "a synchronised layer's backward": synchronised,
+    "a synchronized layer's backward": synchronized,
     "the messages of a step": table,
     "a gather": gather,
     "a broadcast": broadcast,

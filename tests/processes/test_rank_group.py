@@ -65,7 +65,7 @@ def exchanged() -> dict[str, Any]:
     return {
         "earlier": earlier.wait().tolist(),
         "later": later.wait().tolist(),
-        "table": group.table([10.0 * rank]).tolist(),
+        "table": group.start([10.0 * rank]).wait().tolist(),
         "gathered": group.gather("abc"[rank]),
         "flags": group.any_of([rank == 2, False]),
         "broadcast": group.broadcast(rank + 5),

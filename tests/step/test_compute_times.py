@@ -1,112 +1,88 @@
-"""Measurements of optimizer steps wait for their device, and are handed out once, in order."""
+"""Which micro-batches of an optimizer step show how long a rank computes."""
+
+from typing import Any
 
 import pytest
 
-from lightning_hetero.device.step_timer import StepTiming
+from lightning_hetero.device.step_timer import HostClock, StepTiming
 from lightning_hetero.sampling.train_sampler import Share
-from lightning_hetero.step.compute_times import ComputeTimes
-
-FULL = 8
-"""Samples of a full global batch."""
+from lightning_hetero.step.compute_times import ComputeTimes, StepMeasurement
 
 
-class Device:
-    """A device that has come to `time`, as the test says."""
-
-    time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-    def has_passed(self, point: float) -> bool:
-        return self.time >= point
-
-    def seconds(self, start: float, end: float) -> float:
-        assert self.has_passed(end)
-        return end - start
+def timing(seconds: float, sync: float = 0.0) -> StepTiming:
+    """Compute time of so many seconds, and then the gradients' way to their averages."""
+    return StepTiming(HostClock(), ((0.0, seconds),), ((seconds, seconds + sync),))
 
 
-def add(
-    times: ComputeTimes,
-    device: Device,
-    step: int,
-    *,
-    stepped: bool = True,
-    counts: tuple[int, int] = (6, 2),
-    borrowed: bool = False,
-    in_parts: bool = False,
-    after: bool = False,
-) -> None:
-    """A micro-batch that begins on the device at `10 * step`, and takes 1 + step seconds."""
-    begin = 10.0 * step
-    timing = StepTiming(device, ((begin, begin + 1 + step),), ((begin + 1 + step, begin + 1.5 + step),))
-    share = Share(step, counts, borrowed, 1)
-    times.add(timing, share, FULL, stepped=stepped, in_parts=in_parts, averaged_after_backward=after)
+def share(step: int, *counts: int, borrowed: bool = False, checksum: int = 1) -> Share:
+    return Share(step, counts, borrowed, checksum)
 
 
-def measured(times: ComputeTimes) -> tuple[int, float, float, bool] | None:
-    found = times.next_measurement()
-    if found is None:
-        return None
-    return found.step, found.compute_seconds, found.sync_seconds, found.averaged_after_backward
+def test_the_mean_of_micro_batches() -> None:
+    times = ComputeTimes()
+    times.add(timing(2.0, 0.5), share(4, 6, 2), 8, stepped=False)
+    assert times.accumulates
+    assert times.next_measurement() is None
+    times.add(timing(4.0, 1.5), share(5, 6, 2), 8, stepped=True, averaged_after_backward=True)
+    assert not times.accumulates
+    assert times.next_measurement() == StepMeasurement(5, 3.0, 1.0, averaged_after_backward=True)
+    assert times.next_measurement() is None
 
 
-def test_a_measurement_waits_for_the_device_and_is_handed_out_once() -> None:
-    device, times = Device(), ComputeTimes()
-    assert measured(times) is None
-    add(times, device, 0)
-    add(times, device, 1, after=True)
-    assert measured(times) is None, "the device is not there yet"
-    device.time = 5.0
-    assert measured(times) == (0, 1.0, 0.5, False)
-    assert measured(times) is None
-    device.time = 50.0
-    assert measured(times) == (1, 2.0, 0.5, True)
-    assert measured(times) is None
+def test_a_short_last_batch_is_left_out() -> None:
+    """Accumulation over a whole epoch has one in each optimizer step, and would never be measured otherwise."""
+    times = ComputeTimes()
+    for step, counts in enumerate([(6, 2), (6, 2), (2, 1)]):
+        times.add(timing(sum(counts)), share(step, *counts), 8, stepped=step == 2)
+    assert times.next_measurement() == StepMeasurement(1, 8.0, 0.0, averaged_after_backward=False)
 
 
-def test_micro_batches_make_one_measurement() -> None:
-    device, times = Device(), ComputeTimes()
-    device.time = 1000.0
-    for step, (stepped, accumulates) in enumerate([(False, True), (False, True), (True, False), (False, True)]):
-        add(times, device, step, stepped=stepped)
-        assert times.accumulates == accumulates
-    assert measured(times) == (2, 2.0, 0.5, False), "the mean of 1, 2 and 3 seconds"
-    assert measured(times) is None, "the next optimizer step has only begun"
-    add(times, device, 4)
-    assert measured(times) == (4, 4.5, 0.5, False), "nothing of the step before"
+def test_an_optimizer_step_of_short_batches_measures_nothing() -> None:
+    times = ComputeTimes()
+    times.add(timing(1.0), share(0, 2, 1), 8, stepped=True)
+    assert times.next_measurement() is None
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"borrowed": True}, {"in_parts": True}, {"counts": (2, 1)}],
-    ids=["borrowed samples", "in parts", "a short batch"],
+    "other",
+    [
+        {"timing": timing(1.0), "share": share(1, 8, 0, borrowed=True)},
+        {"timing": timing(1.0), "share": share(1, 6, 2, checksum=2)},
+        {"timing": timing(1.0), "share": share(1, 6, 2), "in_parts": True},
+        {"timing": None, "share": share(1, 6, 2)},
+        {"timing": timing(1.0), "share": None},
+    ],
+    ids=["borrowed samples", "another plan", "in parts", "not timed", "the user shards"],
 )
-def test_a_step_that_can_not_be_compared_is_left_out(options: dict[str, object]) -> None:
-    device, times = Device(), ComputeTimes()
-    device.time = 1000.0
-    add(times, device, 0, **options)  # type: ignore[arg-type]
-    assert not times.accumulates
-    add(times, device, 1)
-    assert measured(times) == (1, 2.0, 0.5, False)
-    assert measured(times) is None
+def test_what_can_not_be_compared(other: dict[str, Any]) -> None:
+    """It spoils its own optimizer step, and not the next one."""
+    times = ComputeTimes()
+    times.add(timing(1.0), share(0, 6, 2), 8, stepped=False)
+    times.add(**other, global_batch=8, stepped=True)
+    times.add(timing(3.0), share(2, 6, 2), 8, stepped=True)
+    assert times.next_measurement() == StepMeasurement(2, 3.0, 0.0, averaged_after_backward=False)
 
 
-def test_what_was_not_timed_or_is_sharded_by_the_user_is_left_out() -> None:
-    device, times = Device(), ComputeTimes()
-    timing = StepTiming(device, ((0.0, 0.0),))
-    for pair in ((None, Share(0, (6, 2), False, 1)), (timing, None)):
-        times.add(*pair, FULL, stepped=True, in_parts=False, averaged_after_backward=False)
-    assert measured(times) is None
+class Behind:
+    """A device that comes to a point when the test says so."""
+
+    passed = False
+
+    def now(self) -> float:
+        return 0.0
+
+    def has_passed(self, point: float) -> bool:
+        return self.passed
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
 
 
-def test_of_a_device_that_is_far_behind_the_oldest_steps_are_dropped() -> None:
-    """So that what waits stays bounded."""
-    device, times = Device(), ComputeTimes()
-    steps = 3 * ComputeTimes.WAITING
-    for step in range(steps):
-        add(times, device, step)
-    device.time = 1e9
-    found = [measured(times) for _ in range(ComputeTimes.WAITING)]
-    assert [one[0] for one in found if one is not None] == list(range(steps - ComputeTimes.WAITING, steps))
-    assert measured(times) is None
+def test_a_measurement_waits_for_the_device() -> None:
+    times, device = ComputeTimes(), Behind()
+    times.add(StepTiming(device, ((0.0, 2.0),)), share(0, 6, 2), 8, stepped=True)
+    assert times.next_measurement() is None
+    device.passed = True
+    measured = times.next_measurement()
+    assert measured is not None
+    assert measured.compute_seconds == 2

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hetero.step.loss_weight import loss_weight
+from lightning_hetero.step.loss_count import loss_weight
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=16))

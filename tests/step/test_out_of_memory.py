@@ -17,6 +17,7 @@ from lightning_hetero.step.memory_errors import RankOutOfMemoryError, explained,
 from lightning_hetero.step.out_of_memory import (
     MemoryFound,
     OutOfMemoryRecovery,
+    PartialStep,
     Passes,
     StepInParts,
     find_obstacle,
@@ -71,23 +72,15 @@ class Net(nn.Module):
         return {"loss": loss, "out": out}
 
 
-class Step:
+def step_of(batch: Any, weight: float | Tensor = 1.0, count: Callable[[Any], float] | None = None) -> PartialStep:
     """The step at hand, in which valid entries count."""
+    count = count or (lambda part: float(part["valid"].sum()))
 
-    def __init__(self, batch: Any, weight: float | Tensor = 1.0, count: Callable[[Any], float] | None = None) -> None:
-        self.local_batch: int | None = len(batch["x"])
-        self._weight, self._batch = weight, batch
-        self._count = count or (lambda part: float(part["valid"].sum()))
-
-    def weight(self) -> float | Tensor:
-        return self._weight
-
-    def count(self) -> float:
-        return self._count(self._batch)
-
-    def count_of(self, part: Any, samples: int) -> float:
+    def count_of(part: Any, samples: int) -> float:
         assert len(part["x"]) == samples
-        return self._count(part)
+        return count(part)
+
+    return PartialStep(len(batch["x"]), lambda: weight, lambda: count(batch), count_of)
 
 
 class Logs:
@@ -146,11 +139,11 @@ def go(parts: StepInParts, logging: Logging, batch: Any, **options: Any) -> Tens
     return output
 
 
-def in_parts(net: Net, step: Step, batch: Any, *, too_large: bool = False, **options: Any) -> Any:
+def in_parts(net: Net, step: PartialStep, batch: Any, *, too_large: bool = False, **options: Any) -> Any:
     """The step and its output, on the only rank of a group."""
     recovery = recovery_of(net, DistributedDataParallel(net), **options)
     assert recovery.can_recover()
-    parts, logging = recovery.start(step, too_large=too_large), Logging()
+    parts, logging = StepInParts(recovery, step, too_large=too_large), Logging()
     return parts, go(parts, logging, batch), logging.logs.parts
 
 
@@ -187,7 +180,7 @@ def test_parts_have_the_gradients_of_the_whole(
     too_large = too_large and size > fits
     batch = batch_of(size, invalid=tuple(i for i in invalid if i < size - 1))
     net = Net(fits, where=where)
-    parts, output, _ = in_parts(net, Step(batch), batch, too_large=too_large)
+    parts, output, _ = in_parts(net, step_of(batch), batch, too_large=too_large)
     plain, expected = whole(batch)
     torch.testing.assert_close(gradients_of(net), gradients_of(plain), rtol=1e-12, atol=1e-12)
     assert output["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-12)
@@ -202,19 +195,19 @@ def test_parts_have_the_gradients_of_the_whole(
 
 def test_halves_are_tried_until_they_fit_and_nothing_is_tried_in_vain_twice() -> None:
     net, batch = Net(fits=3), batch_of(12)
-    parts, _, logged = in_parts(net, Step(batch), batch)
+    parts, _, logged = in_parts(net, step_of(batch), batch)
     assert net.tried == [12, 6, 3, 3, 3, 3]
     assert parts.found == MemoryFound(fits=3, fails=6)
     assert [count for count, _ in logged] == [3, 3, 3, 3]
     net = Net(fits=3)
-    parts, _, _ = in_parts(net, Step(batch_of(6)), batch_of(6), too_large=True)
+    parts, _, _ = in_parts(net, step_of(batch_of(6)), batch_of(6), too_large=True)
     assert net.tried == [3, 3]
     assert parts.found == MemoryFound(fits=3, fails=None)
 
 
 def test_what_is_logged_after_a_whole_forward_pass_is_not_logged_again() -> None:
     net, batch = Net(fits=3, where="backward"), batch_of(6)
-    _, _, logged = in_parts(net, Step(batch), batch)
+    _, _, logged = in_parts(net, step_of(batch), batch)
     assert len(net.logged) == 1
     assert not logged
 
@@ -222,7 +215,7 @@ def test_what_is_logged_after_a_whole_forward_pass_is_not_logged_again() -> None
 def test_counts_that_do_not_add_up_weigh_by_their_ratios() -> None:
     """Three parts of 2 samples that each count as much as the whole."""
     net, batch = Net(fits=2), batch_of(4)
-    in_parts(net, Step(batch, count=lambda _: 5.0), batch)
+    in_parts(net, step_of(batch, count=lambda _: 5.0), batch)
     torch.testing.assert_close(gradients_of(net), gradients_of(whole(batch)[0]), rtol=1e-12, atol=1e-12)
 
 
@@ -230,7 +223,7 @@ def test_counts_that_do_not_add_up_weigh_by_their_ratios() -> None:
 def test_parts_that_count_nothing(count: Callable[[Any], float]) -> None:
     """Gradients are exact zeros, and the loss is the mean over samples; also if only the whole counts anything."""
     net, batch = Net(fits=2), batch_of(4)
-    _, output, _ = in_parts(net, Step(batch, count=count), batch)
+    _, output, _ = in_parts(net, step_of(batch, count=count), batch)
     assert not gradients_of(net).any()
     assert output["loss"].item() == pytest.approx(whole(batch)[1]["loss"].item())
 
@@ -240,7 +233,7 @@ def test_the_weight_the_accumulation_and_earlier_gradients() -> None:
     net, first, second = Net(fits=2), batch_of(4), batch_of(5)
     recovery = recovery_of(net, DistributedDataParallel(net), accumulated=2)
     for batch, weight in ((first, 0.5), (second, torch.tensor(3.0))):
-        go(recovery.start(Step(batch, weight), too_large=False), Logging(), batch)
+        go(StepInParts(recovery, step_of(batch, weight), too_large=False), Logging(), batch)
     expected = gradients_of(whole(first, 0.5 / 2)[0]) + gradients_of(whole(second, 3.0 / 2)[0])
     torch.testing.assert_close(gradients_of(net), expected, rtol=1e-12, atol=1e-12)
 
@@ -248,7 +241,7 @@ def test_the_weight_the_accumulation_and_earlier_gradients() -> None:
 def test_a_closure_that_is_called_twice() -> None:
     """As LBFGS does: the second time the batch is known to be too large, and what was found before is kept."""
     net, batch = Net(fits=2), batch_of(4)
-    parts = recovery_of(net, DistributedDataParallel(net)).start(Step(batch), too_large=False)
+    parts = StepInParts(recovery_of(net, DistributedDataParallel(net)), step_of(batch), too_large=False)
     for _ in range(2):
         net.zero_grad()
         go(parts, Logging(), batch)
@@ -262,15 +255,15 @@ def test_what_does_not_fit_at_all_says_so() -> None:
     with pytest.raises(
         RankOutOfMemoryError, match=r"^rank 0 \(cpu\) ran out of memory at a local batch of 6, and 3 of"
     ):
-        in_parts(net, Step(batch), batch, smallest=2)
+        in_parts(net, step_of(batch), batch, smallest=2)
     with pytest.raises(RankOutOfMemoryError, match="its batch can't be cut into parts: a tensor of shape"):
-        in_parts(net, Step(batch), batch | {"prior": torch.zeros(4)})
+        in_parts(net, step_of(batch), batch | {"prior": torch.zeros(4)})
 
 
 def test_other_errors_are_left_alone() -> None:
     net = Net(fits=9)
     with pytest.raises(KeyError):
-        in_parts(net, Step(batch_of(4)), {"x": batch_of(4)["x"]})
+        in_parts(net, step_of(batch_of(4)), {"x": batch_of(4)["x"]})
 
 
 # ---- ranks that average their gradients afterwards ----
@@ -283,14 +276,14 @@ def on_ranks(sizes: tuple[int, ...], where: str) -> Tensor:
     own = {k: v[start : start + sizes[rank]] if isinstance(v, Tensor) else v for k, v in batch.items()}
     net = Net(fits=2 if rank == 1 else 100, where=where)
     recovery = recovery_of(net, DistributedDataParallel(net))
-    step = Step(own, weight=len(sizes) * sizes[rank] / sum(sizes))
+    step = step_of(own, weight=len(sizes) * sizes[rank] / sum(sizes))
 
     def average(parameters: Any) -> None:
         for parameter in parameters:
             dist.all_reduce(parameter.grad)
             parameter.grad /= len(sizes)
 
-    parts, logging = recovery.start(step, too_large=False), Logging()
+    parts, logging = StepInParts(recovery, step, too_large=False), Logging()
     output = parts.training_step(logging, own)
     loss = output["loss"] if parts.found is not None else output["loss"] * step.weight()
     parts.backward(loss, output["loss"], average=average)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hetero import cross_entropy_count
-from lightning_hetero.step.loss_count import find, sample_count
+from lightning_hetero.step.batch_contents import sample_count
+from lightning_hetero.step.loss_count import find
 from tests.ranks import run_ranks
 from tests.trainer import geography
 from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, plain_fit, relative_error

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from lightning_hetero import HeteroStrategy
+from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.batch_norm import smallest_local_batch
-from lightning_hetero.step.loss_count import find, sample_count
+from lightning_hetero.step.loss_count import find
 from tests.ranks import run_ranks
 from tests.trainer.fits import make_trainer, parameters_of, relative_error
 from tests.trainer.geography import has, tolerate_torchgeo
@@ -75,17 +76,17 @@ def test_batches_of_boxes_count_images() -> None:
     assert find(module, None)(module, batch) == 3
 
 
-@pytest.mark.parametrize("synchronised", [False, True])
+@pytest.mark.parametrize("synchronized", [False, True])
 @pytest.mark.parametrize(
     ("task", "with_one"), [("SimCLR", False), ("MoCo", False), ("MAE", False), ("Regression", True)]
 )
-def test_tasks_with_statistics_of_their_own_need_two_samples(task: str, with_one: bool, synchronised: bool) -> None:
-    """Also where BatchNorm is synchronised."""
+def test_tasks_with_statistics_of_their_own_need_two_samples(task: str, with_one: bool, synchronized: bool) -> None:
+    """Also where BatchNorm is synchronized."""
     if not has(task):
         pytest.skip("the installed TorchGeo does not have this task")
     tolerate_torchgeo()
     module = next(case for case in CASES if case.task == task).make()
-    assert smallest_local_batch(module, synchronised=synchronised) == (1 if with_one else 2)
+    assert smallest_local_batch(module, synchronized=synchronized) == (1 if with_one else 2)
 
 
 # ---- whole runs ----

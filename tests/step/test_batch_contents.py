@@ -1,11 +1,12 @@
-"""What the samples of a batch look like, however many there are."""
+"""What the samples of a batch look like, however many there are, and how many there are."""
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 
-from lightning_hetero.step.input_shape import input_shape
+from lightning_hetero.step.batch_contents import input_shape, sample_count
 
 
 @pytest.mark.parametrize("local_batch", [1, 5])
@@ -35,3 +36,10 @@ def test_lists_of_samples_have_each_shape_once():
 @pytest.mark.parametrize("batch", [None, 3, "text", {}, [], torch.tensor(1.0), {"index": torch.tensor(4), "size": 2}])
 def test_what_has_no_batch_dimension_does_not_count(batch):
     assert input_shape(batch) == ""
+
+
+def test_arrays_are_not_walked_through_and_iterators_not_used_up():
+    batch = {"image": torch.zeros(3, 2), "scale": np.zeros(()), "later": iter([torch.zeros(4, 5)])}
+    assert sample_count(batch) == 3
+    assert input_shape(batch) == "float32 (2,)"
+    assert len(next(batch["later"])) == 4

@@ -3,7 +3,6 @@
 Lightning injects its own sampler before a strategy is asked, and loaders may be built as early as the user's
 `setup`. So the hook that prepares a loader is replaced on the one Trainer that the strategy works for.
 """
-# ruff: noqa: SLF001 - what is touched of a Trainer is guarded by tests
 
 from typing import Any, cast
 
@@ -24,19 +23,11 @@ from lightning_hetero.trainer.user_loader import (
 
 
 class TrainerDataLoaders:
-    """Prepares all loaders of one call of a Trainer.
-
-    Args:
-        trainer: whose.
-        training: prepares those that are trained on.
-        evaluation: prepares the others.
-    """
+    """Prepares all loaders of one call of a Trainer; those of training and evaluation in their own ways."""
 
     def __init__(self, trainer: "pl.Trainer", training: TrainingLoaders, evaluation: EvaluationLoaders) -> None:
-        self._trainer = trainer
-        self._training = training
-        self._evaluation = evaluation
-        self._lightnings_prepare = trainer._data_connector._prepare_dataloader
+        self._trainer, self._training, self._evaluation = trainer, training, evaluation
+        self._lightnings_prepare = trainer._data_connector._prepare_dataloader  # noqa: SLF001 - guarded by a test
 
     def prepare(self, dataloader: object, shuffle: bool, mode: RunningStage) -> object:
         """What Lightning calls for every loader, on all ranks alike.

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loops import _EvaluationLoop, _PredictionLoop
@@ -14,19 +14,10 @@ from torch.utils.data import DataLoader
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.sampling.eval_sampler import EvaluationSampler, Scope
 from lightning_hetero.sampling.global_batches import Grouping
-from lightning_hetero.trainer.epoch import epoch_of
+from lightning_hetero.trainer.evaluation import EvaluationBalancer
 from lightning_hetero.trainer.loader_agreement import agreed_batches, require_same_loader
+from lightning_hetero.trainer.training_loaders import epoch_of
 from lightning_hetero.trainer.user_loader import has_plain_batches, replace_batch_sampler
-
-
-class EvaluationTimes(Protocol):
-    """What is known of the time that evaluation batches take."""
-
-    def seconds(self, stage: RunningStage, scope: Scope, samples: int, /) -> Sequence[float]:
-        """What a batch of so many samples takes on each rank, W numbers, of which only the ratios matter."""
-
-    def begin(self, stage: RunningStage, scope: Scope, sizes: Sequence[int], /) -> None:
-        """This rank begins with batches of these sizes."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +28,13 @@ class EvaluationLoaders:
         trainer: whose.
         group: of all ranks.
         seed: of all passes over samplers, shared by all ranks.
-        times: how long batches take.
+        balancer: knows how long batches take.
     """
 
     trainer: "pl.Trainer"
     group: RankGroup
     seed: int
-    times: EvaluationTimes
+    balancer: EvaluationBalancer
 
     def prepare(self, loader: DataLoader[Any], stage: RunningStage) -> DataLoader[Any]:
         """The user's loader, drawing what this rank evaluates; on all ranks alike.
@@ -60,7 +51,7 @@ class EvaluationLoaders:
             grouping = Grouping(source.batch_size, drop_last=source.drop_last and not predicts, finite=True)
             source = source.sampler
         batches = agreed_batches(self.group, source, grouping, self.seed)
-        sampler = EvaluationSampler(batches, self.group.rank, _StagePasses(self.trainer, stage, self.times))
+        sampler = EvaluationSampler(batches, self.group.rank, _StagePasses(self.trainer, stage, self.balancer))
         return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(sampler) if predicts else sampler)
 
 
@@ -70,44 +61,37 @@ class _StagePasses:
 
     trainer: "pl.Trainer"
     stage: RunningStage
-    times: EvaluationTimes
+    balancer: EvaluationBalancer
 
     def epoch(self) -> int:
         return epoch_of(self.trainer)
 
     def scope(self, sampler: EvaluationSampler) -> Scope:
-        return scope_of(self.trainer, self.stage, sampler)
+        loop = self._loop()
+        combined = loop._combined_loader
+        if combined is None:
+            return Scope()
+        samplers = [getattr(loader, "batch_sampler", None) for loader in combined.flattened]
+        numbers = [n for n, own in enumerate(samplers) if sampler in (own, getattr(own, "_batch_sampler", None))]
+        if not numbers:
+            return Scope()
+        limit = int(loop.max_batches[numbers[0]])
+        if combined._mode == "sequential":
+            return Scope(numbers[0], limit)
+        finite = [int(batches) for batches in loop.max_batches if batches != float("inf")]
+        steps = min(finite) if combined._mode == "min_size" else max(finite)
+        return Scope(0, limit, steps, cycles=combined._mode == "max_size_cycle")
+
+    def _loop(self) -> _EvaluationLoop | _PredictionLoop:
+        if self.stage == RunningStage.PREDICTING:
+            return self.trainer.predict_loop
+        if self.stage == RunningStage.TESTING:
+            return self.trainer.test_loop
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        return self.trainer.fit_loop.epoch_loop.val_loop if fits else self.trainer.validate_loop
 
     def seconds(self, scope: Scope, samples: int) -> Sequence[float]:
-        return self.times.seconds(self.stage, scope, samples)
+        return self.balancer.seconds(self.stage, scope, samples)
 
     def begin(self, scope: Scope, sizes: Sequence[int]) -> None:
-        self.times.begin(self.stage, scope, sizes)
-
-
-def _loop(trainer: "pl.Trainer", mode: RunningStage) -> _EvaluationLoop | _PredictionLoop:
-    """The loop that evaluates in a stage."""
-    if mode == RunningStage.PREDICTING:
-        return trainer.predict_loop
-    if mode == RunningStage.TESTING:
-        return trainer.test_loop
-    return trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == TrainerFn.FITTING else trainer.validate_loop
-
-
-def scope_of(trainer: "pl.Trainer", mode: RunningStage, sampler: EvaluationSampler) -> Scope:
-    """How much of the sampler's loader the run that is about to begin takes; see `Scope`."""
-    loop = _loop(trainer, mode)
-    combined = loop._combined_loader
-    if combined is None:
-        return Scope()
-    samplers = [getattr(loader, "batch_sampler", None) for loader in combined.flattened]
-    numbers = [n for n, own in enumerate(samplers) if sampler in (own, getattr(own, "_batch_sampler", None))]
-    if not numbers:
-        return Scope()
-    number = numbers[0]
-    limit = int(loop.max_batches[number])
-    if combined._mode == "sequential":
-        return Scope(number, limit)
-    finite = [int(batches) for batches in loop.max_batches if batches != float("inf")]
-    steps = min(finite) if combined._mode == "min_size" else max(finite)
-    return Scope(0, limit, steps, cycles=combined._mode == "max_size_cycle")
+        self.balancer.begin(self.stage, scope, sizes)

@@ -11,28 +11,6 @@ from lightning_hetero.exchange.duplicate_data import content_hash
 from lightning_hetero.exchange.groups import RankGroup
 
 
-class LockstepGroups:
-    """The process groups of loaders in lockstep, one for each position among the training loaders.
-
-    A group takes sockets and threads. So it is made once in a process, and used by all later loaders at its position,
-    whether they were made anew for an epoch or belong to a later run.
-
-    Args:
-        group: of all ranks.
-    """
-
-    def __init__(self, group: RankGroup) -> None:
-        self._group = group
-        self._made: dict[int, RankGroup] = {}
-
-    def at(self, position: int) -> RankGroup:
-        """The group of the training loader at a position; all ranks have to ask for it together."""
-        if position not in self._made:
-            group = self._group
-            self._made[position] = RankGroup(group.rank, group.world_size, group.timeout)
-        return self._made[position]
-
-
 class LockstepLoader:
     """An iterable data set's loader that ends on all ranks when it ends on one.
 

@@ -50,15 +50,7 @@ class Run:
         self.job_facts: dict[str, Any] = {}
         self.stop = StopRequest(trainer)
         self.log_dirs = RememberedBroadcasts()
-        self.loaders = TrainingLoaders(
-            trainer,
-            job.group,
-            job.lockstep_groups,
-            seed=seed,
-            global_batch=job.options.global_batch,
-            planners=self,
-            next_step=job.batches.next_step,
-        )
+        self.loaders = TrainingLoaders(trainer, job, seed, self.planner_for)
         evaluation_loaders = EvaluationLoaders(trainer, job.group, seed, job.evaluation)
         self.metrics = MetricSynchronizer(
             trainer,
@@ -85,7 +77,7 @@ class Run:
         """Whether this rank is in a hook of an evaluation batch, which other ranks may not have."""
         return batch_hook(self.trainer.lightning_module) is not None
 
-    def for_global_batch(self, global_batch: int, *, first: bool) -> SplitPlanner:
+    def planner_for(self, global_batch: int, first: bool) -> SplitPlanner:
         """The planner for a training loader's global batch; all ranks ask together.
 
         Args:

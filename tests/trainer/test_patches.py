@@ -20,7 +20,7 @@ def prepare(*_: Any) -> None:
 
 
 def patched(trainer: pl.Trainer, *callbacks: Callback) -> TrainerPatches:
-    group, timer = RankGroup(0, 1, 1, timedelta(seconds=9)), ComputeTimer(HostClock())
+    group, timer = RankGroup(0, 1, timedelta(seconds=9)), ComputeTimer(HostClock())
     metrics = MetricSynchronizer(
         trainer, group, timer, torch.device("cpu"), loss_count=None, in_evaluation_batch=lambda: False
     )

@@ -98,7 +98,7 @@ def exchange(module: nn.Module | None = None) -> MetricExchange:
     import torch.distributed as dist
 
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    group = RankGroup(rank, world_size, 1, timedelta(seconds=30))
+    group = RankGroup(rank, world_size, timedelta(seconds=30))
     return MetricExchange(group, ComputeTimer(HostClock()), no_reduction, module or nn.Module(), torch.device("cpu"))
 
 

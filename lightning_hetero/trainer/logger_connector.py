@@ -31,7 +31,7 @@ class SynchronizedLoggerConnector(_LoggerConnector):
         self._values_used = False  # after the current step
         self._hooks_known = False  # whether any rank logs values in hooks at the end of a batch
         self._hooks_follow = False  # in evaluation, ranks have exchanged what their batches have logged
-        self._first_before_end: bool | None = None
+        self._first_before_end: bool | None = None  # Lightning's `_first_loop_iter` before a loader's end
 
     def hand_back(self, connector: _LoggerConnector) -> None:
         """Let Lightning's own connector go on with the state of this one."""
@@ -82,14 +82,13 @@ class SynchronizedLoggerConnector(_LoggerConnector):
 
     def _uses_values(self) -> bool:
         """Whether loggers, schedulers or callbacks take values after this step; the same on all ranks."""
-        trainer = self.trainer
-        loop = trainer.fit_loop.epoch_loop
-        module = trainer.lightning_module
-        if module.automatic_optimization and loop._should_accumulate():
+        trainer, loop = self.trainer, self.trainer.fit_loop.epoch_loop
+        automatic = trainer.lightning_module.automatic_optimization
+        if automatic and loop._should_accumulate():
             return False
         every = trainer.log_every_n_steps  # type: ignore[attr-defined] # set where mypy can't see it
         logs = every > 0 and (loop._batches_that_stepped + 1) % every == 0
-        schedules = module.automatic_optimization and any(
+        schedules = automatic and any(
             config.reduce_on_plateau and config.interval == "step" and (loop.batch_idx + 1) % config.frequency == 0
             for config in trainer.lr_scheduler_configs
         )

@@ -22,8 +22,8 @@ from lightning_hetero.trainer.torchmetrics import MetricSync
 class MetricSynchronizer:
     """A run's logged values and torchmetrics over all ranks.
 
-    It makes what stands in for parts of the Trainer; `TrainerPatches` puts them there. With one rank only what a
-    training step logs is its business, and everything else is Lightning's own.
+    It makes what stands in for parts of the Trainer; `TrainerPatches` puts them there. With one rank it is only about
+    what a training step logs, and everything else is Lightning's own.
 
     Args:
         trainer: whose run begins, with its module.
@@ -54,27 +54,21 @@ class MetricSynchronizer:
         def count(batch: Any) -> float | Tensor:  # the rule is found each time, since criteria may change
             return find(module, loss_count)(module, batch)
 
-        self._trainer = trainer
-        self._group = group
-        self._timer = timer
+        self._trainer, self._group, self._timer = trainer, group, timer
         self._is_due = trainer.fit_loop.epoch_loop._should_check_val_fx
         self._metrics = MetricSync(group, timer, in_evaluation_batch)
-        self._lightnings_connector = trainer._logger_connector
         self.connector: _LoggerConnector = trainer._logger_connector
+        self._lightnings_connector = self.connector
         exchange = MetricExchange(group, timer, trainer.strategy.reduce, module, device)
         self.step_logging = StepLogging(exchange)
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
         self.evaluation_results: tuple[_ResultCollection, ...] = tuple(loop._results for loop in loops)
         if exchange.is_needed:
             self.evaluation_results = tuple(EvaluationResults(exchange, count) for _ in loops)
-            self.connector = SynchronizedLoggerConnector(trainer._logger_connector, self._metrics)
+            self.connector = SynchronizedLoggerConnector(self.connector, self._metrics)
 
     def batch_over(self, loss_weight: float | Tensor | None) -> None:
-        """The training step is over, and the hooks at the end of the batch follow: on all ranks.
-
-        Args:
-            loss_weight: see `StepLogging.batch_over`.
-        """
+        """The training step is over, and the hooks at the end of its batch follow; see `StepLogging.batch_over`."""
         self.step_logging.batch_over(loss_weight)
         if isinstance(self.connector, SynchronizedLoggerConnector):
             self.connector.exchange_steps(self.step_logging.results)

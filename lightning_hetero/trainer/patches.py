@@ -38,9 +38,7 @@ class TrainerPatches:
         on_sigterm: Callable[[int, Any], None],
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self._trainer = trainer
-        self._metrics = metrics
-        self._callbacks = list(callbacks)
+        self._trainer, self._metrics, self._callbacks = trainer, metrics, list(callbacks)
         self._before: list[tuple[dict[str, Any], str, dict[str, Any]]] = []  # attributes, a name, what it was
         validating, evaluating, testing = metrics.evaluation_results
         try:
@@ -57,7 +55,7 @@ class TrainerPatches:
             }.items():
                 self._replace(path, value)
             self._before_monitors(metrics.epoch_over)
-            self._list()[:0] = self._callbacks
+            self._trainers_callbacks[:0] = self._callbacks
         except BaseException:
             self.restore()
             raise
@@ -82,7 +80,7 @@ class TrainerPatches:
         Lightning takes only these two kinds there, and the Trainer gives the first of each to users as the one that
         they have set, so a callback of our own can't come before them.
         """
-        first = next((one for one in self._list() if isinstance(one, EarlyStopping | Checkpoint)), None)
+        first = next((one for one in self._trainers_callbacks if isinstance(one, EarlyStopping | Checkpoint)), None)
         if first is not None:
             hook = first.on_train_epoch_end
 
@@ -92,8 +90,9 @@ class TrainerPatches:
 
             self._set(first, "on_train_epoch_end", on_train_epoch_end)
 
-    def _list(self) -> list[Callback]:
-        callbacks: list[Callback] = getattr(self._trainer, "callbacks")  # noqa: B009 - set where mypy can't see it
+    @property
+    def _trainers_callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = vars(self._trainer)["callbacks"]  # set where mypy can't see it
         return callbacks
 
     def restore(self) -> None:
@@ -102,6 +101,6 @@ class TrainerPatches:
             attributes, name, value = self._before.pop()
             attributes.pop(name, None)
             attributes.update(value)
-        callbacks = self._list()
+        callbacks = self._trainers_callbacks
         callbacks[:] = [one for one in callbacks if not any(one is own for own in self._callbacks)]
         self._metrics.close()

@@ -27,8 +27,8 @@ class Profile:
 
     Attributes:
         state: of its planner, see `SplitPlanner.state_dict`.
-        input_shape: of its first batch, see `input_shape.input_shape`. It belongs to the job, but is not known before
-            the first batch is there: whoever uses the profile has to compare it then.
+        input_shape: of its first batch. It belongs to the job, but is not known before the first batch is there:
+            whoever uses the profile has to compare it then.
         path: the file.
     """
 
@@ -52,8 +52,8 @@ class ProfileStore:
     def load(self, shares: Shares, folder: Path | None, facts: Mapping[str, Any]) -> Profile | None:
         """The profile that the user names, or else the newest of the same job in the run's folder or one beside it.
 
-        All ranks have to call this together, and get what the first one finds. Profiles of which none can be used
-        cause one warning, which says why.
+        All ranks have to call this together, and get what the first one finds. Where none can be used, one warning says
+        why.
 
         Args:
             shares: only adaptive ones need a profile, and may name one.
@@ -67,23 +67,18 @@ class ProfileStore:
     def save(
         self, folder: Path | None, facts: Mapping[str, Any], state: Mapping[str, Any] | None, input_shape: str
     ) -> None:
-        """Write a profile on the first rank; the file is either the old or the new one, never a part.
+        """Write a profile on the first rank, unless folder or state are None; never a part of one.
 
         Args:
-            folder: of the run; None: nothing is written.
+            folder: of the run.
             facts: see `load`.
-            state: of the planner; None: nothing is written.
+            state: of the planner.
             input_shape: of the run's first batch.
         """
         if self._group.rank != 0 or folder is None or state is None:
             return
-        path = folder / _FILE
-        content = {
-            "facts": self._all_facts(facts),
-            "input_shape": input_shape,
-            "state": dict(state),
-            "checksum": _checksum(state),
-        }
+        path, all_facts = folder / _FILE, {**facts, "devices": self._devices}
+        content = {"facts": all_facts, "input_shape": input_shape, "state": state, "checksum": _checksum(state)}
         part = path.with_name(f"{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,15 +91,12 @@ class ProfileStore:
         problems = []
         for path in paths:
             try:
-                return _read(path, self._all_facts(facts))
+                return _read(path, {**facts, "devices": self._devices})
             except ValueError as error:
                 problems.append(f"the profile {path} is ignored: {error}")
         if problems:
             rank_zero_warn(problems[0])
         return None
-
-    def _all_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        return {**facts, "devices": self._devices}
 
 
 def _candidates(shares: Shares, folder: Path | None) -> list[Path]:
@@ -124,11 +116,7 @@ def _age(path: Path) -> float:
 
 
 def _read(path: Path, facts: Mapping[str, Any]) -> Profile:
-    """The profile in a file.
-
-    Raises:
-        ValueError: it can't be used; the sentence says why.
-    """
+    """The profile in a file; a ValueError says why it can't be used."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         known, state, input_shape = dict(content["facts"]), dict(content["state"]), str(content["input_shape"])
@@ -137,7 +125,7 @@ def _read(path: Path, facts: Mapping[str, Any]) -> Profile:
         raise ValueError(f"it can't be read ({type(error).__name__}: {error})") from None
     if damaged:
         raise ValueError("it is damaged")
-    here = json.loads(json.dumps(dict(facts)))  # lists for tuples
+    here = json.loads(json.dumps(facts))  # lists for tuples
     names = [name for name in {**here, **known} if known.get(name) != here.get(name)]
     if differences := [f"{name} {known.get(name)!r} there, {here.get(name)!r} here" for name in names]:
         raise ValueError(f"it is of another job, with {'; '.join(differences)}")
@@ -146,4 +134,4 @@ def _read(path: Path, facts: Mapping[str, Any]) -> Profile:
 
 def _checksum(state: Mapping[str, Any]) -> int:
     """The same for a state and what JSON makes of it."""
-    return crc32(json.dumps(dict(state)).encode())
+    return crc32(json.dumps(state).encode())

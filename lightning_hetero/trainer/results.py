@@ -7,7 +7,7 @@ metrics never communicates.
 # ruff: noqa: SLF001 - stands in for what Lightning's collection does inside; a test guards it
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
@@ -42,7 +42,7 @@ class MetricExchange:
         group: of all ranks.
         timer: of this rank's compute time, which an exchange is no part of.
         reduce: the strategy's, as Lightning puts it into what it registers.
-        module: the LightningModule, where a rank finds a metric that only others have logged.
+        module: where a rank finds a metric that only others have logged.
         device: of this rank.
     """
 
@@ -59,12 +59,7 @@ class MetricExchange:
 
 
 class SynchronizedResults(_ResultCollection):
-    """Lightning's collection of what a loop logs; its values become those over all ranks at each exchange.
-
-    Args:
-        exchange: with the other ranks.
-        training: whether it is the training loop's.
-    """
+    """Lightning's collection of what a loop logs; its values become those over all ranks at each exchange."""
 
     def __init__(self, exchange: MetricExchange, *, training: bool) -> None:
         super().__init__(training)
@@ -83,18 +78,18 @@ class SynchronizedResults(_ResultCollection):
             ValueError: ranks mean different things by one key.
             TypeError: this rank has not got a metric that others have logged.
         """
-        rank = self._exchange.group.rank
         metrics = []
         for key, rows in self._exchange_rows(lambda key: key.meta.on_epoch, self._epoch_row):  # (W, 4)
             if not rows[:, 0].any():
                 continue
             metric = self._registered(key)
-            if not key.is_tensor:
-                metrics.append((metric, self._state(key, logged=bool(rows[rank, 1])), bool(rows[:, 2].any())))
-                continue
-            present = rows[rows[:, 1] > 0]  # (n, 4), of the ranks that have logged it
-            metric._computed = self._tensor(metric, combined(key.reduction, present[:, 2], present[:, 3]), present)  # type: ignore[assignment] # torchmetrics says only what it is at first
             metric.has_reset = False
+            if key.is_tensor:
+                present = rows[rows[:, 1] > 0]  # (n, 4), of the ranks that have logged it
+                metric._computed = self._tensor(metric, key, present)  # type: ignore[assignment] # torchmetrics says only what it is at first
+            else:
+                state = self._state(key, logged=bool(rows[self._exchange.group.rank, 1]))
+                metrics.append((metric, state, bool(rows[:, 2].any())))
         for metric, state, updated in metrics:
             with self._exchange.timer.waiting():
                 self._compute(metric, state, updated=updated)
@@ -106,8 +101,6 @@ class SynchronizedResults(_ResultCollection):
         if self._exchange.is_needed and epoch and result_metric._computed is None:
             return None
         return _ResultCollection._get_cache(result_metric, on_step)
-
-    # ---- the flat exchange ----
 
     def _exchange_rows(
         self, is_wanted: Callable[[LoggedKey], bool], row_of: Callable[[LoggedKey], list[Tensor | float]]
@@ -149,25 +142,22 @@ class SynchronizedResults(_ResultCollection):
         weight = metric.cumulated_batch_size if metric.meta.is_mean_reduction else 1.0
         return [stale, float(metric.value.element_size()), metric.value, weight]
 
-    # ---- this rank's side of it ----
-
     def _registered(self, key: LoggedKey) -> _ResultMetric:
         """What is registered here under a key, as if this rank had logged it."""
         if key.key not in self:
             metric = key.make_metric(self._exchange.reduce)
-            if not key.is_tensor:
-                metric.value = self._find(key.meta)
-            self[key.key] = metric
             if key.is_tensor:
                 metric.to(self._exchange.device)
+            else:
+                metric.value = self._find(key.meta)
+            self[key.key] = metric
         found: _ResultMetric = self[key.key]
         return found
 
     def _find(self, meta: _Metadata) -> Metric:
         found = None
-        if meta.metric_attribute is not None:
-            with suppress(AttributeError):
-                found = self._exchange.module.get_submodule(meta.metric_attribute)
+        with suppress(AttributeError):
+            found = self._exchange.module.get_submodule(meta.metric_attribute) if meta.metric_attribute else None
         if not isinstance(found, Metric):
             raise TypeError(
                 f"rank {self._exchange.group.rank} ({self._exchange.device}) has to compute the metric {meta.name!r}, "
@@ -177,28 +167,19 @@ class SynchronizedResults(_ResultCollection):
         return found
 
     @staticmethod
-    def _tensor(metric: _ResultMetric, value: float, rows: Numbers) -> Tensor:
+    def _tensor(metric: _ResultMetric, key: LoggedKey, rows: Numbers) -> Tensor:
+        """The value over the ranks with these rows, (n, 4), in the precision of the most exact one."""
         dtype = torch.float64 if len(rows) and rows[:, 1].max() == torch.float64.itemsize else torch.float32
+        value = combined(key.reduction, rows[:, 2], rows[:, 3])
         return torch.tensor(value, dtype=dtype, device=metric.value.device)
 
     def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:  # noqa: ARG002 - see `EvaluationResults`
-        """The state in which a torchmetric is computed, where it is not the current one.
-
-        Args:
-            key: of the metric.
-            logged: by this rank.
-        """
+        """The state in which to compute a torchmetric that this rank has logged or not, where not the current one."""
         return None
 
     @staticmethod
     def _compute(metric: _ResultMetric, state: ModuleSnapshot | None, *, updated: bool) -> None:
-        """Compute a torchmetric, which brings its states together, on all ranks alike.
-
-        Args:
-            metric: what was logged.
-            state: see `_state`.
-            updated: on any rank; where it was not on this one, there is nothing to warn of.
-        """
+        """Compute a torchmetric, which brings its states together, on all ranks alike; `updated`: on any of them."""
         current = ModuleSnapshot(metric.value) if state is not None else None
         if state is not None:
             state.restore()
@@ -206,27 +187,20 @@ class SynchronizedResults(_ResultCollection):
             if isinstance(part, Metric):
                 part._computed = None  # a value that is kept on some ranks only would leave the others waiting
         with warnings.catch_warnings():
-            if updated:
+            if updated:  # there is nothing to warn of where it was not on this one
                 warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             metric._computed = metric.value.compute()
-        metric.has_reset = False
         if current is not None:
             current.restore()
 
 
 @dataclass(frozen=True)
-class StepValue:
-    """What this rank has logged in a step.
-
-    Attributes:
-        value: of this rank.
-        weight: in the mean over ranks; 0 leaves the value out of any reduction. May be on the device.
-        step: in which it was logged, from 1, counted alike on all ranks.
-    """
+class _StepValue:
+    """What this rank has logged in a step."""
 
     value: Tensor
-    weight: float | Tensor
-    step: int
+    weight: float | Tensor  # in the mean over ranks; 0 leaves the value out of any reduction; may be on the device
+    step: int  # in which it was logged, from 1, counted alike on all ranks
 
 
 @final
@@ -235,13 +209,13 @@ class TrainingResults(SynchronizedResults):
 
     Args:
         exchange: with the other ranks.
-        receive: gets each logged value, as a key, the value and its batch size, and calls `add` for it in time.
+        receive: gets the key, the value and the batch size of what is logged, and calls `add` for it in time.
     """
 
     def __init__(self, exchange: MetricExchange, receive: Callable[[str, Any, int], None]) -> None:
         super().__init__(exchange, training=True)
         self._receive = receive
-        self._step_values: dict[str, StepValue] = {}
+        self._step_values: dict[str, _StepValue] = {}
         self._step = self._exchanged_step = 0
 
     @override
@@ -257,13 +231,7 @@ class TrainingResults(SynchronizedResults):
         self.batch, self.batch_size = batch, None
 
     def add(self, key: str, value: Tensor, weight: float | Tensor) -> None:
-        """Add a value of this step to what is logged under a key.
-
-        Args:
-            key: that is registered.
-            value: of this rank.
-            weight: see `StepValue`.
-        """
+        """Add this rank's value in this step to what is logged under a key; a weight of 0 leaves it out."""
         metric = self[key]
         without_exchange(metric)
         synchronized = self._exchange.is_needed and not metric.meta.sync.rank_zero_only
@@ -280,14 +248,10 @@ class TrainingResults(SynchronizedResults):
                 # What loggers and callbacks see is the value over all ranks, which the next exchange brings.
                 metric._forward_cache = before
         if synchronized and metric.meta.on_step:
-            self._step_values[key] = StepValue(value, weight, self._step)
+            self._step_values[key] = _StepValue(value, weight, self._step)
 
     def exchange_steps(self) -> None:
-        """Values on step level become those over all ranks, until the next exchange.
-
-        Raises:
-            ValueError: ranks mean different things by one key.
-        """
+        """Values on step level become those over all ranks, until the next exchange."""
         self._exchanged_step = self._step
         for key, rows in self._exchange_rows(lambda key: key.meta.on_step and key.is_tensor, self._step_row):  # (W, 4)
             if not rows[:, 1].any():
@@ -297,24 +261,19 @@ class TrainingResults(SynchronizedResults):
             latest = latest[latest[:, 3] > 0]  # (n, 4)
             metric = self._registered(key)
             metric.has_reset = False
-            value = combined(key.reduction, latest[:, 2], latest[:, 3]) if len(latest) else None
-            metric._forward_cache = self._tensor(metric, value, latest) if value is not None else None
+            metric._forward_cache = self._tensor(metric, key, latest) if len(latest) else None
 
     @override
     def metrics(self, on_step: bool) -> _METRICS:
         """As Lightning's; between exchanges the progress bar, which only rank 0 has, shows what this rank has."""
         metrics = super().metrics(on_step)
         if on_step and self._exchange.group.rank == 0:
-            for metric, value in self._values_since_exchange():
-                if metric.meta.prog_bar:
-                    metrics["pbar"][self._forked_name(metric, on_step)[1]] = value.item()
+            for key, own in self._step_values.items():
+                metric = self[key]
+                is_newer = own.step > self._exchanged_step and not metric.has_reset and not is_zero(own.weight)
+                if is_newer and metric.meta.prog_bar:
+                    metrics["pbar"][self._forked_name(metric, on_step)[1]] = own.value.item()
         return metrics
-
-    def _values_since_exchange(self) -> Iterator[tuple[_ResultMetric, Tensor]]:
-        for key, own in self._step_values.items():
-            metric = self[key]
-            if own.step > self._exchanged_step and not metric.has_reset and not is_zero(own.weight):
-                yield metric, own.value
 
     def _step_row(self, key: LoggedKey) -> list[Tensor | float]:
         """The step in which it was logged last, from 1; bytes of a number, 0 for none; sum; weight."""
@@ -329,7 +288,7 @@ class TrainingResults(SynchronizedResults):
 
 @final
 class EvaluationResults(SynchronizedResults):
-    """The collection of a loop that validates or tests; a mean that is NaN is left out where nothing counts.
+    """The collection of a loop that validates or tests; a mean that is NaN is left out where its batch counts nothing.
 
     Args:
         exchange: with the other ranks.

@@ -1,10 +1,9 @@
 """What a rank logs in a training step, where it has nothing, or nothing valid, to log, or computes in parts."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,25 +12,20 @@ from torchmetrics import Metric
 from lightning_hetero.trainer.results import MetricExchange, TrainingResults
 
 
-@dataclass
-class _PartValue:
+class _PartValue(NamedTuple):
     """What one part of a batch has logged under a key."""
 
     value: Tensor
     batch_size: int
-    weight: float = math.nan  # of the part, once it is done
+    weight: float
 
 
 class PartLogs:
-    """What the parts of a batch log, to be logged once for all of it.
-
-    Args:
-        results: whose batch is the part meanwhile.
-    """
+    """What the parts of a batch log, to be logged once for all of it; each part is the batch of `results` meanwhile."""
 
     def __init__(self, results: TrainingResults) -> None:
         self._results = results
-        self._part: list[tuple[str, _PartValue]] = []
+        self._part: list[tuple[str, Tensor, int]] = []  # key, value and batch size
         self._kept: dict[str, list[_PartValue]] = {}
 
     def begin(self, batch: Any) -> None:
@@ -41,7 +35,7 @@ class PartLogs:
 
     def add(self, key: str, value: Tensor, batch_size: int) -> None:
         """The part logs a value."""
-        self._part.append((key, _PartValue(value.detach(), batch_size)))
+        self._part.append((key, value.detach(), batch_size))
 
     def keep(self, loss: Tensor, count: float) -> None:
         """The part is done.
@@ -50,11 +44,11 @@ class PartLogs:
             loss: that it returned.
             count: what it counts for; the weight of the loss, where that was logged, and 0 leaves NaN out.
         """
-        for key, logged in self._part:
-            is_loss = logged.value.shape == loss.shape and torch.equal(logged.value.to(loss.dtype), loss)
-            left_out = count == 0 and not bool(torch.isfinite(logged.value).all())
-            logged.weight = 0.0 if left_out else count if is_loss else float(logged.batch_size)
-            self._kept.setdefault(key, []).append(logged)
+        for key, value, batch_size in self._part:
+            is_loss = value.shape == loss.shape and torch.equal(value.to(loss.dtype), loss)
+            left_out = count == 0 and not bool(torch.isfinite(value).all())
+            weight = 0.0 if left_out else count if is_loss else float(batch_size)
+            self._kept.setdefault(key, []).append(_PartValue(value, batch_size, weight))
         self._part.clear()
 
     def combined(self) -> Iterator[tuple[str, Tensor, int]]:
@@ -65,8 +59,10 @@ class PartLogs:
             if not meta.on_epoch and all(part.batch_size == 1 for part in parts):
                 size = 1  # which Lightning says of values that it does not average
             values = torch.stack([part.value for part in parts])  # (parts,)
-            if meta.is_max_reduction or meta.is_min_reduction:
-                value = values.amax(0) if meta.is_max_reduction else values.amin(0)
+            if meta.is_max_reduction:
+                value = values.amax(0)
+            elif meta.is_min_reduction:
+                value = values.amin(0)
             elif meta.is_mean_reduction:
                 counted = [part for part in parts if part.weight > 0] or parts
                 total = sum(part.weight for part in counted)
@@ -90,19 +86,14 @@ class _StepLog:
 class StepLogging:
     """Stands between `self.log` and the training loop's collection.
 
-    A borrowed step registers its keys but adds nothing. A step in which nothing counts adds everything but the loss.
-    The loss that the step returned weighs what it weighs in the loss of the global batch, everything else as many
-    samples as Lightning says.
-
-    Args:
-        exchange: of logged values between the ranks.
-
-    Attributes:
-        results: in place of Lightning's collection.
+    A borrowed step registers its keys but adds nothing. A step in which nothing counts adds everything but its loss and
+    what is not finite. The loss that the step returned weighs what it weighs in the loss of the global batch,
+    everything else as many samples as Lightning says.
     """
 
     def __init__(self, exchange: MetricExchange) -> None:
-        self.results = TrainingResults(exchange, self.update)
+        self.results = TrainingResults(exchange, self._update)
+        """In place of Lightning's collection."""
         self._borrowed = self._empty = self._open = False
         self._samples: float | Tensor | None = None
         self._count: Tensor | None = None
@@ -123,7 +114,7 @@ class StepLogging:
         done = set(self._updated)
         for key, value, size in parts.combined():
             if key not in done:
-                self.update(key, value, size)
+                self._update(key, value, size)
 
     def begin(self, *, borrowed: bool, empty: bool, samples: int | None, count: Tensor | None) -> None:
         """A training step begins.
@@ -135,11 +126,9 @@ class StepLogging:
             count: what the samples count for, where only the device knows; then NaN is left out where it is 0.
         """
         self.results.next_step()
-        self._open = True
-        self._count = count
-        self._samples = samples
+        self._open, self._borrowed, self._empty = True, borrowed, empty and not borrowed
+        self._samples, self._count = samples, count
         self._updated.clear()
-        self._borrowed, self._empty = borrowed, empty and not borrowed
 
     def end(self, loss: Tensor | None) -> None:
         """The training step has returned its loss; see what was logged of it."""
@@ -147,11 +136,10 @@ class StepLogging:
             return
         loss = loss.detach().reshape(())
         for logged in self._waiting:
-            if logged.value.device != loss.device:
-                continue
-            equal = logged.value.to(loss.dtype) == loss
-            # Where the host may not know what counts, it need not know this either.
-            logged.is_loss = equal if self._count is not None else bool(equal)
+            if logged.value.device == loss.device:
+                equal = logged.value.to(loss.dtype) == loss
+                # Where the host may not know what counts, it need not know this either.
+                logged.is_loss = equal if self._count is not None else bool(equal)
 
     def batch_over(self, loss_weight: float | Tensor | None) -> None:
         """The batch is over: add what it has logged, before hooks look at it.
@@ -166,9 +154,8 @@ class StepLogging:
             if loss_weight is not None and logged.is_loss is not False and self._is_lightnings_size(logged):
                 weight = loss_weight
                 if isinstance(is_loss := logged.is_loss, Tensor):
-                    weight = torch.where(
-                        is_loss, torch.as_tensor(loss_weight, device=is_loss.device), logged.batch_size
-                    )
+                    on_device = torch.as_tensor(loss_weight, device=is_loss.device)
+                    weight = torch.where(is_loss, on_device, logged.batch_size)
             self._add(logged.key, logged.value, weight)
 
     def _is_lightnings_size(self, logged: _StepLog) -> bool:
@@ -176,15 +163,14 @@ class StepLogging:
         uncounted = logged.batch_size == 1 and not self.results[logged.key].meta.on_epoch
         return uncounted or self._samples is None or logged.batch_size == self._samples
 
-    def update(self, key: str, value: Any, batch_size: int) -> None:
+    def _update(self, key: str, value: Any, batch_size: int) -> None:
         """A value is logged; see `_ResultCollection.update_metrics`."""
         metric = self.results[key]
+        metric.has_reset = False
         if self._parts is not None and isinstance(value, Tensor) and metric.is_tensor:
             self._parts.add(key, value, batch_size)
-            metric.has_reset = False
             return
         self._updated.add(key)
-        metric.has_reset = False
         if isinstance(value, Metric) or not metric.is_tensor:
             if self._borrowed:
                 metric.value = value  # the key is known; the step's value stays what it was

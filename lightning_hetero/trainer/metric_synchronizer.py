@@ -22,7 +22,7 @@ from lightning_hetero.trainer.torchmetrics import MetricSync
 class MetricSynchronizer:
     """A run's logged values and torchmetrics over all ranks.
 
-    It makes what stands in for parts of the Trainer; `TrainerPatches` puts them there. With one rank it is only about
+    It makes what stands in for parts of the Trainer; `patch_trainer` puts them there. With one rank it is only about
     what a training step logs, and everything else is Lightning's own.
 
     Args:

@@ -16,14 +16,15 @@ from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, in
 from lightning_hetero.sampling.position import EpochPasses, Position
 from lightning_hetero.sampling.train_sampler import LocalBatchSampler, LocalBatchSizeSampler, Share
 from lightning_hetero.trainer.job import Job
-from lightning_hetero.trainer.loader_agreement import agreed_batches, require_same_loader
 from lightning_hetero.trainer.lockstep_loader import LockstepLoader
 from lightning_hetero.trainer.user_loader import (
+    agreed_batches,
     batch_size_of,
     has_plain_batches,
     is_distributed,
     name_of,
     replace_batch_sampler,
+    require_same_loader,
 )
 
 

@@ -1,10 +1,18 @@
-"""What a user's DataLoader is made of, and a copy of it with another batch sampler."""
+"""A user's DataLoader: what it is made of, what ranks agree on about it, and a copy with another batch sampler."""
 
 import copy
+import math
+from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
+
+from lightning_hetero.exchange.consistency import require
+from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, Index, index_hash
 
 _USERS = "_lightning_hetero_users_loader"  # where a prepared loader keeps the one that it was made from
 
@@ -58,3 +66,83 @@ def lost_geographic_sampler(loader: DataLoader[Any]) -> bool:
         and isinstance(loader.batch_sampler, BatchSampler)
         and isinstance(loader.batch_sampler.sampler, SequentialSampler)
     )
+
+
+# ---- what ranks agree on ----
+
+
+@dataclass
+class _IndexAgreement:
+    """Makes all ranks use the same indices of a sampler; see `AgreeOnIndices`."""
+
+    group: RankGroup
+    sampler: str
+    warned: bool = False
+
+    def __call__(self, batches: list[list[Index]], *, complete: bool) -> list[list[Index]]:
+        if self.group.world_size == 1 or len(set(self.group.gather(index_hash(batches)))) == 1:
+            return batches
+        if not complete:
+            raise ValueError(
+                f"{self.sampler} has no length and draws other indices on every rank: give it a length, or let it "
+                "take its randomness from torch's, numpy's or Python's global generators"
+            )
+        if not self.warned:
+            self.warned = True
+            rank_zero_warn(
+                f"{self.sampler} draws other indices on every rank, so those of rank 0 are used on all of them. If it "
+                "shards the data by rank itself, set Trainer(use_distributed_sampler=False); else let it take its "
+                "randomness from torch's, numpy's or Python's global generators, or give it a generator= with a seed "
+                "if it takes one, and runs can be repeated"
+            )
+        return self.group.broadcast(batches)
+
+
+def agreed_batches(group: RankGroup, sampler: Any, grouping: Grouping, seed: int) -> GlobalBatches:
+    """The global batches of a user's sampler or batch sampler, the same on all ranks.
+
+    Raises:
+        ValueError: it has nothing to draw from.
+    """
+    _require_tiles(sampler)
+    return GlobalBatches(sampler, grouping, seed, _IndexAgreement(group, name_of(sampler)))
+
+
+def require_same_loader(
+    group: RankGroup, loader: DataLoader[Any], topic: str, *, global_batch: int | None = None
+) -> None:
+    """Compare a loader over all ranks.
+
+    Raises:
+        ValueError: it differs; the same sentence on every rank.
+    """
+    facts = {
+        "data set": name_of(loader.dataset),
+        "length of the data set": None if isinstance(loader.dataset, IterableDataset) else _length(loader.dataset),
+        "batch size": loader.batch_size,
+        "batch sampler": name_of(loader.batch_sampler),
+        "global batch": global_batch,
+    }
+    require(group, facts, topic)
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):  # it need not have one
+        return None
+
+
+def _require_tiles(sampler: object) -> None:
+    """Raise where a random geographic sampler has no tiles to draw from; torch would speak of probabilities instead."""
+    if not type(sampler).__module__.startswith("torchgeo."):
+        return
+    space = getattr(sampler, "spatial_sampler", sampler)
+    areas = getattr(space, "areas", None)  # of tiles that are large enough
+    inner = getattr(space, "series", None)  # where centres of patches may lie, from 0.10 on
+    if (isinstance(areas, torch.Tensor) and not areas.numel()) or (inner is not None and bool(inner.is_empty.all())):
+        height, width = getattr(space, "size", (math.nan, math.nan))
+        raise ValueError(
+            f"no tile is as large as the patches of {name_of(space)}, {height:g} × {width:g} in units of the data "
+            "set's CRS: choose a smaller patch_size"
+        )

@@ -47,11 +47,7 @@ class TrainerDataLoaders:
         self._lightnings_prepare = trainer._data_connector._prepare_dataloader
 
     def prepare(self, dataloader: object, shuffle: bool, mode: RunningStage) -> object:
-        """What Lightning calls for every loader, on all ranks alike.
-
-        Raises:
-            ValueError: it can't be split, in one sentence.
-        """
+        """What Lightning calls for every loader, on all ranks alike; a ValueError says why one can't be split."""
         loader = users_loader(dataloader)
         if isinstance(loader, DataLoader):
             self._require_geographic_sampler(loader)

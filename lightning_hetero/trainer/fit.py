@@ -23,9 +23,9 @@ from lightning_hetero.step.memory_use import MemoryUse
 from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, StepInParts
 from lightning_hetero.step.step import LoadedBatch, LocalCount, Step, StepContext
 from lightning_hetero.step.zero_count import ZeroCountWarning
+from lightning_hetero.trainer.profiles import run_folder
 from lightning_hetero.trainer.reporting import make_reporter
 from lightning_hetero.trainer.run import Run
-from lightning_hetero.trainer.run_folder import run_folder
 
 
 class Fit:

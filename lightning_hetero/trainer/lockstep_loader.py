@@ -18,7 +18,7 @@ class LockstepLoader:
 
     Args:
         loader: this rank's own, with a `LocalBatchSizeSampler`.
-        group: of its own, so that its exchanges keep no order with others.
+        group: for this loader only, so that its exchanges keep no order with others.
     """
 
     def __init__(self, loader: DataLoader[Any], group: RankGroup) -> None:
@@ -41,9 +41,8 @@ class LockstepLoader:
         # One row a rank: whether it has a batch, and a number that stands for its first sample.
         ready = self._group.start([ahead is not end, _first_sample_hash(ahead) if compares else 0.0])
         rows = ready.wait()  # (W, 2)
-        if not self._compared:
-            vars(self)["_compared"] = True
-            self._compare(rows[:, 1].tolist())
+        vars(self)["_compared"] = True
+        self._compare(rows[:, 1].tolist())
         while rows[:, 0].all():
             batch, ahead = ahead, next(iterator, end)
             ready = self._group.start([ahead is not end, 0.0])

@@ -1,4 +1,4 @@
-"""Profiles: what a run has measured of its devices, kept in its folder, for the next run of the same job.
+"""Profiles: what a run has measured of its devices, kept in its folder if it has one, for the next run of the same job.
 
 A profile is a cache, and no more: one that can't be used is ignored.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -19,6 +20,23 @@ from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.shares import Shares
 
 _FILE = Path("hetero") / "profile.json"
+
+
+def run_folder(trainer: "pl.Trainer") -> Path | None:
+    """The folder of the Trainer's first logger, or else the ``default_root_dir`` that it was given.
+
+    All ranks have to call this together: ``Trainer.log_dir`` is broadcast.
+
+    Returns:
+        None where neither is a local folder, or is one only because the user named none: for ``default_root_dir``
+        Lightning then takes the working directory, and so do loggers such as ``WandbLogger``.
+    """
+    logged = trainer.log_dir if trainer.loggers else None
+    if logged and "://" not in logged and Path(logged).resolve() != Path.cwd():
+        return Path(logged)
+    root = trainer.default_root_dir
+    # Whoever says "." has chosen it: Lightning itself fills in the whole path.
+    return Path(root) if "://" not in root and root != os.getcwd() else None  # noqa: PTH109 - as Lightning does
 
 
 @dataclass(frozen=True)
@@ -67,19 +85,12 @@ class ProfileStore:
     def save(
         self, folder: Path | None, facts: Mapping[str, Any], state: Mapping[str, Any] | None, input_shape: str
     ) -> None:
-        """Write a profile on the first rank, unless folder or state are None; never a part of one.
-
-        Args:
-            folder: of the run.
-            facts: see `load`.
-            state: of the planner.
-            input_shape: of the run's first batch.
-        """
+        """Write a profile on the first rank, unless there is no folder or no state; see `load` and `Profile`."""
         if self._group.rank != 0 or folder is None or state is None:
             return
         path, all_facts = folder / _FILE, {**facts, "devices": self._devices}
         content = {"facts": all_facts, "input_shape": input_shape, "state": state, "checksum": _checksum(state)}
-        part = path.with_name(f"{path.name}.{os.getpid()}")
+        part = path.with_name(f"{path.name}.{os.getpid()}")  # the file is either the old or the new one
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(content), encoding="utf-8")

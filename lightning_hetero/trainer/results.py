@@ -30,8 +30,7 @@ from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.trainer.logged_values import LoggedKey, Numbers, combined, is_zero, on_host, union
 
-_COLUMNS = 4
-"""Numbers that a rank sends of a key; see `SynchronizedResults._epoch_row` and `TrainingResults._step_row`."""
+_COLUMNS = 4  # numbers that a rank sends of a key: see `_epoch_row` and `_step_row`
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class SynchronizedResults(_ResultCollection):
         super().__init__(training)
         self._exchange = exchange
         self._keys: dict[str, LoggedKey] = {}  # the same on all ranks, in the same order
+        self._loader_states: dict[str, ModuleSnapshot] = {}  # of torchmetrics that several loaders use in turn
 
     @property
     def logged_keys(self) -> list[LoggedKey]:
@@ -72,12 +72,7 @@ class SynchronizedResults(_ResultCollection):
         return list(self._keys.values())
 
     def exchange_epoch(self) -> None:
-        """Values on epoch level become those over all ranks, for each key that any rank has logged since the last time.
-
-        Raises:
-            ValueError: ranks mean different things by one key.
-            TypeError: this rank has not got a metric that others have logged.
-        """
+        """Values on epoch level become those over all ranks, for each key that any has logged since the last time."""
         metrics = []
         for key, rows in self._exchange_rows(lambda key: key.meta.on_epoch, self._epoch_row):  # (W, 4)
             if not rows[:, 0].any():
@@ -93,6 +88,7 @@ class SynchronizedResults(_ResultCollection):
         for metric, state, updated in metrics:
             with self._exchange.timer.waiting():
                 self._compute(metric, state, updated=updated)
+        self._loader_states.clear()
 
     @override
     def _get_cache(self, result_metric: _ResultMetric, on_step: bool) -> Tensor | None:  # type: ignore[override] # it is only called on the instance
@@ -115,20 +111,19 @@ class SynchronizedResults(_ResultCollection):
             for name, metric in self.items()
             if name not in self._keys and not metric.meta.sync.rank_zero_only
         ]
-        own = on_host([number for key in [*known, *new] for number in row_of(key)])
-        rows = [own[first : first + _COLUMNS] for first in range(0, len(own), _COLUMNS)]
+        own = np.array(on_host([number for key in [*known, *new] for number in row_of(key)])).reshape(-1, _COLUMNS)
         group = self._exchange.group
         with self._exchange.timer.waiting():
-            table = group.table([len(new), *own[: _COLUMNS * len(known)]])  # (W, 1 + 4 * known)
-            reported: list[list[tuple[LoggedKey, list[float]]]] = (
-                group.gather(list(zip(new, rows[len(known) :], strict=True))) if table[:, 0].any() else []
+            table = group.table([len(new), *own[: len(known)].ravel()])  # (W, 1 + 4 * known)
+            reported: list[list[tuple[LoggedKey, Numbers]]] = (
+                group.gather(list(zip(new, own[len(known) :], strict=True))) if table[:, 0].any() else []
             )
-        found = [(key, table[:, 1 + _COLUMNS * i : 1 + _COLUMNS * (i + 1)]) for i, key in enumerate(known)]  # (W, 4)
+        found = list(zip(known, table[:, 1:].reshape(len(table), -1, _COLUMNS).swapaxes(0, 1), strict=True))  # (W, 4)
         for key in union([[key for key, _ in pairs] for pairs in reported]):
             self._keys[key.key] = key
             if is_wanted(key):
                 by_rank = [{other.key: row for other, row in pairs} for pairs in reported]
-                found.append((key, np.array([of_rank.get(key.key, [0.0] * _COLUMNS) for of_rank in by_rank])))  # (W, 4)
+                found.append((key, np.array([of_rank.get(key.key, np.zeros(_COLUMNS)) for of_rank in by_rank])))
         return found
 
     def _epoch_row(self, key: LoggedKey) -> list[Tensor | float]:
@@ -173,9 +168,16 @@ class SynchronizedResults(_ResultCollection):
         value = combined(key.reduction, rows[:, 2], rows[:, 3])
         return torch.tensor(value, dtype=dtype, device=metric.value.device)
 
-    def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:  # noqa: ARG002 - see `EvaluationResults`
+    def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:
         """The state in which to compute a torchmetric that this rank has logged or not, where not the current one."""
-        return None
+        if logged or key.meta.dataloader_idx is None:
+            return self._loader_states.get(key.key)
+        metric = self._registered(key).value
+        current = ModuleSnapshot(metric)  # it may hold what another loader has added
+        metric.reset()
+        empty = ModuleSnapshot(metric)
+        current.restore()
+        return empty
 
     @staticmethod
     def _compute(metric: _ResultMetric, state: ModuleSnapshot | None, *, updated: bool) -> None:
@@ -299,7 +301,6 @@ class EvaluationResults(SynchronizedResults):
         super().__init__(exchange, training=False)
         self._count = count
         self._counted: tuple[Any, float | Tensor] = (None, 1.0)
-        self._loader_states: dict[str, ModuleSnapshot] = {}
 
     @override
     def update_metrics(self, key: str, value: Metric | Tensor, batch_size: int) -> None:
@@ -330,22 +331,6 @@ class EvaluationResults(SynchronizedResults):
         for key, metric in self.valid_items():
             if not metric.is_tensor and metric.meta.dataloader_idx is not None:
                 self._loader_states[key] = ModuleSnapshot(metric.value)
-
-    @override
-    def exchange_epoch(self) -> None:
-        super().exchange_epoch()
-        self._loader_states.clear()
-
-    @override
-    def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:
-        if logged or key.meta.dataloader_idx is None:
-            return self._loader_states.get(key.key)
-        metric = self._registered(key).value
-        current = ModuleSnapshot(metric)  # it may hold what another loader has added
-        metric.reset()
-        empty = ModuleSnapshot(metric)
-        current.restore()
-        return empty
 
 
 def without_exchange(metric: _ResultMetric) -> None:

@@ -16,8 +16,7 @@ from lightning_hetero.trainer.hooks import HookCallback, Hooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 from lightning_hetero.trainer.patches import patch_trainer
-from lightning_hetero.trainer.profiles import Profile
-from lightning_hetero.trainer.run_folder import run_folder
+from lightning_hetero.trainer.profiles import Profile, run_folder
 from lightning_hetero.trainer.signals import StopRequest
 from lightning_hetero.trainer.training_loaders import TrainingLoaders
 

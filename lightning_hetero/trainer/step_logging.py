@@ -126,7 +126,7 @@ class StepLogging:
             count: what the samples count for, where only the device knows; then NaN is left out where it is 0.
         """
         self.results.next_step()
-        self._open, self._borrowed, self._empty = True, borrowed, empty and not borrowed
+        self._open, self._borrowed, self._empty = True, borrowed, empty
         self._samples, self._count = samples, count
         self._updated.clear()
 

@@ -94,12 +94,13 @@ class TrainingLoaders:
         return Position(epoch_of(self._trainer), self._job.batches.next_step())
 
     def prepare(self, loader: object) -> object:
-        """A training loader as this rank reads it; called for every one, on all ranks alike.
-
-        Raises:
-            ValueError: it can't be split, or is not the same on all ranks.
-        """
-        together = self._loaders_together()
+        """A training loader as this rank reads it; called for every one, on all ranks alike."""
+        # Lightning prepares all of them in one go. While it does, neither its own collection of them nor the position
+        # changes; before it does so again, one has.
+        key = (id(self._trainer.fit_loop._combined_loader), self._position())
+        if self._together.key != key:
+            self._together = _Together(key)
+        together = self._together
         together.prepared += 1
         if not isinstance(loader, DataLoader):
             together.unsplit.append(together.prepared - 1)
@@ -120,16 +121,6 @@ class TrainingLoaders:
         if isinstance(loader.dataset, IterableDataset):
             return self._in_lockstep(loader, global_batch)
         return self._split(loader, global_batch)
-
-    def _loaders_together(self) -> _Together:
-        """The training loaders that are being prepared; Lightning prepares all of them in one go.
-
-        While it does, neither its own collection of them nor the position changes; before it does so again, one has.
-        """
-        key = (id(self._trainer.fit_loop._combined_loader), self._position())
-        if self._together.key != key:
-            self._together = _Together(key)
-        return self._together
 
     def _split(self, loader: DataLoader[Any], global_batch: int | None) -> object:
         number = len(self._together.samplers)

@@ -68,9 +68,6 @@ def lost_geographic_sampler(loader: DataLoader[Any]) -> bool:
     )
 
 
-# ---- what ranks agree on ----
-
-
 @dataclass
 class _IndexAgreement:
     """Makes all ranks use the same indices of a sampler; see `AgreeOnIndices`."""
@@ -99,11 +96,7 @@ class _IndexAgreement:
 
 
 def agreed_batches(group: RankGroup, sampler: Any, grouping: Grouping, seed: int) -> GlobalBatches:
-    """The global batches of a user's sampler or batch sampler, the same on all ranks.
-
-    Raises:
-        ValueError: it has nothing to draw from.
-    """
+    """The global batches of a user's sampler or batch sampler, the same on all ranks."""
     _require_tiles(sampler)
     return GlobalBatches(sampler, grouping, seed, _IndexAgreement(group, name_of(sampler)))
 
@@ -111,11 +104,7 @@ def agreed_batches(group: RankGroup, sampler: Any, grouping: Grouping, seed: int
 def require_same_loader(
     group: RankGroup, loader: DataLoader[Any], topic: str, *, global_batch: int | None = None
 ) -> None:
-    """Compare a loader over all ranks.
-
-    Raises:
-        ValueError: it differs; the same sentence on every rank.
-    """
+    """Raise the same ValueError on all ranks where their loaders differ."""
     facts = {
         "data set": name_of(loader.dataset),
         "length of the data set": None if isinstance(loader.dataset, IterableDataset) else _length(loader.dataset),

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.exchange.messages import COLUMNS
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.trainer.profiles import Profile, ProfileStore
 
@@ -19,7 +18,7 @@ SHAPE = "float32 (3, 8, 8)"
 
 @pytest.fixture
 def store() -> ProfileStore:
-    return ProfileStore(RankGroup(0, 1, len(COLUMNS), None), torch.device("cpu"))
+    return ProfileStore(RankGroup(0, 1, None), torch.device("cpu"))
 
 
 def path_in(folder: Path) -> Path:
@@ -87,7 +86,7 @@ def test_other_devices_are_another_job(store: ProfileStore, tmp_path: Path) -> N
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        elsewhere = ProfileStore(RankGroup(0, 1, len(COLUMNS), None), torch.device("cpu"))
+        elsewhere = ProfileStore(RankGroup(0, 1, None), torch.device("cpu"))
     finally:
         torch.set_num_threads(threads)
     with pytest.warns(UserWarning, match="it is of another job, with devices"):

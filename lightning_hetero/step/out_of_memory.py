@@ -66,7 +66,7 @@ class PartLogs(Protocol):
 
 
 class PartLogging(Protocol):
-    """What handles `self.log`; see `trainer.step_logging`."""
+    """What handles `self.log`; see `trainer.training_results`."""
 
     def in_parts(self) -> AbstractContextManager[PartLogs]:
         """A batch is computed in parts inside; each key is updated once, when all of them are done."""

@@ -124,8 +124,8 @@ class Fit:
             raise TypeError(
                 "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
             )
-        step, logging = self._begin(args[0]), self._run.metrics.step_logging
-        logging.begin(
+        step, logging = self._begin(args[0]), self._run.metrics.training_results
+        logging.begin_step(
             borrowed=step.loaded.borrowed,
             empty=step.count.is_zero,
             samples=step.loaded.local_batch,
@@ -139,7 +139,7 @@ class Fit:
                 else:
                     output = compute(*args, **kwargs)
         finally:
-            logging.end(_loss(output))
+            logging.end_step(_loss(output))
         return output
 
     def backward(self, compute: Callable[[Tensor], Tensor], loss: Tensor, *, averaged: bool) -> Tensor:

@@ -15,9 +15,9 @@ from typing_extensions import override
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.step.loss_count import find
-from lightning_hetero.trainer.results import EvaluationResults, MetricExchange, SynchronizedResults, TrainingResults
-from lightning_hetero.trainer.step_logging import StepLogging
+from lightning_hetero.trainer.results import EvaluationResults, MetricExchange, SynchronizedResults
 from lightning_hetero.trainer.torchmetrics import MetricSync
+from lightning_hetero.trainer.training_results import TrainingResults
 
 
 class SynchronizedLoggerConnector(_LoggerConnector):
@@ -173,7 +173,7 @@ class MetricSynchronizer:
         in_evaluation_batch: whether the rank is in an evaluation step, which other ranks may not have.
 
     Attributes:
-        step_logging: for the training steps.
+        training_results: collection of the training loop.
         evaluation_results: collections of the loops that validate in a fit, validate, and test.
         connector: in place of the Trainer's.
     """
@@ -199,7 +199,7 @@ class MetricSynchronizer:
         self.connector: _LoggerConnector = trainer._logger_connector
         self._lightnings_connector = self.connector
         exchange = MetricExchange(group, timer, trainer.strategy.reduce, module, device)
-        self.step_logging = StepLogging(exchange)
+        self.training_results = TrainingResults(exchange)
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
         self.evaluation_results: tuple[_ResultCollection, ...] = tuple(loop._results for loop in loops)
         if exchange.is_needed:
@@ -207,15 +207,15 @@ class MetricSynchronizer:
             self.connector = SynchronizedLoggerConnector(self.connector, self._metrics)
 
     def batch_over(self, loss_weight: float | Tensor | None) -> None:
-        """The training step is over, and the hooks at the end of its batch follow; see `StepLogging.batch_over`."""
-        self.step_logging.batch_over(loss_weight)
+        """The training step is over, and the hooks at the end of its batch follow; see `TrainingResults.batch_over`."""
+        self.training_results.batch_over(loss_weight)
         if isinstance(self.connector, SynchronizedLoggerConnector):
-            self.connector.exchange_steps(self.step_logging.results)
+            self.connector.exchange_steps(self.training_results)
 
     def epoch_over(self) -> None:
         """The training epoch has no more batches, or its hooks may have logged values: on all ranks."""
         if isinstance(self.connector, SynchronizedLoggerConnector):
-            self.connector.exchange_epoch(self.step_logging.results)
+            self.connector.exchange_epoch(self.training_results)
 
     def is_validation_due(self, *args: Any, **kwargs: Any) -> bool:
         """In place of Lightning's; where the time decides, the first rank does: no two clocks are the same."""

@@ -48,7 +48,7 @@ def patch_trainer(
             "_logger_connector": metrics.connector,
             "fit_loop.epoch_loop._broadcast_sigterm_tensor": before_batch,
             "fit_loop.epoch_loop._should_check_val_fx": metrics.is_validation_due,
-            "fit_loop.epoch_loop._results": metrics.step_logging.results,
+            "fit_loop.epoch_loop._results": metrics.training_results,
             "fit_loop.epoch_loop.val_loop._results": validating,
             "validate_loop._results": evaluating,
             "test_loop._results": testing,

@@ -15,7 +15,6 @@ from typing import Any, final
 import numpy as np
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
-    _METRICS,
     _Metadata,
     _ResultCollection,
     _ResultMetric,
@@ -28,9 +27,9 @@ from typing_extensions import override
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.step.snapshot import ModuleSnapshot
-from lightning_hetero.trainer.logged_values import LoggedKey, Numbers, combined, is_zero, on_host, union
+from lightning_hetero.trainer.logged_values import LoggedKey, Numbers, combined, on_host, union
 
-_COLUMNS = 4  # numbers that a rank sends of a key: see `_epoch_row` and `_step_row`
+COLUMNS = 4  # numbers that a rank sends of a key: see `_epoch_row`, and `_step_row` of training
 
 
 @dataclass(frozen=True)
@@ -111,26 +110,26 @@ class SynchronizedResults(_ResultCollection):
             for name, metric in self.items()
             if name not in self._keys and not metric.meta.sync.rank_zero_only
         ]
-        own = np.array(on_host([number for key in [*known, *new] for number in row_of(key)])).reshape(-1, _COLUMNS)
+        own = np.array(on_host([number for key in [*known, *new] for number in row_of(key)])).reshape(-1, COLUMNS)
         group = self._exchange.group
         with self._exchange.timer.waiting():
             table = group.table([len(new), *own[: len(known)].ravel()])  # (W, 1 + 4 * known)
             reported: list[list[tuple[LoggedKey, Numbers]]] = (
                 group.gather(list(zip(new, own[len(known) :], strict=True))) if table[:, 0].any() else []
             )
-        found = list(zip(known, table[:, 1:].reshape(len(table), -1, _COLUMNS).swapaxes(0, 1), strict=True))  # (W, 4)
+        found = list(zip(known, table[:, 1:].reshape(len(table), -1, COLUMNS).swapaxes(0, 1), strict=True))  # (W, 4)
         for key in union([[key for key, _ in pairs] for pairs in reported]):
             self._keys[key.key] = key
             if is_wanted(key):
                 by_rank = [{other.key: row for other, row in pairs} for pairs in reported]
-                found.append((key, np.array([of_rank.get(key.key, np.zeros(_COLUMNS)) for of_rank in by_rank])))
+                found.append((key, np.array([of_rank.get(key.key, np.zeros(COLUMNS)) for of_rank in by_rank])))
         return found
 
     def _epoch_row(self, key: LoggedKey) -> list[Tensor | float]:
         """Whether it is not exchanged yet; bytes of a number, 0 for none; sum (for metrics: updated); weight."""
         metric = self.get(key.key)
         if metric is None or metric.has_reset or not key.meta.on_epoch:
-            return [0.0] * _COLUMNS
+            return [0.0] * COLUMNS
         stale = float(metric._computed is None)
         if not key.is_tensor:
             return [stale, 1.0, float(metric.value.update_called), 0.0]
@@ -194,98 +193,6 @@ class SynchronizedResults(_ResultCollection):
             metric._computed = metric.value.compute()
         if current is not None:
             current.restore()
-
-
-@dataclass(frozen=True)
-class _StepValue:
-    """What this rank has logged in a step."""
-
-    value: Tensor
-    weight: float | Tensor  # in the mean over ranks; 0 leaves the value out of any reduction; may be on the device
-    step: int  # in which it was logged, from 1, counted alike on all ranks
-
-
-@final
-class TrainingResults(SynchronizedResults):
-    """The training loop's collection; its values on step level become those over all ranks too.
-
-    Args:
-        exchange: with the other ranks.
-        receive: gets the key, the value and the batch size of what is logged, and calls `add` for it in time.
-    """
-
-    def __init__(self, exchange: MetricExchange, receive: Callable[[str, Any, int], None]) -> None:
-        super().__init__(exchange, training=True)
-        self._receive = receive
-        self._step_values: dict[str, _StepValue] = {}
-        self._step = self._exchanged_step = 0
-
-    @override
-    def update_metrics(self, key: str, value: Metric | Tensor, batch_size: int) -> None:
-        self._receive(key, value, batch_size)
-
-    def next_step(self) -> None:
-        """A training step begins: on all ranks."""
-        self._step += 1
-
-    def set_batch(self, batch: Any) -> None:
-        """Values that are logged from now on are means over the samples of this batch."""
-        self.batch, self.batch_size = batch, None
-
-    def add(self, key: str, value: Tensor, weight: float | Tensor) -> None:
-        """Add this rank's value in this step to what is logged under a key; a weight of 0 leaves it out."""
-        metric = self[key]
-        without_exchange(metric)
-        synchronized = self._exchange.is_needed and not metric.meta.sync.rank_zero_only
-        if is_zero(weight):
-            metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
-        else:
-            if metric.meta.is_mean_reduction and not isinstance(weight, int):
-                # A whole number and a fraction would be added up in single precision.
-                metric.cumulated_batch_size = metric.cumulated_batch_size.double()
-            before = metric._forward_cache
-            metric.forward(value, weight)  # it only multiplies and adds
-            value = metric._forward_cache
-            if synchronized:
-                # What loggers and callbacks see is the value over all ranks, which the next exchange brings.
-                metric._forward_cache = before
-        if synchronized and metric.meta.on_step:
-            self._step_values[key] = _StepValue(value, weight, self._step)
-
-    def exchange_steps(self) -> None:
-        """Values on step level become those over all ranks, until the next exchange."""
-        self._exchanged_step = self._step
-        for key, rows in self._exchange_rows(lambda key: key.meta.on_step and key.is_tensor, self._step_row):  # (W, 4)
-            if not rows[:, 1].any():
-                continue
-            # A key that is logged now and then keeps its last value, and only those who logged it last have that one.
-            latest = rows[rows[:, 0] == rows[:, 0].max()]
-            latest = latest[latest[:, 3] > 0]  # (n, 4)
-            metric = self._registered(key)
-            metric.has_reset = False
-            metric._forward_cache = self._tensor(metric, key, latest) if len(latest) else None
-
-    @override
-    def metrics(self, on_step: bool) -> _METRICS:
-        """As Lightning's; between exchanges the progress bar, which only rank 0 has, shows what this rank has."""
-        metrics = super().metrics(on_step)
-        if on_step and self._exchange.group.rank == 0:
-            for key, own in self._step_values.items():
-                metric = self[key]
-                is_newer = own.step > self._exchanged_step and not metric.has_reset and not is_zero(own.weight)
-                if is_newer and metric.meta.prog_bar:
-                    metrics["pbar"][self._forked_name(metric, on_step)[1]] = own.value.item()
-        return metrics
-
-    def _step_row(self, key: LoggedKey) -> list[Tensor | float]:
-        """The step in which it was logged last, from 1; bytes of a number, 0 for none; sum; weight."""
-        own = self._step_values.get(key.key)
-        if own is None or self[key.key].has_reset:
-            return [0.0] * _COLUMNS
-        value: Tensor | float = own.value
-        if key.reduction == "mean":
-            value = own.value.double() * own.weight if not is_zero(own.weight) else 0.0
-        return [float(own.step), float(own.value.element_size()), value, own.weight]
 
 
 @final

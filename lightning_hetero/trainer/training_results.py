@@ -1,15 +1,19 @@
-"""What a rank logs in a training step, where it has nothing, or nothing valid, to log, or computes in parts."""
+"""What training steps log: also where a rank has nothing, or nothing valid, to log, or computes a batch in parts."""
+# ruff: noqa: SLF001 - stands in for what Lightning's collection does inside; a test guards it
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import _METRICS
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import override
 
-from lightning_hetero.trainer.results import MetricExchange, TrainingResults
+from lightning_hetero.trainer.logged_values import LoggedKey, is_zero
+from lightning_hetero.trainer.results import COLUMNS, MetricExchange, SynchronizedResults, without_exchange
 
 
 class _PartValue(NamedTuple):
@@ -23,7 +27,7 @@ class _PartValue(NamedTuple):
 class PartLogs:
     """What the parts of a batch log, to be logged once for all of it; each part is the batch of `results` meanwhile."""
 
-    def __init__(self, results: TrainingResults) -> None:
+    def __init__(self, results: "TrainingResults") -> None:
         self._results = results
         self._part: list[tuple[str, Tensor, int]] = []  # key, value and batch size
         self._kept: dict[str, list[_PartValue]] = {}
@@ -83,8 +87,18 @@ class _StepLog:
     is_loss: bool | Tensor = False  # the same as the loss that the step returned
 
 
-class StepLogging:
-    """Stands between `self.log` and the training loop's collection.
+@dataclass(frozen=True)
+class _StepValue:
+    """What this rank has logged in a step."""
+
+    value: Tensor
+    weight: float | Tensor  # in the mean over ranks; 0 leaves the value out of any reduction; may be on the device
+    step: int  # in which it was logged, from 1, counted alike on all ranks
+
+
+@final
+class TrainingResults(SynchronizedResults):
+    """The training loop's collection; its values on step level become those over all ranks too.
 
     A borrowed step registers its keys but adds nothing. A step in which nothing counts adds everything but its loss and
     what is not finite. The loss that the step returned weighs what it weighs in the loss of the global batch,
@@ -92,8 +106,9 @@ class StepLogging:
     """
 
     def __init__(self, exchange: MetricExchange) -> None:
-        self.results = TrainingResults(exchange, self._update)
-        """In place of Lightning's collection."""
+        super().__init__(exchange, training=True)
+        self._step = self._exchanged_step = 0
+        self._step_values: dict[str, _StepValue] = {}
         self._borrowed = self._empty = self._open = False
         self._samples: float | Tensor | None = None
         self._count: Tensor | None = None
@@ -101,23 +116,27 @@ class StepLogging:
         self._updated: set[str] = set()  # keys of this step
         self._parts: PartLogs | None = None
 
+    def set_batch(self, batch: Any) -> None:
+        """Values that are logged from now on are means over the samples of this batch."""
+        self.batch, self.batch_size = batch, None
+
     @contextmanager
     def in_parts(self) -> Iterator[PartLogs]:
         """The batch is computed once more, in parts: each key is updated once, at the end, if it was not before."""
-        batch = self.results.batch
-        self._parts = parts = PartLogs(self.results)
+        batch = self.batch
+        self._parts = parts = PartLogs(self)
         try:
             yield parts
         finally:
             self._parts = None
-            self.results.set_batch(batch)
+            self.set_batch(batch)
         done = set(self._updated)
         for key, value, size in parts.combined():
             if key not in done:
-                self._update(key, value, size)
+                self.update_metrics(key, value, size)
 
-    def begin(self, *, borrowed: bool, empty: bool, samples: int | None, count: Tensor | None) -> None:
-        """A training step begins.
+    def begin_step(self, *, borrowed: bool, empty: bool, samples: int | None, count: Tensor | None) -> None:
+        """A training step begins, on all ranks.
 
         Args:
             borrowed: it is on other ranks' samples.
@@ -125,12 +144,12 @@ class StepLogging:
             samples: of this rank; None where the user shards.
             count: what the samples count for, where only the device knows; then NaN is left out where it is 0.
         """
-        self.results.next_step()
+        self._step += 1
         self._open, self._borrowed, self._empty = True, borrowed, empty
         self._samples, self._count = samples, count
         self._updated.clear()
 
-    def end(self, loss: Tensor | None) -> None:
+    def end_step(self, loss: Tensor | None) -> None:
         """The training step has returned its loss; see what was logged of it."""
         if loss is None or loss.numel() != 1:
             return
@@ -160,12 +179,12 @@ class StepLogging:
 
     def _is_lightnings_size(self, logged: _StepLog) -> bool:
         """Whether a batch size is what Lightning takes for the number of samples; another one is the user's."""
-        uncounted = logged.batch_size == 1 and not self.results[logged.key].meta.on_epoch
+        uncounted = logged.batch_size == 1 and not self[logged.key].meta.on_epoch
         return uncounted or self._samples is None or logged.batch_size == self._samples
 
-    def _update(self, key: str, value: Any, batch_size: int) -> None:
-        """A value is logged; see `_ResultCollection.update_metrics`."""
-        metric = self.results[key]
+    @override
+    def update_metrics(self, key: str, value: Metric | Tensor, batch_size: int) -> None:
+        metric = self[key]
         metric.has_reset = False
         if self._parts is not None and isinstance(value, Tensor) and metric.is_tensor:
             self._parts.add(key, value, batch_size)
@@ -182,7 +201,8 @@ class StepLogging:
             self._add(key, value, batch_size)
 
     def _add(self, key: str, value: Tensor, weight: float | Tensor) -> None:
-        meta = self.results[key].meta
+        metric = self[key]
+        meta = metric.meta
         if not meta.on_epoch and self._samples and not isinstance(weight, Tensor) and weight == 1:
             weight = self._samples  # Lightning does not count them for a value that it never averages
         if self._borrowed or (self._empty and not bool(torch.isfinite(value))):
@@ -190,4 +210,54 @@ class StepLogging:
         elif meta.is_mean_reduction and self._count is not None:
             kept = (self._count > 0) | torch.isfinite(value)
             value, weight = torch.where(kept, value, torch.zeros_like(value)), kept * weight
-        self.results.add(key, value, weight)
+        without_exchange(metric)
+        synchronized = self._exchange.is_needed and not meta.sync.rank_zero_only
+        if is_zero(weight):
+            metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
+        else:
+            if meta.is_mean_reduction and not isinstance(weight, int):
+                # A whole number and a fraction would be added up in single precision.
+                metric.cumulated_batch_size = metric.cumulated_batch_size.double()
+            before = metric._forward_cache
+            metric.forward(value, weight)  # it only multiplies and adds
+            value = metric._forward_cache
+            if synchronized:
+                # What loggers and callbacks see is the value over all ranks, which the next exchange brings.
+                metric._forward_cache = before
+        if synchronized and meta.on_step:
+            self._step_values[key] = _StepValue(value, weight, self._step)
+
+    def exchange_steps(self) -> None:
+        """Values on step level become those over all ranks, until the next exchange."""
+        self._exchanged_step = self._step
+        for key, rows in self._exchange_rows(lambda key: key.meta.on_step and key.is_tensor, self._step_row):  # (W, 4)
+            if not rows[:, 1].any():
+                continue
+            # A key that is logged now and then keeps its last value, and only those who logged it last have that one.
+            latest = rows[rows[:, 0] == rows[:, 0].max()]
+            latest = latest[latest[:, 3] > 0]  # (n, 4)
+            metric = self._registered(key)
+            metric.has_reset = False
+            metric._forward_cache = self._tensor(metric, key, latest) if len(latest) else None
+
+    @override
+    def metrics(self, on_step: bool) -> _METRICS:
+        """As Lightning's; between exchanges the progress bar, which only rank 0 has, shows what this rank has."""
+        metrics = super().metrics(on_step)
+        if on_step and self._exchange.group.rank == 0:
+            for key, own in self._step_values.items():
+                metric = self[key]
+                is_newer = own.step > self._exchanged_step and not metric.has_reset and not is_zero(own.weight)
+                if is_newer and metric.meta.prog_bar:
+                    metrics["pbar"][self._forked_name(metric, on_step)[1]] = own.value.item()
+        return metrics
+
+    def _step_row(self, key: LoggedKey) -> list[Tensor | float]:
+        """The step in which it was logged last, from 1; bytes of a number, 0 for none; sum; weight."""
+        own = self._step_values.get(key.key)
+        if own is None or self[key.key].has_reset:
+            return [0.0] * COLUMNS
+        value: Tensor | float = own.value
+        if key.reduction == "mean":
+            value = own.value.double() * own.weight if not is_zero(own.weight) else 0.0
+        return [float(own.step), float(own.value.element_size()), value, own.weight]

@@ -49,19 +49,15 @@ class TrainerDataLoaders:
     def prepare(self, dataloader: object, shuffle: bool, mode: RunningStage) -> object:
         """What Lightning calls for every loader, on all ranks alike; a ValueError says why one can't be split."""
         loader = users_loader(dataloader)
-        if isinstance(loader, DataLoader):
-            self._require_geographic_sampler(loader)
-        if mode == RunningStage.TRAINING:
-            return self._training.prepare(loader)
-        return self._prepare_evaluation(loader, shuffle, mode) if isinstance(loader, DataLoader) else loader
-
-    def _require_geographic_sampler(self, loader: DataLoader[Any]) -> None:
         overfits: float = vars(self._trainer)["overfit_batches"]  # Lightning sets it without declaring it
-        if overfits and lost_geographic_sampler(loader):
+        if overfits and isinstance(loader, DataLoader) and lost_geographic_sampler(loader):
             raise ValueError(
                 "overfit_batches replaces the geographic sampler by plain numbers, which "
                 f"{name_of(loader.dataset)} can't be indexed with: use limit_train_batches instead"
             )
+        if mode == RunningStage.TRAINING:
+            return self._training.prepare(loader)
+        return self._prepare_evaluation(loader, shuffle, mode) if isinstance(loader, DataLoader) else loader
 
     def _prepare_evaluation(self, loader: DataLoader[Any], shuffle: bool, stage: RunningStage) -> object:
         """Each rank evaluates a part of the loader's own batches, unless the user shards them."""

@@ -41,10 +41,6 @@ class SynchronizedLoggerConnector(_LoggerConnector):
         self._hooks_follow = False  # in evaluation, ranks have exchanged what their batches have logged
         self._first_before_end: bool | None = None  # Lightning's `_first_loop_iter` before a loader's end
 
-    def hand_back(self, connector: _LoggerConnector) -> None:
-        """Let Lightning's own connector go on with the state of this one."""
-        vars(connector).update({name: getattr(self, name) for name in vars(connector)})
-
     @override
     def reset_results(self) -> None:
         """The module is made, and the run, an evaluation or a training epoch begins or is over."""
@@ -228,6 +224,7 @@ class MetricSynchronizer:
     def close(self) -> None:
         """The run is over: torchmetrics and Lightning's connector are as if it had been theirs alone; idempotent."""
         if isinstance(self.connector, SynchronizedLoggerConnector):
-            self.connector.hand_back(self._lightnings_connector)
+            state, own = vars(self.connector), vars(self._lightnings_connector)
+            own.update({name: state[name] for name in own})  # Lightning's goes on with it
             self.connector = self._lightnings_connector
         self._metrics.detach()

@@ -60,9 +60,10 @@ def patch_trainer(
             except AttributeError:
                 raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
             _replace(stack, owner, name, value)
-        _call_before_monitors(stack, _callbacks(trainer), metrics.epoch_over)
+        trainers_callbacks = vars(trainer)["callbacks"]  # set where mypy can't see it
+        _call_before_monitors(stack, trainers_callbacks, metrics.epoch_over)
         stack.callback(_remove_callbacks, trainer, callbacks)
-        _callbacks(trainer)[:0] = callbacks
+        trainers_callbacks[:0] = callbacks
         return stack.pop_all()
 
 
@@ -94,10 +95,5 @@ def _call_before_monitors(stack: ExitStack, callbacks: list[Callback], call: Cal
 
 
 def _remove_callbacks(trainer: "pl.Trainer", own: Sequence[Callback]) -> None:
-    callbacks = _callbacks(trainer)  # the next run may have made a new list before this one is over
+    callbacks = vars(trainer)["callbacks"]  # a new list where another run begins before this one was ended
     callbacks[:] = [one for one in callbacks if not any(one is mine for mine in own)]
-
-
-def _callbacks(trainer: "pl.Trainer") -> list[Callback]:
-    callbacks: list[Callback] = vars(trainer)["callbacks"]  # set where mypy can't see it
-    return callbacks

@@ -86,6 +86,8 @@ class TrainingLoaders:
         self._planner_for = planner_for
         self.user_shards = not trainer._accelerator_connector.use_distributed_sampler
         """Whether the user said so, with `use_distributed_sampler=False`."""
+        self.duplicate_data_sentence = USER_SHARDS if self.user_shards else NO_DATA_LOADER
+        """What is wrong where all ranks train on the same data, and what to do."""
         self._together = _Together(key=None)
         self._hashed = 0  # batches of which a hash was made
         self._warned_inexact = False
@@ -237,11 +239,6 @@ class TrainingLoaders:
         except ValueError:  # the module has made something else of it
             return [batch]
         return [parts[position] for position in self._together.unsplit]
-
-    @property
-    def duplicate_data_sentence(self) -> str:
-        """What is wrong where all ranks train on the same data, and what to do."""
-        return USER_SHARDS if self.user_shards else NO_DATA_LOADER
 
 
 def _proportional(shares: list[Share]) -> bool:

@@ -33,14 +33,7 @@ from lightning_hetero.trainer.user_loader import (
 
 
 class TrainerDataLoaders:
-    """Prepares all loaders of one call of a Trainer.
-
-    Args:
-        trainer: whose.
-        job: of this process.
-        training: prepares those that are trained on.
-        seed: of all passes over samplers, shared by all ranks.
-    """
+    """Prepares all loaders of one call of a Trainer; `seed`: see `TrainingLoaders`."""
 
     def __init__(self, trainer: "pl.Trainer", job: Job, training: TrainingLoaders, seed: int) -> None:
         self._trainer, self._job, self._training, self._seed = trainer, job, training, seed

@@ -14,11 +14,8 @@ from lightning_hetero.exchange.groups import RankGroup
 class LockstepLoader:
     """An iterable data set's loader that ends on all ranks when it ends on one.
 
-    It holds one batch ahead: whether all ranks have that one is asked for while the batch before is trained on.
-
-    Args:
-        loader: this rank's own, with a `LocalBatchSizeSampler`.
-        group: for this loader only, so that its exchanges keep no order with others.
+    It holds one batch ahead: whether all ranks have that one is asked for while the batch before is trained on. The
+    group is for this loader only, so that its exchanges keep no order with others.
     """
 
     def __init__(self, loader: DataLoader[Any], group: RankGroup) -> None:

@@ -27,21 +27,13 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class LoggedKey:
-    """What all ranks have to know of a logged value, also those that have not logged it.
+    """What all ranks have to know of a logged value, also those that have not logged it."""
 
-    Attributes:
-        key: of the collection.
-        meta: Lightning's, without what belongs to a process.
-        reduction: see `REDUCTIONS`.
-        is_tensor: it is no torchmetric.
-        sync_dist: the argument of `self.log`.
-    """
-
-    key: str
-    meta: _Metadata
-    reduction: str
-    is_tensor: bool
-    sync_dist: bool
+    key: str  # of the collection
+    meta: _Metadata  # Lightning's, without what belongs to a process
+    reduction: str  # see `REDUCTIONS`
+    is_tensor: bool  # it is no torchmetric
+    sync_dist: bool  # the argument of `self.log`
 
     @classmethod
     def of(cls, key: str, metric: _ResultMetric) -> "LoggedKey":

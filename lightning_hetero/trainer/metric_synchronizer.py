@@ -26,15 +26,11 @@ class SynchronizedLoggerConnector(_LoggerConnector):
     Training: ranks exchange before the hooks at the end of a batch after which values are used, and after them, if
     values are logged there; before and after the hooks at the end of an epoch. Evaluation: the same at the end of a
     run; ranks may have different numbers of batches in it, so there is no other point.
-
-    Args:
-        connector: Lightning's own, whose state this one goes on with.
-        metrics: how torchmetrics are brought together.
     """
 
     def __init__(self, connector: _LoggerConnector, metrics: MetricSync) -> None:
         super().__init__(connector.trainer)
-        vars(self).update(vars(connector))
+        vars(self).update(vars(connector))  # goes on with the state of Lightning's own
         self._metrics = metrics
         self._values_used = False  # after the current step
         self._hooks_known = False  # whether any rank logs values in hooks at the end of a batch
@@ -70,7 +66,7 @@ class SynchronizedLoggerConnector(_LoggerConnector):
     def on_batch_end(self) -> None:
         results = self.trainer._results
         if self._values_used and isinstance(results, TrainingResults) and not self.trainer.interrupted:
-            # Only the first time nobody knows whether a rank logs values there.
+            # The first time, no rank knows whether others log values there.
             logged = any(key.meta.on_step and key.meta.fx == "on_train_batch_end" for key in results.logged_keys)
             if not self._hooks_known or logged:
                 results.exchange_steps()

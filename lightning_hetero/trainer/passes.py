@@ -17,12 +17,8 @@ def make_recovery(
 ) -> OutOfMemoryRecovery:
     """How the steps of a fit recover from running out of memory.
 
-    Args:
-        module: of the Trainer.
-        model: what the strategy has wrapped it in.
-        precision: the Trainer's plugin.
-        place: rank and device, for messages.
-        custom_hook: the user gave DDP a communication hook, or a wrapper for one.
+    `model` is the module as the strategy has wrapped it, `place` rank and device for messages; `custom_hook`: the user
+    gave DDP a communication hook, or a wrapper for one.
     """
     automatic = module.automatic_optimization
     obstacle = find_obstacle(module, model, automatic_optimization=automatic, custom_hook=custom_hook)

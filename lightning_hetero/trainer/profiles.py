@@ -35,33 +35,21 @@ def run_folder(trainer: "pl.Trainer") -> Path | None:
     if logged and "://" not in logged and Path(logged).resolve() != Path.cwd():
         return Path(logged)
     root = trainer.default_root_dir
-    # Whoever says "." has chosen it: Lightning itself fills in the whole path.
+    # A user who says "." has chosen it: Lightning itself fills in the whole path.
     return Path(root) if "://" not in root and root != os.getcwd() else None  # noqa: PTH109 - as Lightning does
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What an earlier run of the same job has measured.
+    """What an earlier run of the same job has measured."""
 
-    Attributes:
-        state: of its planner, see `SplitPlanner.state_dict`.
-        input_shape: of its first batch. It belongs to the job, but is not known before the first batch is there:
-            whoever uses the profile has to compare it then.
-        path: the file.
-    """
-
-    state: Mapping[str, Any]
-    input_shape: str
+    state: Mapping[str, Any]  # of its planner, see `SplitPlanner.state_dict`
+    input_shape: str  # of its first batch: a part of the job, to be compared when this run has a batch too
     path: Path
 
 
 class ProfileStore:
-    """Loads and saves profiles; all ranks have to make it together.
-
-    Args:
-        group: of all ranks.
-        device: of this rank; a profile holds for the same devices only.
-    """
+    """Loads and saves profiles, which hold for the same devices only; all ranks have to make it together."""
 
     def __init__(self, group: RankGroup, device: torch.device) -> None:
         self._group = group

@@ -34,20 +34,12 @@ COLUMNS = 4  # numbers that a rank sends of a key: see `_epoch_row`, and `_step_
 
 @dataclass(frozen=True)
 class MetricExchange:
-    """How ranks exchange logged values.
-
-    Attributes:
-        group: of all ranks.
-        timer: of this rank's compute time, which an exchange is no part of.
-        reduce: the strategy's, as Lightning puts it into what it registers.
-        module: where a rank finds a metric that only others have logged.
-        device: of this rank.
-    """
+    """How ranks exchange logged values."""
 
     group: RankGroup
-    timer: ComputeTimer
-    reduce: Callable[..., Any]
-    module: nn.Module
+    timer: ComputeTimer  # of compute time, which an exchange is no part of
+    reduce: Callable[..., Any]  # the strategy's, as Lightning puts it into what it registers
+    module: nn.Module  # where a rank finds a metric that only others have logged
     device: torch.device
 
     @property
@@ -197,16 +189,11 @@ class SynchronizedResults(_ResultCollection):
 
 @final
 class EvaluationResults(SynchronizedResults):
-    """The collection of a loop that validates or tests; a mean that is NaN is left out where its batch counts nothing.
-
-    Args:
-        exchange: with the other ranks.
-        count: from a batch to its loss count.
-    """
+    """The collection of a loop that validates or tests; a NaN is left out of a mean where the batch's count is 0."""
 
     def __init__(self, exchange: MetricExchange, count: Callable[[Any], float | Tensor]) -> None:
         super().__init__(exchange, training=False)
-        self._count = count
+        self._count = count  # from a batch to its loss count
         self._counted: tuple[Any, float | Tensor] = (None, 1.0)
 
     @override

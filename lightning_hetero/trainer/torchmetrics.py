@@ -2,7 +2,7 @@
 
 torchmetrics gathers each tensor in a list state by itself. Where a metric keeps one tensor per image, ranks with
 different numbers of images would issue different numbers of gathers, and wait for each other for ever; a rank without
-any can't tell the shape and type of what it gathers; and one that computes before it was updated warns.
+any does not know the shape and type of what it gathers; and one that computes before it was updated warns.
 """
 # ruff: noqa: SLF001 - torchmetrics has no public way to say how states are gathered
 
@@ -107,15 +107,11 @@ def _torchmetrics_own(metric: Metric) -> Any:
 class MetricSync:
     """All metrics of a module; with one rank only they are left alone.
 
-    Args:
-        group: of all ranks.
-        timer: of the rank's compute time, which gathering is no part of.
-        in_evaluation_batch: whether the rank is in an evaluation step, which other ranks may not have; values stay the
-            rank's own then.
+    In an evaluation batch, which other ranks may not have, values stay the rank's own.
     """
 
     group: RankGroup
-    timer: ComputeTimer
+    timer: ComputeTimer  # of compute time, which gathering is no part of
     in_evaluation_batch: Callable[[], bool]
     _synchronized: list[_SynchronizedMetric] = field(default_factory=list, init=False)
 

@@ -162,7 +162,7 @@ class TrainingLoaders:
         return LockstepLoader(replace_batch_sampler(loader, sampler), self._job.lockstep_group(number))
 
     def _global_batch(self, loader: DataLoader[Any]) -> int | None:
-        """Samples of a step; None where only what the batch sampler draws can tell."""
+        """Samples of a step; None where only what the batch sampler draws shows it."""
         own = batch_size_of(loader)
         given = self._job.options.global_batch
         if given is None:
@@ -222,10 +222,9 @@ class TrainingLoaders:
         return max((sampler.pending_shares.last_drawn for sampler in self._together.samplers), default=-1)
 
     def content_hash(self, batch: Any) -> float:
-        """A number that stands for one of the first batches (all of it, on the CPU), which ranks compare.
+        """A number for ranks to compare one of the first batches by (all of it, on the CPU).
 
-        Returns:
-            0 for later batches, where nothing in the batch can be compared, and where the strategy splits the data.
+        It is 0 for later batches, where nothing in the batch can be compared, and where the strategy splits the data.
         """
         if self._hashed >= DuplicateDataCheck.WATCHED or not (self.user_shards or self._together.unsplit):
             return 0.0

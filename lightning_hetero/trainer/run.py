@@ -15,7 +15,7 @@ from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
 from lightning_hetero.trainer.evaluation import RememberedBroadcasts, batch_hook
-from lightning_hetero.trainer.hooks import HookCallback, Hooks
+from lightning_hetero.trainer.hooks import HookCallback, TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 from lightning_hetero.trainer.patches import patch_trainer
@@ -42,7 +42,7 @@ class Run:
         metrics: what is logged, on all ranks alike.
     """
 
-    def __init__(self, job: Job, trainer: "pl.Trainer", hooks: Hooks) -> None:
+    def __init__(self, job: Job, trainer: "pl.Trainer", hooks: TrainingHooks) -> None:
         self.job = job
         self.trainer = trainer
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed()) % 2**32
@@ -67,7 +67,7 @@ class Run:
             prepare_dataloader=loaders.prepare,
             before_batch=hooks.before_batch,
             on_sigterm=self.stop.handle,
-            callbacks=[HookCallback(hooks)],
+            callbacks=[HookCallback(hooks, self.end_training, self.begin_evaluation, self.end_evaluation)],
         )
 
     def end(self) -> None:

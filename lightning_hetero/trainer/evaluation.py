@@ -131,10 +131,8 @@ class EvaluationBalancer:
 
     def begin(self, mode: RunningStage, scope: Scope, sizes: Sequence[int]) -> None:
         """This rank begins with a loader."""
-        loader = _EvaluatedLoader((mode.dataloader_prefix or "", scope.number), sizes, [self._clock.now()])
-        if self._loaders and len(self._loaders[-1].times) == 1:
-            self._loaders.pop()  # Lightning only looked at it, or it goes side by side with this one
-        self._loaders.append(loader)
+        key = (mode.dataloader_prefix or "", scope.number)
+        self._loaders.append(_EvaluatedLoader(key, sizes, [self._clock.now()]))
 
     def end_batch(self) -> None:
         """This rank has evaluated a batch."""

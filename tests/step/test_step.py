@@ -49,7 +49,7 @@ def share_of(*counts: int, borrowed: bool = False, state: RandomState | None = N
 
 def step_of(context: StepContext, share: Share | None, count: LocalCount, *, accumulates: bool = False) -> Step:
     loaded = LoadedBatch(5, share, context.group.rank, context.module)
-    pending = context.group.start_messages(StepMessage(TRAINS, 5, loss_count=count.on_host))
+    pending = context.group.start(StepMessage(TRAINS, 5, loss_count=count.on_host).row())
     return Step(context, loaded, count, pending, accumulates=accumulates)
 
 

@@ -26,7 +26,7 @@ from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exc
 from lightning_hetero.step.gradients import averaging_hook, masked, until_last_bucket
 from lightning_hetero.trainer.evaluation import batch_hook, exchange_error
 from lightning_hetero.trainer.fit import Fit
-from lightning_hetero.trainer.hooks import Hooks
+from lightning_hetero.trainer.hooks import TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.trainer.options import Options, check_devices, check_trainable
@@ -90,33 +90,21 @@ class HeteroStrategy(DDPStrategy):
 
     @property
     def job(self) -> Job:
-        """What this process keeps from run to run.
-
-        Raises:
-            RuntimeError: no run has begun in this process.
-        """
+        """What this process keeps from run to run; raises a RuntimeError before the first one."""
         if self._job is None:
             raise RuntimeError(NO_PLAN)
         return self._job
 
     @property
     def run(self) -> Run:
-        """The call of the Trainer at hand.
-
-        Raises:
-            RuntimeError: the Trainer does not run.
-        """
+        """The call of the Trainer at hand; raises a RuntimeError while there is none."""
         if self._run is None:
             raise RuntimeError("the strategy belongs to a running Trainer: call fit, validate, test or predict")
         return self._run
 
     @property
     def fit(self) -> Fit:
-        """The training at hand.
-
-        Raises:
-            RuntimeError: the Trainer does not train.
-        """
+        """The training at hand; raises a RuntimeError while there is none."""
         if self._fit is None:
             raise RuntimeError("training_step, backward and optimizer_step of the strategy belong to Trainer.fit")
         return self._fit
@@ -166,15 +154,7 @@ class HeteroStrategy(DDPStrategy):
             self._run.end()
         if self.lightning_module is None:
             raise RuntimeError("Lightning connects the module before it sets up the environment")
-        hooks = Hooks(
-            before_batch=self._before_batch,
-            end_batch=self._end_batch,
-            end_epoch=self._end_epoch,
-            end_training=self._end_training,
-            merge_buffers=self._merge_buffers,
-            begin_evaluation=self._begin_evaluation,
-            end_evaluation=self._end_evaluation,
-        )
+        hooks = TrainingHooks(self._before_batch, self._end_batch, self._end_epoch, self._pause_training)
         self._run = Run(self._job, self.lightning_module.trainer, hooks)
 
     @override
@@ -323,9 +303,10 @@ class HeteroStrategy(DDPStrategy):
     def _end_epoch(self) -> None:
         self.fit.end_epoch()
 
-    def _end_training(self) -> None:
-        self.run.end_training()
+    def _pause_training(self) -> None:
         self._merge_buffers()
+        if self._fit is not None:
+            self._fit.pause()
 
     # ---- evaluation: past DDP's wrapper, which may exchange buffers; each rank by itself ----
 
@@ -348,14 +329,6 @@ class HeteroStrategy(DDPStrategy):
         output = step(*args, **kwargs)
         self.job.evaluation.end_batch()
         return output
-
-    def _begin_evaluation(self) -> None:
-        if self._fit is not None:
-            self._fit.pause()
-        self.run.begin_evaluation()
-
-    def _end_evaluation(self) -> None:
-        self.run.end_evaluation()
 
     # ---- what Lightning and the user's code exchange: no compute time, and nothing for one rank alone ----
 

@@ -160,11 +160,6 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         module("lightning.pytorch.overrides.distributed"),
         ["_IndexBatchSamplerWrapper"],
     ),
-    "lightning.pytorch.loops.progress": (
-        "lightning",
-        module("lightning.pytorch.loops.progress"),
-        ["_ProcessedTracker"],
-    ),
     "lightning.fabric.utilities.seed": (
         "lightning",
         module("lightning.fabric.utilities.seed"),

@@ -84,7 +84,6 @@ class RankGroup:
     def __init__(self, rank: int, world_size: int, timeout: timedelta | None) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.timeout = timeout
         self._group: dist.ProcessGroup | None = _new_group("gloo", timeout) if world_size > 1 else None
 
     def start(self, row: Sequence[float]) -> PendingRows:

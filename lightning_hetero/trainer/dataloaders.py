@@ -5,67 +5,113 @@ Lightning injects its own sampler before a strategy is asked, and loaders may be
 """
 # ruff: noqa: SLF001 - what is touched of a Trainer is guarded by tests
 
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loops import _EvaluationLoop, _PredictionLoop
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
-from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_hetero.trainer.evaluation_loaders import EvaluationLoaders
-from lightning_hetero.trainer.training_loaders import TrainingLoaders
+from lightning_hetero.sampling.eval_sampler import EvaluationSampler, Scope
+from lightning_hetero.sampling.global_batches import Grouping
+from lightning_hetero.trainer.evaluation import EvaluationBalancer
+from lightning_hetero.trainer.job import Job
+from lightning_hetero.trainer.training_loaders import TrainingLoaders, epoch_of
 from lightning_hetero.trainer.user_loader import (
+    agreed_batches,
+    has_plain_batches,
     is_distributed,
     lost_geographic_sampler,
     name_of,
     replace_batch_sampler,
+    require_same_loader,
     users_loader,
 )
 
 
 class TrainerDataLoaders:
-    """Prepares all loaders of one call of a Trainer.
+    """Prepares all loaders of one call of a Trainer; `seed`: see `TrainingLoaders`."""
 
-    Args:
-        trainer: whose.
-        training: prepares those that are trained on.
-        evaluation: prepares the others.
-    """
-
-    def __init__(self, trainer: "pl.Trainer", training: TrainingLoaders, evaluation: EvaluationLoaders) -> None:
-        self._trainer = trainer
-        self._training = training
-        self._evaluation = evaluation
+    def __init__(self, trainer: "pl.Trainer", job: Job, training: TrainingLoaders, seed: int) -> None:
+        self._trainer, self._job, self._training, self._seed = trainer, job, training, seed
         self._lightnings_prepare = trainer._data_connector._prepare_dataloader
 
     def prepare(self, dataloader: object, shuffle: bool, mode: RunningStage) -> object:
-        """What Lightning calls for every loader, on all ranks alike.
-
-        Raises:
-            ValueError: it can't be split, in one sentence.
-        """
+        """What Lightning calls for every loader, on all ranks alike; a ValueError says why one can't be split."""
         loader = users_loader(dataloader)
-        if isinstance(loader, DataLoader):
-            self._require_geographic_sampler(loader)
-        if mode == RunningStage.TRAINING:
-            return self._training.prepare(loader)
-        return self._prepare_evaluation(loader, shuffle, mode) if isinstance(loader, DataLoader) else loader
-
-    def _prepare_evaluation(self, loader: DataLoader[Any], shuffle: bool, mode: RunningStage) -> object:
-        if self._training.user_shards or is_distributed(loader):
-            if mode == RunningStage.PREDICTING and loader.batch_sampler is not None:
-                return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(cast("Any", loader.batch_sampler)))
-            return loader
-        if isinstance(loader.dataset, IterableDataset):
-            return self._lightnings_prepare(loader, shuffle, mode)
-        if loader.batch_sampler is None:
-            return self._lightnings_prepare(loader, False, mode)
-        return self._evaluation.prepare(loader, mode)
-
-    def _require_geographic_sampler(self, loader: DataLoader[Any]) -> None:
         overfits: float = vars(self._trainer)["overfit_batches"]  # Lightning sets it without declaring it
-        if overfits and lost_geographic_sampler(loader):
+        if overfits and isinstance(loader, DataLoader) and lost_geographic_sampler(loader):
             raise ValueError(
                 "overfit_batches replaces the geographic sampler by plain numbers, which "
                 f"{name_of(loader.dataset)} can't be indexed with: use limit_train_batches instead"
             )
+        if mode == RunningStage.TRAINING:
+            return self._training.prepare(loader)
+        return self._prepare_evaluation(loader, shuffle, mode) if isinstance(loader, DataLoader) else loader
+
+    def _prepare_evaluation(self, loader: DataLoader[Any], shuffle: bool, stage: RunningStage) -> object:
+        """Each rank evaluates a part of the loader's own batches, unless the user shards them."""
+        source: Any = loader.batch_sampler
+        predicts = stage == RunningStage.PREDICTING
+        if self._training.user_shards or is_distributed(loader):
+            wraps = predicts and source is not None
+            return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(source)) if wraps else loader
+        if isinstance(loader.dataset, IterableDataset):
+            return self._lightnings_prepare(loader, shuffle, stage)
+        if source is None:
+            return self._lightnings_prepare(loader, False, stage)
+        group = self._job.group
+        require_same_loader(group, loader, f"the {stage.dataloader_prefix} data")
+        grouping = Grouping(1, batched=True, finite=True)
+        if has_plain_batches(loader):
+            # Lightning predicts a last batch that is not full too, whatever the loader says.
+            grouping = Grouping(source.batch_size, drop_last=source.drop_last and not predicts, finite=True)
+            source = source.sampler
+        batches = agreed_batches(group, source, grouping, self._seed)
+        sampler = EvaluationSampler(batches, group.rank, _StagePasses(self._trainer, stage, self._job.evaluation))
+        return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(sampler) if predicts else sampler)
+
+
+@dataclass(frozen=True)
+class _StagePasses:
+    """The passes of one stage's evaluations; see `EvaluationPasses`."""
+
+    trainer: "pl.Trainer"
+    stage: RunningStage
+    balancer: EvaluationBalancer
+
+    def epoch(self) -> int:
+        return epoch_of(self.trainer)
+
+    def scope(self, sampler: EvaluationSampler) -> Scope:
+        loop = self._loop()
+        combined = loop._combined_loader
+        if combined is None:
+            return Scope()
+        samplers = [getattr(loader, "batch_sampler", None) for loader in combined.flattened]
+        numbers = [n for n, own in enumerate(samplers) if sampler in (own, getattr(own, "_batch_sampler", None))]
+        if not numbers:
+            return Scope()
+        limit = int(loop.max_batches[numbers[0]])
+        if combined._mode == "sequential":
+            return Scope(numbers[0], limit)
+        finite = [int(batches) for batches in loop.max_batches if batches != float("inf")]
+        steps = min(finite) if combined._mode == "min_size" else max(finite)
+        return Scope(0, limit, steps, cycles=combined._mode == "max_size_cycle")
+
+    def _loop(self) -> _EvaluationLoop | _PredictionLoop:
+        if self.stage == RunningStage.PREDICTING:
+            return self.trainer.predict_loop
+        if self.stage == RunningStage.TESTING:
+            return self.trainer.test_loop
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        return self.trainer.fit_loop.epoch_loop.val_loop if fits else self.trainer.validate_loop
+
+    def seconds(self, scope: Scope, samples: int) -> Sequence[float]:
+        return self.balancer.seconds(self.stage, scope, samples)
+
+    def begin(self, scope: Scope, sizes: Sequence[int]) -> None:
+        self.balancer.begin(self.stage, scope, sizes)

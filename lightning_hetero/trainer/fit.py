@@ -23,9 +23,9 @@ from lightning_hetero.step.memory_use import MemoryUse
 from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, PartialStep, StepInParts
 from lightning_hetero.step.step import LoadedBatch, LocalCount, Step, StepContext
 from lightning_hetero.step.zero_count import ZeroCountWarning
+from lightning_hetero.trainer.profiles import run_folder
 from lightning_hetero.trainer.reporting import make_reporter
 from lightning_hetero.trainer.run import Run
-from lightning_hetero.trainer.run_folder import run_folder
 
 
 class Fit:
@@ -126,8 +126,8 @@ class Fit:
             raise TypeError(
                 "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
             )
-        step, logging = self._begin(args[0]), self._run.metrics.step_logging
-        logging.begin(
+        step, logging = self._begin(args[0]), self._run.metrics.training_results
+        logging.begin_step(
             borrowed=step.loaded.borrowed,
             empty=step.count.is_zero,
             samples=step.loaded.local_batch,
@@ -141,7 +141,7 @@ class Fit:
                 else:
                     output = compute(*args, **kwargs)
         finally:
-            logging.end(_loss(output))
+            logging.end_step(_loss(output))
         return output
 
     def backward(self, compute: Callable[[Tensor], Tensor], loss: Tensor, *, averaged: bool) -> Tensor:

@@ -9,37 +9,43 @@ from typing_extensions import override
 
 
 @dataclass(frozen=True)
-class Hooks:
-    """What is called at these points; each is reached by all ranks.
+class TrainingHooks:
+    """What is called in a training; each point is reached by all ranks.
 
     Attributes:
         before_batch: a training batch is about to be fetched.
         end_batch: a training batch is over.
         end_epoch: this rank has no more batches in this training epoch.
-        end_training: the last epoch is over.
-        merge_buffers: somebody is about to look at the module: a validation begins.
-        begin_evaluation: a validation, test or prediction begins.
-        end_evaluation: it is over.
+        pause: a validation begins, or training is over: buffers are merged, and what comes is no training step.
     """
 
     before_batch: Callable[[], None]
     end_batch: Callable[[], None]
     end_epoch: Callable[[], None]
-    end_training: Callable[[], None]
-    merge_buffers: Callable[[], None]
-    begin_evaluation: Callable[[], None]
-    end_evaluation: Callable[[], None]
+    pause: Callable[[], None]
 
 
 class HookCallback(Callback):
     """Calls the hooks for which Lightning has callbacks; it has to be the first of a Trainer's callbacks.
 
     Args:
-        hooks: of the run.
+        hooks: of a training.
+        end_training: the last epoch is over, on all ranks.
+        begin_evaluation: a validation, test or prediction begins, on all ranks.
+        end_evaluation: it is over, on all ranks.
     """
 
-    def __init__(self, hooks: Hooks) -> None:
+    def __init__(
+        self,
+        hooks: TrainingHooks,
+        end_training: Callable[[], None],
+        begin_evaluation: Callable[[], None],
+        end_evaluation: Callable[[], None],
+    ) -> None:
         self._hooks = hooks
+        self._end_training = end_training
+        self._begin_evaluation = begin_evaluation
+        self._end_evaluation = end_evaluation
 
     @override
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
@@ -51,29 +57,30 @@ class HookCallback(Callback):
 
     @override
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._hooks.end_training()
+        self._end_training()
+        self._hooks.pause()
 
     @override
     def on_validation_start(self, *_: Any, **__: Any) -> None:
-        self._hooks.merge_buffers()
-        self._hooks.begin_evaluation()
+        self._hooks.pause()
+        self._begin_evaluation()
 
     @override
     def on_test_start(self, *_: Any, **__: Any) -> None:
-        self._hooks.begin_evaluation()
+        self._begin_evaluation()
 
     @override
     def on_predict_start(self, *_: Any, **__: Any) -> None:
-        self._hooks.begin_evaluation()
+        self._begin_evaluation()
 
     @override
     def on_validation_end(self, *_: Any, **__: Any) -> None:
-        self._hooks.end_evaluation()
+        self._end_evaluation()
 
     @override
     def on_test_end(self, *_: Any, **__: Any) -> None:
-        self._hooks.end_evaluation()
+        self._end_evaluation()
 
     @override
     def on_predict_end(self, *_: Any, **__: Any) -> None:
-        self._hooks.end_evaluation()
+        self._end_evaluation()

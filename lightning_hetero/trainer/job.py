@@ -1,7 +1,9 @@
 """What a process keeps from run to run: its place among the ranks, its clock, its limits, and what was measured."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
 
@@ -15,7 +17,6 @@ from lightning_hetero.planning.memory import MemoryLimits
 from lightning_hetero.step.gradients import GradientMask
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.trainer.evaluation import EvaluationBalancer
-from lightning_hetero.trainer.lockstep_loader import LockstepGroups
 from lightning_hetero.trainer.options import Options
 from lightning_hetero.trainer.planners import Planners
 from lightning_hetero.trainer.profiles import ProfileStore
@@ -53,7 +54,8 @@ class Job:
         profiles: of earlier runs.
         planners: the planner of the training data.
         evaluation: how evaluations are split.
-        lockstep_groups: for the loaders of iterable data sets.
+        lockstep_group: of the training loader of an iterable data set, by its position among those that are trained on
+            together. It takes sockets and threads, so it is made once; all ranks have to ask for it together.
         batch_norm_group: of synchronized layers; None where BatchNorm is each rank's own.
         batches: training batches so far.
     """
@@ -69,7 +71,7 @@ class Job:
     profiles: ProfileStore
     planners: Planners
     evaluation: EvaluationBalancer
-    lockstep_groups: LockstepGroups
+    lockstep_group: Callable[[int], RankGroup]
     batch_norm_group: BatchNormGroup | None
     batches: BatchCounter
 
@@ -107,7 +109,7 @@ class Job:
             profiles=ProfileStore(group, device),
             planners=planners,
             evaluation=EvaluationBalancer(group, device_clock(device), options.shares, planners),
-            lockstep_groups=LockstepGroups(group),
+            lockstep_group=cache(lambda _position: RankGroup(rank, world_size, timeout)),
             batch_norm_group=layers,
             batches=BatchCounter(),
         )

@@ -1,5 +1,7 @@
 """`Trainer(sync_batchnorm=True)` with layers that are exact under uneven shares, on CPUs too."""
 
+from dataclasses import dataclass
+
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from torch.nn import Module
 from typing_extensions import override
@@ -7,15 +9,11 @@ from typing_extensions import override
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup, convert_sync_batchnorm, revert_sync_batchnorm
 
 
+@dataclass(frozen=True)
 class ExactSyncBatchNorm(LayerSync):
-    """Converts BatchNorm layers while the module trains.
+    """Converts BatchNorm layers while the module trains; all of them share the group."""
 
-    Args:
-        batch_norm_group: shared by the layers.
-    """
-
-    def __init__(self, batch_norm_group: BatchNormGroup) -> None:
-        self.batch_norm_group = batch_norm_group
+    batch_norm_group: BatchNormGroup
 
     @override
     def apply(self, model: Module) -> Module:

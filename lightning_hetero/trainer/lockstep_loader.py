@@ -11,36 +11,11 @@ from lightning_hetero.exchange.duplicate_data import content_hash
 from lightning_hetero.exchange.groups import RankGroup
 
 
-class LockstepGroups:
-    """The process groups of loaders in lockstep, one for each position among the training loaders.
-
-    A group takes sockets and threads. So it is made once in a process, and used by all later loaders at its position,
-    whether they were made anew for an epoch or belong to a later run.
-
-    Args:
-        group: of all ranks.
-    """
-
-    def __init__(self, group: RankGroup) -> None:
-        self._group = group
-        self._made: dict[int, RankGroup] = {}
-
-    def at(self, position: int) -> RankGroup:
-        """The group of the training loader at a position; all ranks have to ask for it together."""
-        if position not in self._made:
-            group = self._group
-            self._made[position] = RankGroup(group.rank, group.world_size, group.timeout)
-        return self._made[position]
-
-
 class LockstepLoader:
     """An iterable data set's loader that ends on all ranks when it ends on one.
 
-    It holds one batch ahead: whether all ranks have that one is asked for while the batch before is trained on.
-
-    Args:
-        loader: this rank's own, with a `LocalBatchSizeSampler`.
-        group: of its own, so that its exchanges keep no order with others.
+    It holds one batch ahead: whether all ranks have that one is asked for while the batch before is trained on. The
+    group is for this loader only, so that its exchanges keep no order with others.
     """
 
     def __init__(self, loader: DataLoader[Any], group: RankGroup) -> None:
@@ -63,9 +38,8 @@ class LockstepLoader:
         # One row a rank: whether it has a batch, and a number that stands for its first sample.
         ready = self._group.start([ahead is not end, _first_sample_hash(ahead) if compares else 0.0])
         rows = ready.wait()  # (W, 2)
-        if not self._compared:
-            vars(self)["_compared"] = True
-            self._compare(rows[:, 1].tolist())
+        vars(self)["_compared"] = True
+        self._compare(rows[:, 1].tolist())
         while rows[:, 0].all():
             batch, ahead = ahead, next(iterator, end)
             ready = self._group.start([ahead is not end, 0.0])

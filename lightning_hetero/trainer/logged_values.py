@@ -27,21 +27,13 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class LoggedKey:
-    """What all ranks have to know of a logged value, also those that have not logged it.
+    """What all ranks have to know of a logged value, also those that have not logged it."""
 
-    Attributes:
-        key: of the collection.
-        meta: Lightning's, without what belongs to a process.
-        reduction: see `REDUCTIONS`.
-        is_tensor: it is no torchmetric.
-        sync_dist: as the user has it.
-    """
-
-    key: str
-    meta: _Metadata
-    reduction: str
-    is_tensor: bool
-    sync_dist: bool
+    key: str  # of the collection
+    meta: _Metadata  # Lightning's, without what belongs to a process
+    reduction: str  # see `REDUCTIONS`
+    is_tensor: bool  # it is no torchmetric
+    sync_dist: bool  # the argument of `self.log`
 
     @classmethod
     def of(cls, key: str, metric: _ResultMetric) -> "LoggedKey":
@@ -50,11 +42,7 @@ class LoggedKey:
         return cls(key, replace(metric.meta, _sync=None), reduction, metric.is_tensor, metric.meta.sync.should)
 
     def make_metric(self, reduce: Callable[..., Any]) -> _ResultMetric:
-        """What Lightning would have registered on a rank that logs the key, so that this one still may.
-
-        Args:
-            reduce: the strategy's.
-        """
+        """What Lightning would have registered on a rank that logs the key, with the strategy's `reduce`."""
         meta = replace(self.meta, reduce_fx=REDUCTIONS[self.reduction])
         meta.sync = _Sync(_should=self.sync_dist, fn=reduce)
         return _ResultMetric(meta, self.is_tensor)
@@ -70,10 +58,7 @@ class LoggedKey:
 
 
 def union(keys: Sequence[Sequence[LoggedKey]]) -> list[LoggedKey]:
-    """All keys, in the order of ranks and of what each logged first.
-
-    Args:
-        keys: of each rank.
+    """All keys that ranks have, in the order of the ranks and of what each logged first.
 
     Raises:
         ValueError: ranks mean different things by one key.
@@ -116,12 +101,12 @@ def combined(reduction: str, values: Numbers, weights: Numbers) -> float:
 
 def on_host(numbers: Sequence[Tensor | float]) -> list[float]:
     """Numbers as the host knows them; those on a device are fetched in one piece."""
-    on_device = [i for i, number in enumerate(numbers) if isinstance(number, Tensor) and number.device.type != "cpu"]
-    fetched: dict[int, float] = {}
-    if on_device:
-        together = torch.stack([torch.as_tensor(numbers[i]).to(torch.float64) for i in on_device])
-        fetched = dict(zip(on_device, together.tolist(), strict=True))
-    return [fetched[i] if i in fetched else float(number) for i, number in enumerate(numbers)]
+    on_device = [number for number in numbers if isinstance(number, Tensor) and number.device.type != "cpu"]
+    fetched = iter(torch.stack([number.to(torch.float64) for number in on_device]).tolist() if on_device else ())
+    return [
+        next(fetched) if isinstance(number, Tensor) and number.device.type != "cpu" else float(number)
+        for number in numbers
+    ]
 
 
 def is_zero(weight: float | Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What callbacks, schedulers and loggers use in a run has one value on all ranks."""
+"""What callbacks, schedulers and loggers use in a run has one value on all ranks: when ranks exchange what they log."""
 # ruff: noqa: SLF001 - it stands in for parts of a Trainer; a test guards what it touches
 
 from collections.abc import Callable
@@ -6,24 +6,155 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.trainer.connectors.logger_connector.result import _OUT_DICT, _ResultCollection
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.step.loss_count import find
-from lightning_hetero.trainer.logger_connector import SynchronizedLoggerConnector
-from lightning_hetero.trainer.results import EvaluationResults, MetricExchange
-from lightning_hetero.trainer.step_logging import StepLogging
+from lightning_hetero.trainer.results import EvaluationResults, MetricExchange, SynchronizedResults
 from lightning_hetero.trainer.torchmetrics import MetricSync
+from lightning_hetero.trainer.training_results import TrainingResults
+
+
+class SynchronizedLoggerConnector(_LoggerConnector):
+    """Lightning's connector, whose values are those over all ranks wherever they are used.
+
+    Training: ranks exchange before the hooks at the end of a batch after which values are used, and after them, if
+    values are logged there; before and after the hooks at the end of an epoch. Evaluation: the same at the end of a
+    run; ranks may have different numbers of batches in it, so there is no other point.
+    """
+
+    def __init__(self, connector: _LoggerConnector, metrics: MetricSync) -> None:
+        super().__init__(connector.trainer)
+        vars(self).update(vars(connector))  # goes on with the state of Lightning's own
+        self._metrics = metrics
+        self._values_used = False  # after the current step
+        self._hooks_known = False  # whether any rank logs values in hooks at the end of a batch
+        self._hooks_follow = False  # in evaluation, ranks have exchanged what their batches have logged
+        self._first_before_end: bool | None = None  # Lightning's `_first_loop_iter` before a loader's end
+
+    @override
+    def reset_results(self) -> None:
+        """The module is made, and the run, an evaluation or a training epoch begins or is over."""
+        self._metrics.attach(self.trainer.lightning_module)
+        super().reset_results()
+
+    @override
+    def on_batch_start(self, batch: Any, dataloader_idx: int | None = None) -> None:
+        if self._first_loop_iter is None:  # the first hooks of an epoch or an evaluation may have made metrics
+            self._metrics.attach(self.trainer.lightning_module)
+        super().on_batch_start(batch, dataloader_idx)
+
+    # ---- training ----
+
+    def exchange_steps(self, results: TrainingResults) -> None:
+        """The training step is over, and the hooks at the end of the batch follow: on all ranks."""
+        self._values_used = self._uses_values()
+        if self._values_used and not self.trainer.interrupted:
+            results.exchange_steps()
+
+    def exchange_epoch(self, results: SynchronizedResults) -> None:
+        """The loop has no more batches: on all ranks."""
+        if not self.trainer.interrupted:
+            results.exchange_epoch()
+
+    @override
+    def on_batch_end(self) -> None:
+        results = self.trainer._results
+        if self._values_used and isinstance(results, TrainingResults) and not self.trainer.interrupted:
+            # The first time, no rank knows whether others log values there.
+            logged = any(key.meta.on_step and key.meta.fx == "on_train_batch_end" for key in results.logged_keys)
+            if not self._hooks_known or logged:
+                results.exchange_steps()
+            self._hooks_known = True
+        super().on_batch_end()
+
+    @override
+    def update_train_step_metrics(self) -> None:
+        # Lightning logs once more when it is to stop, of which other ranks may not know.
+        if self._values_used:
+            super().update_train_step_metrics()
+        self._values_used = False
+
+    def _uses_values(self) -> bool:
+        """Whether loggers, schedulers or callbacks take values after this step; the same on all ranks."""
+        trainer, loop = self.trainer, self.trainer.fit_loop.epoch_loop
+        automatic = trainer.lightning_module.automatic_optimization
+        if automatic and loop._should_accumulate():
+            return False
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined] # set where mypy can't see it
+        logs = every > 0 and (loop._batches_that_stepped + 1) % every == 0
+        schedules = automatic and any(
+            config.reduce_on_plateau and config.interval == "step" and (loop.batch_idx + 1) % config.frequency == 0
+            for config in trainer.lr_scheduler_configs
+        )
+        saves = any(
+            callback.monitor is not None
+            and (
+                callback._train_time_interval is not None  # which step that is only rank 0's clock knows
+                or (callback._every_n_train_steps > 0 and trainer.global_step % callback._every_n_train_steps == 0)
+            )
+            for callback in trainer.checkpoint_callbacks
+            if isinstance(callback, ModelCheckpoint)
+        )
+        # What the last step has logged is still seen when the epoch is over.
+        last = loop.batch_progress.current.ready == trainer.num_training_batches
+        return bool(logs or last or trainer.fast_dev_run or schedules or saves)  # type: ignore[attr-defined] # the same
+
+    # ---- evaluation ----
+
+    @override
+    def epoch_end_reached(self) -> None:
+        self._first_before_end = self._first_loop_iter
+        super().epoch_end_reached()
+
+    @override
+    def _evaluation_epoch_end(self) -> None:
+        """This rank has no more batches, and the hooks at the end of the evaluation follow."""
+        self._metrics.attach(self.trainer.lightning_module)
+        loop, results = self.trainer._evaluation_loop, self.trainer._results
+        assert isinstance(results, EvaluationResults)
+        self.exchange_epoch(results)
+        several = loop._is_sequential and loop.num_dataloaders > 1
+        loaders = [i for i, batches in enumerate(loop.max_batches) if batches] if several else [None]
+        outputs = []
+        for index in loaders:
+            results.dataloader_idx = index
+            outputs.append(super().update_eval_epoch_metrics())
+        loop._logged_outputs = outputs  # of all loaders, also those of which this rank has had no batch
+        self._hooks_follow = True
+        super()._evaluation_epoch_end()
+
+    @override
+    def update_eval_epoch_metrics(self) -> _OUT_DICT:
+        if self._hooks_follow:
+            self._hooks_follow = False
+            return super().update_eval_epoch_metrics()
+        results = self.trainer._results
+        assert isinstance(results, EvaluationResults)
+        results.loader_over()
+        # The evaluation goes on: what the next loader logs must not reset what this one has.
+        self._first_loop_iter = self._first_before_end
+        return {}
+
+    @override
+    def on_epoch_end(self) -> None:
+        """The hooks at the end of an epoch or of an evaluation are over, and may have logged values."""
+        results = self.trainer._results
+        assert isinstance(results, SynchronizedResults)
+        self.exchange_epoch(results)
+        super().on_epoch_end()
 
 
 class MetricSynchronizer:
     """A run's logged values and torchmetrics over all ranks.
 
-    It makes what stands in for parts of the Trainer; `TrainerPatches` puts them there. With one rank only what a
-    training step logs is its business, and everything else is Lightning's own.
+    It makes what stands in for parts of the Trainer; `patch_trainer` puts them there. With one rank it is only about
+    what a training step logs, and everything else is Lightning's own.
 
     Args:
         trainer: whose run begins, with its module.
@@ -34,7 +165,7 @@ class MetricSynchronizer:
         in_evaluation_batch: whether the rank is in an evaluation step, which other ranks may not have.
 
     Attributes:
-        step_logging: for the training steps.
+        training_results: collection of the training loop.
         evaluation_results: collections of the loops that validate in a fit, validate, and test.
         connector: in place of the Trainer's.
     """
@@ -54,35 +185,29 @@ class MetricSynchronizer:
         def count(batch: Any) -> float | Tensor:  # the rule is found each time, since criteria may change
             return find(module, loss_count)(module, batch)
 
-        self._trainer = trainer
-        self._group = group
-        self._timer = timer
+        self._trainer, self._group, self._timer = trainer, group, timer
         self._is_due = trainer.fit_loop.epoch_loop._should_check_val_fx
         self._metrics = MetricSync(group, timer, in_evaluation_batch)
-        self._lightnings_connector = trainer._logger_connector
         self.connector: _LoggerConnector = trainer._logger_connector
+        self._lightnings_connector = self.connector
         exchange = MetricExchange(group, timer, trainer.strategy.reduce, module, device)
-        self.step_logging = StepLogging(exchange)
+        self.training_results = TrainingResults(exchange)
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
         self.evaluation_results: tuple[_ResultCollection, ...] = tuple(loop._results for loop in loops)
         if exchange.is_needed:
             self.evaluation_results = tuple(EvaluationResults(exchange, count) for _ in loops)
-            self.connector = SynchronizedLoggerConnector(trainer._logger_connector, self._metrics)
+            self.connector = SynchronizedLoggerConnector(self.connector, self._metrics)
 
     def batch_over(self, loss_weight: float | Tensor | None) -> None:
-        """The training step is over, and the hooks at the end of the batch follow: on all ranks.
-
-        Args:
-            loss_weight: see `StepLogging.batch_over`.
-        """
-        self.step_logging.batch_over(loss_weight)
+        """The training step is over, and the hooks at the end of its batch follow; see `TrainingResults.batch_over`."""
+        self.training_results.batch_over(loss_weight)
         if isinstance(self.connector, SynchronizedLoggerConnector):
-            self.connector.exchange_steps(self.step_logging.results)
+            self.connector.exchange_steps(self.training_results)
 
     def epoch_over(self) -> None:
         """The training epoch has no more batches, or its hooks may have logged values: on all ranks."""
         if isinstance(self.connector, SynchronizedLoggerConnector):
-            self.connector.exchange_epoch(self.step_logging.results)
+            self.connector.exchange_epoch(self.training_results)
 
     def is_validation_due(self, *args: Any, **kwargs: Any) -> bool:
         """In place of Lightning's; where the time decides, the first rank does: no two clocks are the same."""
@@ -95,6 +220,7 @@ class MetricSynchronizer:
     def close(self) -> None:
         """The run is over: torchmetrics and Lightning's connector are as if it had been theirs alone; idempotent."""
         if isinstance(self.connector, SynchronizedLoggerConnector):
-            self.connector.hand_back(self._lightnings_connector)
+            state, own = vars(self.connector), vars(self._lightnings_connector)
+            own.update({name: state[name] for name in own})  # Lightning's goes on with it
             self.connector = self._lightnings_connector
         self._metrics.detach()

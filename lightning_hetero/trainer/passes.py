@@ -17,22 +17,16 @@ def make_recovery(
 ) -> OutOfMemoryRecovery:
     """How the steps of a fit recover from running out of memory.
 
-    Args:
-        module: of the Trainer.
-        model: what the strategy has wrapped it in.
-        precision: the Trainer's plugin.
-        place: rank and device, for messages.
-        custom_hook: the user gave DDP a communication hook, or a wrapper for one.
+    `model` is the module as the strategy has wrapped it, `place` rank and device for messages; `custom_hook`: the user
+    gave DDP a communication hook, or a wrapper for one.
     """
     automatic = module.automatic_optimization
     obstacle = find_obstacle(module, model, automatic_optimization=automatic, custom_hook=custom_hook)
-    return OutOfMemoryRecovery(
-        module, model, make_passes(module, precision), place, smallest_local_batch(module), obstacle
-    )
+    passes = _passes(module, precision)
+    return OutOfMemoryRecovery(module, model, passes, place, smallest_local_batch(module), obstacle)
 
 
-def make_passes(module: "pl.LightningModule", precision: Precision) -> Passes:
-    """The passes of a module in a Trainer, with the Trainer's precision plugin."""
+def _passes(module: "pl.LightningModule", precision: Precision) -> Passes:
     scaler = getattr(precision, "scaler", None)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -43,22 +37,15 @@ def make_passes(module: "pl.LightningModule", precision: Precision) -> Passes:
         loss = loss / module.trainer.accumulate_grad_batches  # a callback may change it between epochs
         return scaler.scale(loss) if scaler is not None else loss
 
-    def backward(loss: Tensor) -> None:
-        precision.backward(loss, module, None)
-
     @contextmanager
     def without_logging() -> Iterator[None]:
         attributes = vars(module)
         before: dict[str, Any] = {name: attributes[name] for name in ("log", "log_dict") if name in attributes}
-        attributes["log"] = attributes["log_dict"] = _log_nothing
+        attributes["log"] = attributes["log_dict"] = lambda *_, **__: None
         try:
             yield
         finally:
             del attributes["log"], attributes["log_dict"]
             attributes.update(before)
 
-    return Passes(forward, scaled, backward, without_logging)
-
-
-def _log_nothing(*_: Any, **__: Any) -> None:
-    """Stand in for `LightningModule.log` and `log_dict`."""
+    return Passes(forward, scaled, lambda loss: precision.backward(loss, module, None), without_logging)

@@ -4,6 +4,7 @@ Each is an attribute that Lightning reads on one object; a test fails when Light
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from operator import attrgetter
 from typing import Any
 
@@ -13,95 +14,86 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 
 
-class TrainerPatches:
-    """Connects a strategy to its Trainer for one run.
+def patch_trainer(
+    trainer: "pl.Trainer",
+    metrics: MetricSynchronizer,
+    *,
+    prepare_dataloader: Callable[..., object],
+    before_batch: Callable[[], None],
+    on_sigterm: Callable[[int, Any], None],
+    callbacks: Sequence[Callback] = (),
+) -> ExitStack:
+    """Connect a strategy to its Trainer for one run.
 
     Args:
         trainer: whose.
-        metrics: of the run; closed when the Trainer is restored.
+        metrics: of the run; closed with what is returned.
         prepare_dataloader: in place of Lightning's, which injects samplers.
         before_batch: called before a batch is fetched, in place of a broadcast; see `signals.StopRequest`.
         on_sigterm: the handler of SIGTERM.
         callbacks: called before the user's.
 
+    Returns:
+        Leaves the Trainer as it was when it is closed, the first time.
+
     Raises:
         RuntimeError: Lightning has no such attribute; the Trainer is then as it was.
     """
+    validating, evaluating, testing = metrics.evaluation_results
+    with ExitStack() as stack:
+        stack.callback(metrics.close)
+        for path, value in {
+            "_data_connector._prepare_dataloader": prepare_dataloader,
+            "_signal_connector._sigterm_notifier_fn": on_sigterm,
+            "_logger_connector": metrics.connector,
+            "fit_loop.epoch_loop._broadcast_sigterm_tensor": before_batch,
+            "fit_loop.epoch_loop._should_check_val_fx": metrics.is_validation_due,
+            "fit_loop.epoch_loop._results": metrics.training_results,
+            "fit_loop.epoch_loop.val_loop._results": validating,
+            "validate_loop._results": evaluating,
+            "test_loop._results": testing,
+        }.items():
+            parent, _, name = path.rpartition(".")
+            try:
+                owner = attrgetter(parent)(trainer) if parent else trainer
+                getattr(owner, name)
+            except AttributeError:
+                raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
+            _replace(stack, owner, name, value)
+        trainers_callbacks = vars(trainer)["callbacks"]  # set where mypy can't see it
+        _call_before_monitors(stack, trainers_callbacks, metrics.epoch_over)
+        stack.callback(_remove_callbacks, trainer, callbacks)
+        trainers_callbacks[:0] = callbacks
+        return stack.pop_all()
 
-    def __init__(
-        self,
-        trainer: "pl.Trainer",
-        metrics: MetricSynchronizer,
-        *,
-        prepare_dataloader: Callable[..., object],
-        before_batch: Callable[[], None],
-        on_sigterm: Callable[[int, Any], None],
-        callbacks: Sequence[Callback] = (),
-    ) -> None:
-        self._trainer = trainer
-        self._metrics = metrics
-        self._callbacks = list(callbacks)
-        self._before: list[tuple[dict[str, Any], str, dict[str, Any]]] = []  # attributes, a name, what it was
-        validating, evaluating, testing = metrics.evaluation_results
-        try:
-            for path, value in {
-                "_data_connector._prepare_dataloader": prepare_dataloader,
-                "_signal_connector._sigterm_notifier_fn": on_sigterm,
-                "_logger_connector": metrics.connector,
-                "fit_loop.epoch_loop._broadcast_sigterm_tensor": before_batch,
-                "fit_loop.epoch_loop._should_check_val_fx": metrics.is_validation_due,
-                "fit_loop.epoch_loop._results": metrics.step_logging.results,
-                "fit_loop.epoch_loop.val_loop._results": validating,
-                "validate_loop._results": evaluating,
-                "test_loop._results": testing,
-            }.items():
-                self._replace(path, value)
-            self._before_monitors(metrics.epoch_over)
-            self._list()[:0] = self._callbacks
-        except BaseException:
-            self.restore()
-            raise
 
-    def _replace(self, path: str, value: object) -> None:
-        parent, _, name = path.rpartition(".")
-        try:
-            owner = attrgetter(parent)(self._trainer) if parent else self._trainer
-            getattr(owner, name)
-        except AttributeError:
-            raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
-        self._set(owner, name, value)
+def _replace(stack: ExitStack, owner: object, name: str, value: object) -> None:
+    """Set an attribute of an object until the stack is closed."""
+    attributes = vars(owner)
+    if name in attributes:
+        stack.callback(attributes.__setitem__, name, attributes[name])
+    else:
+        stack.callback(attributes.pop, name, None)
+    attributes[name] = value
 
-    def _set(self, owner: object, name: str, value: object) -> None:
-        attributes = vars(owner)
-        self._before.append((attributes, name, {name: attributes[name]} if name in attributes else {}))
-        attributes[name] = value
 
-    def _before_monitors(self, call: Callable[[], None]) -> None:
-        """Call it between the module's hook at the end of a training epoch and callbacks that monitor what it logs.
+def _call_before_monitors(stack: ExitStack, callbacks: list[Callback], call: Callable[[], None]) -> None:
+    """Call it between the module's hook at the end of a training epoch and callbacks that monitor what it logs.
 
-        Lightning takes only these two kinds there, and the Trainer gives the first of each to users as the one that
-        they have set, so a callback of our own can't come before them.
-        """
-        first = next((one for one in self._list() if isinstance(one, EarlyStopping | Checkpoint)), None)
-        if first is not None:
-            hook = first.on_train_epoch_end
+    Lightning takes only these two kinds there, and the Trainer gives the first of each to users as the one that
+    they have set, so a callback of our own can't come before them.
+    """
+    first = next((one for one in callbacks if isinstance(one, EarlyStopping | Checkpoint)), None)
+    if first is not None:
+        hook = first.on_train_epoch_end
 
-            def on_train_epoch_end(*args: Any, **kwargs: Any) -> None:
-                call()
-                hook(*args, **kwargs)
+        def on_train_epoch_end(*args: Any, **kwargs: Any) -> None:
+            call()
+            hook(*args, **kwargs)
 
-            self._set(first, "on_train_epoch_end", on_train_epoch_end)
+        _replace(stack, first, "on_train_epoch_end", on_train_epoch_end)
 
-    def _list(self) -> list[Callback]:
-        callbacks: list[Callback] = getattr(self._trainer, "callbacks")  # noqa: B009 - set where mypy can't see it
-        return callbacks
 
-    def restore(self) -> None:
-        """Leave the Trainer as it was; idempotent."""
-        while self._before:
-            attributes, name, value = self._before.pop()
-            attributes.pop(name, None)
-            attributes.update(value)
-        callbacks = self._list()
-        callbacks[:] = [one for one in callbacks if not any(one is own for own in self._callbacks)]
-        self._metrics.close()
+def _remove_callbacks(trainer: "pl.Trainer", own: Sequence[Callback]) -> None:
+    callbacks = vars(trainer)["callbacks"]  # a new list where another run begins before this one was ended
+    callbacks[:] = [one for one in callbacks if not any(one is mine for mine in own)]

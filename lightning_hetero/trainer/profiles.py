@@ -1,4 +1,4 @@
-"""Profiles: what a run has measured of its devices, kept in its folder, for the next run of the same job.
+"""Profiles: what a run has measured of its devices, kept in its folder if it has one, for the next run of the same job.
 
 A profile is a cache, and no more: one that can't be used is ignored.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -21,29 +22,34 @@ from lightning_hetero.planning.shares import Shares
 _FILE = Path("hetero") / "profile.json"
 
 
+def run_folder(trainer: "pl.Trainer") -> Path | None:
+    """The folder of the Trainer's first logger, or else the ``default_root_dir`` that it was given.
+
+    All ranks have to call this together: ``Trainer.log_dir`` is broadcast.
+
+    Returns:
+        None where neither is a local folder, or is one only because the user named none: for ``default_root_dir``
+        Lightning then takes the working directory, and so do loggers such as ``WandbLogger``.
+    """
+    logged = trainer.log_dir if trainer.loggers else None
+    if logged and "://" not in logged and Path(logged).resolve() != Path.cwd():
+        return Path(logged)
+    root = trainer.default_root_dir
+    # A user who says "." has chosen it: Lightning itself fills in the whole path.
+    return Path(root) if "://" not in root and root != os.getcwd() else None  # noqa: PTH109 - as Lightning does
+
+
 @dataclass(frozen=True)
 class Profile:
-    """What an earlier run of the same job has measured.
+    """What an earlier run of the same job has measured."""
 
-    Attributes:
-        state: of its planner, see `SplitPlanner.state_dict`.
-        input_shape: of its first batch, see `input_shape`. It belongs to the job, but is not known before
-            the first batch is there: whoever uses the profile has to compare it then.
-        path: the file.
-    """
-
-    state: Mapping[str, Any]
-    input_shape: str
+    state: Mapping[str, Any]  # of its planner, see `SplitPlanner.state_dict`
+    input_shape: str  # of its first batch: a part of the job, to be compared when this run has a batch too
     path: Path
 
 
 class ProfileStore:
-    """Loads and saves profiles; all ranks have to make it together.
-
-    Args:
-        group: of all ranks.
-        device: of this rank; a profile holds for the same devices only.
-    """
+    """Loads and saves profiles, which hold for the same devices only; all ranks have to make it together."""
 
     def __init__(self, group: RankGroup, device: torch.device) -> None:
         self._group = group
@@ -52,8 +58,8 @@ class ProfileStore:
     def load(self, shares: Shares, folder: Path | None, facts: Mapping[str, Any]) -> Profile | None:
         """The profile that the user names, or else the newest of the same job in the run's folder or one beside it.
 
-        All ranks have to call this together, and get what the first one finds. Profiles of which none can be used
-        cause one warning, which says why.
+        All ranks have to call this together, and get what the first one finds. Where none can be used, one warning says
+        why.
 
         Args:
             shares: only adaptive ones need a profile, and may name one.
@@ -67,24 +73,12 @@ class ProfileStore:
     def save(
         self, folder: Path | None, facts: Mapping[str, Any], state: Mapping[str, Any] | None, input_shape: str
     ) -> None:
-        """Write a profile on the first rank; the file is either the old or the new one, never a part.
-
-        Args:
-            folder: of the run; None: nothing is written.
-            facts: see `load`.
-            state: of the planner; None: nothing is written.
-            input_shape: of the run's first batch.
-        """
+        """Write a profile on the first rank, unless there is no folder or no state; see `load` and `Profile`."""
         if self._group.rank != 0 or folder is None or state is None:
             return
-        path = folder / _FILE
-        content = {
-            "facts": self._all_facts(facts),
-            "input_shape": input_shape,
-            "state": dict(state),
-            "checksum": _checksum(state),
-        }
-        part = path.with_name(f"{path.name}.{os.getpid()}")
+        path, all_facts = folder / _FILE, {**facts, "devices": self._devices}
+        content = {"facts": all_facts, "input_shape": input_shape, "state": state, "checksum": _checksum(state)}
+        part = path.with_name(f"{path.name}.{os.getpid()}")  # the file is either the old or the new one
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(content), encoding="utf-8")
@@ -96,15 +90,12 @@ class ProfileStore:
         problems = []
         for path in paths:
             try:
-                return _read(path, self._all_facts(facts))
+                return _read(path, {**facts, "devices": self._devices})
             except ValueError as error:
                 problems.append(f"the profile {path} is ignored: {error}")
         if problems:
             rank_zero_warn(problems[0])
         return None
-
-    def _all_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        return {**facts, "devices": self._devices}
 
 
 def _candidates(shares: Shares, folder: Path | None) -> list[Path]:
@@ -124,11 +115,7 @@ def _age(path: Path) -> float:
 
 
 def _read(path: Path, facts: Mapping[str, Any]) -> Profile:
-    """The profile in a file.
-
-    Raises:
-        ValueError: it can't be used; the sentence says why.
-    """
+    """The profile in a file; a ValueError says why it can't be used."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         known, state, input_shape = dict(content["facts"]), dict(content["state"]), str(content["input_shape"])
@@ -137,7 +124,7 @@ def _read(path: Path, facts: Mapping[str, Any]) -> Profile:
         raise ValueError(f"it can't be read ({type(error).__name__}: {error})") from None
     if damaged:
         raise ValueError("it is damaged")
-    here = json.loads(json.dumps(dict(facts)))  # lists for tuples
+    here = json.loads(json.dumps(facts))  # lists for tuples
     names = [name for name in {**here, **known} if known.get(name) != here.get(name)]
     if differences := [f"{name} {known.get(name)!r} there, {here.get(name)!r} here" for name in names]:
         raise ValueError(f"it is of another job, with {'; '.join(differences)}")
@@ -146,4 +133,4 @@ def _read(path: Path, facts: Mapping[str, Any]) -> Profile:
 
 def _checksum(state: Mapping[str, Any]) -> int:
     """The same for a state and what JSON makes of it."""
-    return crc32(json.dumps(dict(state)).encode())
+    return crc32(json.dumps(state).encode())

@@ -7,7 +7,7 @@ metrics never communicates.
 # ruff: noqa: SLF001 - stands in for what Lightning's collection does inside; a test guards it
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
@@ -15,7 +15,6 @@ from typing import Any, final
 import numpy as np
 import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
-    _METRICS,
     _Metadata,
     _ResultCollection,
     _ResultMetric,
@@ -28,28 +27,19 @@ from typing_extensions import override
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.step.snapshot import ModuleSnapshot
-from lightning_hetero.trainer.logged_values import LoggedKey, Numbers, combined, is_zero, on_host, union
+from lightning_hetero.trainer.logged_values import LoggedKey, Numbers, combined, on_host, union
 
-_COLUMNS = 4
-"""Numbers that a rank sends of a key; see `SynchronizedResults._epoch_row` and `TrainingResults._step_row`."""
+COLUMNS = 4  # numbers that a rank sends of a key: see `_epoch_row`, and `_step_row` of training
 
 
 @dataclass(frozen=True)
 class MetricExchange:
-    """How ranks exchange logged values.
-
-    Attributes:
-        group: of all ranks.
-        timer: of this rank's compute time, which an exchange is no part of.
-        reduce: the strategy's, as Lightning puts it into what it registers.
-        module: the LightningModule, where a rank finds a metric that only others have logged.
-        device: of this rank.
-    """
+    """How ranks exchange logged values."""
 
     group: RankGroup
-    timer: ComputeTimer
-    reduce: Callable[..., Any]
-    module: nn.Module
+    timer: ComputeTimer  # of compute time, which an exchange is no part of
+    reduce: Callable[..., Any]  # the strategy's, as Lightning puts it into what it registers
+    module: nn.Module  # where a rank finds a metric that only others have logged
     device: torch.device
 
     @property
@@ -59,17 +49,13 @@ class MetricExchange:
 
 
 class SynchronizedResults(_ResultCollection):
-    """Lightning's collection of what a loop logs; its values become those over all ranks at each exchange.
-
-    Args:
-        exchange: with the other ranks.
-        training: whether it is the training loop's.
-    """
+    """Lightning's collection of what a loop logs; its values become those over all ranks at each exchange."""
 
     def __init__(self, exchange: MetricExchange, *, training: bool) -> None:
         super().__init__(training)
         self._exchange = exchange
         self._keys: dict[str, LoggedKey] = {}  # the same on all ranks, in the same order
+        self._loader_states: dict[str, ModuleSnapshot] = {}  # of torchmetrics that several loaders use in turn
 
     @property
     def logged_keys(self) -> list[LoggedKey]:
@@ -77,27 +63,23 @@ class SynchronizedResults(_ResultCollection):
         return list(self._keys.values())
 
     def exchange_epoch(self) -> None:
-        """Values on epoch level become those over all ranks, for each key that any rank has logged since the last time.
-
-        Raises:
-            ValueError: ranks mean different things by one key.
-            TypeError: this rank has not got a metric that others have logged.
-        """
-        rank = self._exchange.group.rank
+        """Values on epoch level become those over all ranks, for each key that any has logged since the last time."""
         metrics = []
         for key, rows in self._exchange_rows(lambda key: key.meta.on_epoch, self._epoch_row):  # (W, 4)
             if not rows[:, 0].any():
                 continue
             metric = self._registered(key)
-            if not key.is_tensor:
-                metrics.append((metric, self._state(key, logged=bool(rows[rank, 1])), bool(rows[:, 2].any())))
-                continue
-            present = rows[rows[:, 1] > 0]  # (n, 4), of the ranks that have logged it
-            metric._computed = self._tensor(metric, combined(key.reduction, present[:, 2], present[:, 3]), present)  # type: ignore[assignment] # torchmetrics says only what it is at first
             metric.has_reset = False
+            if key.is_tensor:
+                present = rows[rows[:, 1] > 0]  # (n, 4), of the ranks that have logged it
+                metric._computed = self._tensor(metric, key, present)  # type: ignore[assignment] # torchmetrics says only what it is at first
+            else:
+                state = self._state(key, logged=bool(rows[self._exchange.group.rank, 1]))
+                metrics.append((metric, state, bool(rows[:, 2].any())))
         for metric, state, updated in metrics:
             with self._exchange.timer.waiting():
                 self._compute(metric, state, updated=updated)
+        self._loader_states.clear()
 
     @override
     def _get_cache(self, result_metric: _ResultMetric, on_step: bool) -> Tensor | None:  # type: ignore[override] # it is only called on the instance
@@ -106,8 +88,6 @@ class SynchronizedResults(_ResultCollection):
         if self._exchange.is_needed and epoch and result_metric._computed is None:
             return None
         return _ResultCollection._get_cache(result_metric, on_step)
-
-    # ---- the flat exchange ----
 
     def _exchange_rows(
         self, is_wanted: Callable[[LoggedKey], bool], row_of: Callable[[LoggedKey], list[Tensor | float]]
@@ -122,52 +102,48 @@ class SynchronizedResults(_ResultCollection):
             for name, metric in self.items()
             if name not in self._keys and not metric.meta.sync.rank_zero_only
         ]
-        own = on_host([number for key in [*known, *new] for number in row_of(key)])
-        rows = [own[first : first + _COLUMNS] for first in range(0, len(own), _COLUMNS)]
+        own = np.array(on_host([number for key in [*known, *new] for number in row_of(key)])).reshape(-1, COLUMNS)
         group = self._exchange.group
         with self._exchange.timer.waiting():
-            table = group.start([len(new), *own[: _COLUMNS * len(known)]]).wait()  # (W, 1 + 4 * known)
-            reported: list[list[tuple[LoggedKey, list[float]]]] = (
-                group.gather(list(zip(new, rows[len(known) :], strict=True))) if table[:, 0].any() else []
+            table = group.start([len(new), *own[: len(known)].ravel()]).wait()  # (W, 1 + 4 * known)
+            reported: list[list[tuple[LoggedKey, Numbers]]] = (
+                group.gather(list(zip(new, own[len(known) :], strict=True))) if table[:, 0].any() else []
             )
-        found = [(key, table[:, 1 + _COLUMNS * i : 1 + _COLUMNS * (i + 1)]) for i, key in enumerate(known)]  # (W, 4)
+        found = list(zip(known, table[:, 1:].reshape(len(table), -1, COLUMNS).swapaxes(0, 1), strict=True))  # (W, 4)
         for key in union([[key for key, _ in pairs] for pairs in reported]):
             self._keys[key.key] = key
             if is_wanted(key):
                 by_rank = [{other.key: row for other, row in pairs} for pairs in reported]
-                found.append((key, np.array([of_rank.get(key.key, [0.0] * _COLUMNS) for of_rank in by_rank])))  # (W, 4)
+                found.append((key, np.array([of_rank.get(key.key, np.zeros(COLUMNS)) for of_rank in by_rank])))
         return found
 
     def _epoch_row(self, key: LoggedKey) -> list[Tensor | float]:
         """Whether it is not exchanged yet; bytes of a number, 0 for none; sum (for metrics: updated); weight."""
         metric = self.get(key.key)
         if metric is None or metric.has_reset or not key.meta.on_epoch:
-            return [0.0] * _COLUMNS
+            return [0.0] * COLUMNS
         stale = float(metric._computed is None)
         if not key.is_tensor:
             return [stale, 1.0, float(metric.value.update_called), 0.0]
         weight = metric.cumulated_batch_size if metric.meta.is_mean_reduction else 1.0
         return [stale, float(metric.value.element_size()), metric.value, weight]
 
-    # ---- this rank's side of it ----
-
     def _registered(self, key: LoggedKey) -> _ResultMetric:
         """What is registered here under a key, as if this rank had logged it."""
         if key.key not in self:
             metric = key.make_metric(self._exchange.reduce)
-            if not key.is_tensor:
-                metric.value = self._find(key.meta)
-            self[key.key] = metric
             if key.is_tensor:
                 metric.to(self._exchange.device)
+            else:
+                metric.value = self._find(key.meta)
+            self[key.key] = metric
         found: _ResultMetric = self[key.key]
         return found
 
     def _find(self, meta: _Metadata) -> Metric:
         found = None
-        if meta.metric_attribute is not None:
-            with suppress(AttributeError):
-                found = self._exchange.module.get_submodule(meta.metric_attribute)
+        with suppress(AttributeError):
+            found = self._exchange.module.get_submodule(meta.metric_attribute) if meta.metric_attribute else None
         if not isinstance(found, Metric):
             raise TypeError(
                 f"rank {self._exchange.group.rank} ({self._exchange.device}) has to compute the metric {meta.name!r}, "
@@ -177,28 +153,26 @@ class SynchronizedResults(_ResultCollection):
         return found
 
     @staticmethod
-    def _tensor(metric: _ResultMetric, value: float, rows: Numbers) -> Tensor:
+    def _tensor(metric: _ResultMetric, key: LoggedKey, rows: Numbers) -> Tensor:
+        """The value over the ranks with these rows, (n, 4), in the precision of the most exact one."""
         dtype = torch.float64 if len(rows) and rows[:, 1].max() == torch.float64.itemsize else torch.float32
+        value = combined(key.reduction, rows[:, 2], rows[:, 3])
         return torch.tensor(value, dtype=dtype, device=metric.value.device)
 
-    def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:  # noqa: ARG002 - see `EvaluationResults`
-        """The state in which a torchmetric is computed, where it is not the current one.
-
-        Args:
-            key: of the metric.
-            logged: by this rank.
-        """
-        return None
+    def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:
+        """The state in which to compute a torchmetric that this rank has logged or not, where not the current one."""
+        if logged or key.meta.dataloader_idx is None:
+            return self._loader_states.get(key.key)
+        metric = self._registered(key).value
+        current = ModuleSnapshot(metric)  # it may hold what another loader has added
+        metric.reset()
+        empty = ModuleSnapshot(metric)
+        current.restore()
+        return empty
 
     @staticmethod
     def _compute(metric: _ResultMetric, state: ModuleSnapshot | None, *, updated: bool) -> None:
-        """Compute a torchmetric, which brings its states together, on all ranks alike.
-
-        Args:
-            metric: what was logged.
-            state: see `_state`.
-            updated: on any rank; where it was not on this one, there is nothing to warn of.
-        """
+        """Compute a torchmetric, which brings its states together, on all ranks alike; `updated`: on any of them."""
         current = ModuleSnapshot(metric.value) if state is not None else None
         if state is not None:
             state.restore()
@@ -206,141 +180,21 @@ class SynchronizedResults(_ResultCollection):
             if isinstance(part, Metric):
                 part._computed = None  # a value that is kept on some ranks only would leave the others waiting
         with warnings.catch_warnings():
-            if updated:
+            if updated:  # there is nothing to warn of where it was not on this one
                 warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             metric._computed = metric.value.compute()
-        metric.has_reset = False
         if current is not None:
             current.restore()
 
 
-@dataclass(frozen=True)
-class StepValue:
-    """What this rank has logged in a step.
-
-    Attributes:
-        value: of this rank.
-        weight: in the mean over ranks; 0 leaves the value out of any reduction. May be on the device.
-        step: in which it was logged, from 1, counted alike on all ranks.
-    """
-
-    value: Tensor
-    weight: float | Tensor
-    step: int
-
-
-@final
-class TrainingResults(SynchronizedResults):
-    """The training loop's collection; its values on step level become those over all ranks too.
-
-    Args:
-        exchange: with the other ranks.
-        receive: gets each logged value, as a key, the value and its batch size, and calls `add` for it in time.
-    """
-
-    def __init__(self, exchange: MetricExchange, receive: Callable[[str, Any, int], None]) -> None:
-        super().__init__(exchange, training=True)
-        self._receive = receive
-        self._step_values: dict[str, StepValue] = {}
-        self._step = self._exchanged_step = 0
-
-    @override
-    def update_metrics(self, key: str, value: Metric | Tensor, batch_size: int) -> None:
-        self._receive(key, value, batch_size)
-
-    def next_step(self) -> None:
-        """A training step begins: on all ranks."""
-        self._step += 1
-
-    def set_batch(self, batch: Any) -> None:
-        """Values that are logged from now on are means over the samples of this batch."""
-        self.batch, self.batch_size = batch, None
-
-    def add(self, key: str, value: Tensor, weight: float | Tensor) -> None:
-        """Add a value of this step to what is logged under a key.
-
-        Args:
-            key: that is registered.
-            value: of this rank.
-            weight: see `StepValue`.
-        """
-        metric = self[key]
-        without_exchange(metric)
-        synchronized = self._exchange.is_needed and not metric.meta.sync.rank_zero_only
-        if is_zero(weight):
-            metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
-        else:
-            if metric.meta.is_mean_reduction and not isinstance(weight, int):
-                # A whole number and a fraction would be added up in single precision.
-                metric.cumulated_batch_size = metric.cumulated_batch_size.double()
-            before = metric._forward_cache
-            metric.forward(value, weight)  # it only multiplies and adds
-            value = metric._forward_cache
-            if synchronized:
-                # What loggers and callbacks see is the value over all ranks, which the next exchange brings.
-                metric._forward_cache = before
-        if synchronized and metric.meta.on_step:
-            self._step_values[key] = StepValue(value, weight, self._step)
-
-    def exchange_steps(self) -> None:
-        """Values on step level become those over all ranks, until the next exchange.
-
-        Raises:
-            ValueError: ranks mean different things by one key.
-        """
-        self._exchanged_step = self._step
-        for key, rows in self._exchange_rows(lambda key: key.meta.on_step and key.is_tensor, self._step_row):  # (W, 4)
-            if not rows[:, 1].any():
-                continue
-            # A key that is logged now and then keeps its last value, and only those who logged it last have that one.
-            latest = rows[rows[:, 0] == rows[:, 0].max()]
-            latest = latest[latest[:, 3] > 0]  # (n, 4)
-            metric = self._registered(key)
-            metric.has_reset = False
-            value = combined(key.reduction, latest[:, 2], latest[:, 3]) if len(latest) else None
-            metric._forward_cache = self._tensor(metric, value, latest) if value is not None else None
-
-    @override
-    def metrics(self, on_step: bool) -> _METRICS:
-        """As Lightning's; between exchanges the progress bar, which only rank 0 has, shows what this rank has."""
-        metrics = super().metrics(on_step)
-        if on_step and self._exchange.group.rank == 0:
-            for metric, value in self._values_since_exchange():
-                if metric.meta.prog_bar:
-                    metrics["pbar"][self._forked_name(metric, on_step)[1]] = value.item()
-        return metrics
-
-    def _values_since_exchange(self) -> Iterator[tuple[_ResultMetric, Tensor]]:
-        for key, own in self._step_values.items():
-            metric = self[key]
-            if own.step > self._exchanged_step and not metric.has_reset and not is_zero(own.weight):
-                yield metric, own.value
-
-    def _step_row(self, key: LoggedKey) -> list[Tensor | float]:
-        """The step in which it was logged last, from 1; bytes of a number, 0 for none; sum; weight."""
-        own = self._step_values.get(key.key)
-        if own is None or self[key.key].has_reset:
-            return [0.0] * _COLUMNS
-        value: Tensor | float = own.value
-        if key.reduction == "mean":
-            value = own.value.double() * own.weight if not is_zero(own.weight) else 0.0
-        return [float(own.step), float(own.value.element_size()), value, own.weight]
-
-
 @final
 class EvaluationResults(SynchronizedResults):
-    """The collection of a loop that validates or tests; a mean that is NaN is left out where nothing counts.
-
-    Args:
-        exchange: with the other ranks.
-        count: from a batch to its loss count.
-    """
+    """The collection of a loop that validates or tests; a NaN is left out of a mean where the batch's count is 0."""
 
     def __init__(self, exchange: MetricExchange, count: Callable[[Any], float | Tensor]) -> None:
         super().__init__(exchange, training=False)
-        self._count = count
+        self._count = count  # from a batch to its loss count
         self._counted: tuple[Any, float | Tensor] = (None, 1.0)
-        self._loader_states: dict[str, ModuleSnapshot] = {}
 
     @override
     def update_metrics(self, key: str, value: Metric | Tensor, batch_size: int) -> None:
@@ -371,22 +225,6 @@ class EvaluationResults(SynchronizedResults):
         for key, metric in self.valid_items():
             if not metric.is_tensor and metric.meta.dataloader_idx is not None:
                 self._loader_states[key] = ModuleSnapshot(metric.value)
-
-    @override
-    def exchange_epoch(self) -> None:
-        super().exchange_epoch()
-        self._loader_states.clear()
-
-    @override
-    def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:
-        if logged or key.meta.dataloader_idx is None:
-            return self._loader_states.get(key.key)
-        metric = self._registered(key).value
-        current = ModuleSnapshot(metric)  # it may hold what another loader has added
-        metric.reset()
-        empty = ModuleSnapshot(metric)
-        current.restore()
-        return empty
 
 
 def without_exchange(metric: _ResultMetric) -> None:

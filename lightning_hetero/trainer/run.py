@@ -15,13 +15,11 @@ from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
 from lightning_hetero.trainer.evaluation import RememberedBroadcasts, batch_hook
-from lightning_hetero.trainer.evaluation_loaders import EvaluationLoaders
-from lightning_hetero.trainer.hooks import HookCallback, Hooks
+from lightning_hetero.trainer.hooks import HookCallback, TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
-from lightning_hetero.trainer.patches import TrainerPatches
-from lightning_hetero.trainer.profiles import Profile
-from lightning_hetero.trainer.run_folder import run_folder
+from lightning_hetero.trainer.patches import patch_trainer
+from lightning_hetero.trainer.profiles import Profile, run_folder
 from lightning_hetero.trainer.signals import StopRequest
 from lightning_hetero.trainer.training_loaders import TrainingLoaders
 
@@ -44,7 +42,7 @@ class Run:
         metrics: what is logged, on all ranks alike.
     """
 
-    def __init__(self, job: Job, trainer: "pl.Trainer", hooks: Hooks) -> None:
+    def __init__(self, job: Job, trainer: "pl.Trainer", hooks: TrainingHooks) -> None:
         self.job = job
         self.trainer = trainer
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed()) % 2**32
@@ -53,16 +51,8 @@ class Run:
         self.job_facts: dict[str, Any] = {}
         self.stop = StopRequest(trainer)
         self.log_dirs = RememberedBroadcasts()
-        self.loaders = TrainingLoaders(
-            trainer,
-            job.group,
-            job.lockstep_groups,
-            seed=seed,
-            global_batch=job.options.global_batch,
-            planners=self,
-            next_step=job.batches.next_step,
-        )
-        evaluation_loaders = EvaluationLoaders(trainer, job.group, seed, job.evaluation)
+        self.loaders = TrainingLoaders(trainer, job, seed, self.planner_for)
+        loaders = TrainerDataLoaders(trainer, job, self.loaders, seed)
         self.metrics = MetricSynchronizer(
             trainer,
             job.group,
@@ -71,24 +61,24 @@ class Run:
             loss_count=job.options.loss_count,
             in_evaluation_batch=self.in_evaluation_batch,
         )
-        self._patches = TrainerPatches(
+        self._patches = patch_trainer(
             trainer,
             self.metrics,
-            prepare_dataloader=TrainerDataLoaders(trainer, self.loaders, evaluation_loaders).prepare,
+            prepare_dataloader=loaders.prepare,
             before_batch=hooks.before_batch,
             on_sigterm=self.stop.handle,
-            callbacks=[HookCallback(hooks)],
+            callbacks=[HookCallback(hooks, self.end_training, self.begin_evaluation, self.end_evaluation)],
         )
 
     def end(self) -> None:
         """Leave the Trainer as it was."""
-        self._patches.restore()
+        self._patches.close()
 
     def in_evaluation_batch(self) -> bool:
         """Whether this rank is in a hook of an evaluation batch, which other ranks may not have."""
         return batch_hook(self.trainer.lightning_module) is not None
 
-    def for_global_batch(self, global_batch: int, *, first: bool) -> SplitPlanner:
+    def planner_for(self, global_batch: int, first: bool) -> SplitPlanner:
         """The planner for a training loader's global batch; all ranks ask together.
 
         Args:

@@ -2,12 +2,13 @@
 
 torchmetrics gathers each tensor in a list state by itself. Where a metric keeps one tensor per image, ranks with
 different numbers of images would issue different numbers of gathers, and wait for each other for ever; a rank without
-any can't tell the shape and type of what it gathers; and one that computes before it was updated warns.
+any does not know the shape and type of what it gathers; and one that computes before it was updated warns.
 """
 # ruff: noqa: SLF001 - torchmetrics has no public way to say how states are gathered
 
 from collections.abc import Callable, Iterable
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,28 +19,12 @@ from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
 
 
-def _to(values: Iterable[Any], device: torch.device | str) -> list[Any]:
-    """The entries of a list state on a device; tuples, as of encoded masks, are left as they are."""
-    return [value.to(device) if isinstance(value, Tensor) else value for value in values]
-
-
 class _SynchronizedMetric:
-    """Stands before one metric's `_sync_dist` and `compute`.
+    """Stands before one metric's `_sync_dist` and `compute`."""
 
-    Args:
-        metric: whose.
-        group: of all ranks.
-        timer: of the rank's compute time, which gathering is no part of.
-        in_evaluation_batch: whether the rank is in an evaluation step, which other ranks may not have.
-    """
-
-    def __init__(
-        self, metric: Metric, group: RankGroup, timer: ComputeTimer, in_evaluation_batch: Callable[[], bool]
-    ) -> None:
+    def __init__(self, metric: Metric, sync: "MetricSync") -> None:
         self.metric = metric
-        self._group = group
-        self._timer = timer
-        self._in_evaluation_batch = in_evaluation_batch
+        self._sync = sync
         self._compute = metric.compute
         self._is_users = metric.dist_sync_fn is not None or metric.process_group is not None  # gathered in another way
 
@@ -59,21 +44,21 @@ class _SynchronizedMetric:
         metric = self.metric
         if self._is_users or not metric._to_sync or metric._is_synced or metric._computed is not None:
             return self._compute(*args, **kwargs)
-        if self._in_evaluation_batch():
+        if self._sync.in_evaluation_batch():
             metric._to_sync = False
             try:
                 return self._compute(*args, **kwargs)
             finally:
                 metric._to_sync, metric._computed = True, None
-        with self._timer.waiting():
-            updated = any(self._group.gather(metric.update_called))
+        with self._sync.timer.waiting():
+            updated = any(self._sync.group.gather(metric.update_called))
         if updated:
             metric._update_count = max(metric._update_count, 1)
         return self._compute(*args, **kwargs)
 
     def __call__(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """In place of `Metric._sync_dist`: list states of any length, in the order of the ranks."""
-        with self._timer.waiting():
+        with self._sync.timer.waiting():
             if self._is_users:
                 type(self.metric)._sync_dist(self.metric, dist_sync_fn, process_group)
             else:
@@ -82,7 +67,7 @@ class _SynchronizedMetric:
     def _gather_states(self, dist_sync_fn: Any, process_group: Any) -> None:
         metric = self.metric
         lists = {name: value for name in metric._reductions if isinstance(value := getattr(metric, name), list)}
-        ranks = self._group.gather({name: self._description(name, value) for name, value in lists.items()})
+        ranks = self._sync.group.gather({name: self._description(name, value) for name, value in lists.items()})
         for name, value in lists.items():
             if metric._reductions[name] is None:
                 setattr(metric, name, [])  # nothing for torchmetrics to gather
@@ -108,40 +93,40 @@ class _SynchronizedMetric:
         return [torch.empty((0, *shape), dtype=dtype, device=self.metric.device) for dtype, shape in descriptions][:1]
 
 
+def _to(entries: Iterable[Any], device: torch.device | str) -> list[Any]:
+    """The entries of a list state on a device; tuples, as of encoded masks, are left as they are."""
+    return [entry.to(device) if isinstance(entry, Tensor) else entry for entry in entries]
+
+
 def _torchmetrics_own(metric: Metric) -> Any:
     """What is left of a metric's own gathering in another process: torchmetrics' own."""
     return type(metric)._sync_dist.__get__(metric)
 
 
+@dataclass
 class MetricSync:
     """All metrics of a module; with one rank only they are left alone.
 
-    Args:
-        group: of all ranks.
-        timer: of the rank's compute time, which gathering is no part of.
-        in_evaluation_batch: whether the rank is in an evaluation step, which other ranks may not have; values stay the
-            rank's own then.
+    In an evaluation batch, which other ranks may not have, values stay the rank's own.
     """
 
-    def __init__(self, group: RankGroup, timer: ComputeTimer, in_evaluation_batch: Callable[[], bool]) -> None:
-        self._group = group
-        self._timer = timer
-        self._in_evaluation_batch = in_evaluation_batch
-        self._synchronized: list[_SynchronizedMetric] = []
+    group: RankGroup
+    timer: ComputeTimer  # of compute time, which gathering is no part of
+    in_evaluation_batch: Callable[[], bool]
+    _synchronized: list[_SynchronizedMetric] = field(default_factory=list, init=False)
 
-    def attach(self, module: torch.nn.Module) -> Self:
+    def attach(self, module: torch.nn.Module) -> None:
         """Take over the metrics that are not yet; those that the user gathers in another way only leave the timer."""
-        if self._group.world_size == 1:
-            return self
+        if self.group.world_size == 1:
+            return
         present = {id(metric) for metric in module.modules()}
         self._synchronized = [one for one in self._synchronized if id(one.metric) in present]  # hooks may replace some
         known = {id(one.metric) for one in self._synchronized}
         for metric in module.modules():
             if isinstance(metric, Metric) and metric._reductions and id(metric) not in known:
-                one = _SynchronizedMetric(metric, self._group, self._timer, self._in_evaluation_batch)
+                one = _SynchronizedMetric(metric, self)
                 vars(metric).update(_sync_dist=one, compute=one.compute)
                 self._synchronized.append(one)
-        return self
 
     def detach(self) -> None:
         """Leave the metrics as they were."""

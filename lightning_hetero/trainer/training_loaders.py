@@ -1,69 +1,70 @@
 """Prepares the loaders of a training, and keeps what they were given for each step."""
 # ruff: noqa: SLF001 - what is touched of a Trainer is guarded by tests
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hetero.exchange.duplicate_data import NO_DATA_LOADER, USER_SHARDS, DuplicateDataCheck, content_hash
-from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.planning.plan import Schedule
-from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping
+from lightning_hetero.planning.planner import SplitPlanner
+from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, index_hash
 from lightning_hetero.sampling.position import EpochPasses, Position
 from lightning_hetero.sampling.train_sampler import LocalBatchSampler, LocalBatchSizeSampler, Share
-from lightning_hetero.trainer.epoch import epoch_of
-from lightning_hetero.trainer.loader_agreement import agreed_batches, require_same_loader
-from lightning_hetero.trainer.lockstep_loader import LockstepGroups, LockstepLoader
+from lightning_hetero.trainer.job import Job
+from lightning_hetero.trainer.lockstep_loader import LockstepLoader
 from lightning_hetero.trainer.user_loader import (
-    HashingBatchSampler,
+    agreed_batches,
     batch_size_of,
     has_plain_batches,
     is_distributed,
     name_of,
     replace_batch_sampler,
+    require_same_loader,
 )
 
 
-class Planned(Protocol):
-    """What samplers need of a planner."""
+def epoch_of(trainer: "pl.Trainer") -> int:
+    """The epoch that is trained, or that comes next.
 
-    @property
-    def schedule(self) -> Schedule:
-        """Its plans."""
-
-    @property
-    def minimum(self) -> int:
-        """The least that a rank can compute with."""
+    `Trainer.current_epoch` still is the epoch before while a resumed run sets its loaders up.
+    """
+    epoch: int = cast("Any", trainer.fit_loop.epoch_progress.current).processed
+    return epoch
 
 
-class Planners(Protocol):
-    """Makes or keeps the planner of a run, once its global batch is known."""
+class _HashingBatchSampler:
+    """A batch sampler that passes on what the user's draws, and keeps a hash of each of the first batches."""
 
-    def for_global_batch(self, global_batch: int, *, first: bool) -> Planned:
-        """The planner for a training loader; `first` for the first of those that are trained on together."""
+    def __init__(self, batch_sampler: Any) -> None:
+        self._batch_sampler = batch_sampler
+        self.sampler = getattr(batch_sampler, "sampler", None)  # Lightning calls its set_epoch
+        self.hashes: deque[str] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.hashes.clear()
+        for number, batch in enumerate(self._batch_sampler):
+            if number < DuplicateDataCheck.WATCHED:
+                self.hashes.append(index_hash([batch]))
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler)
 
 
 @dataclass
 class _Together:
-    """The training loaders that are trained on together.
+    """The training loaders that are trained on together."""
 
-    Args:
-        key: tells them from those that were prepared before.
-        prepared: how many of them so far.
-        samplers: of those that the strategy splits.
-        hashing: batch samplers of those that the user shards.
-        unsplit: positions of the iterables that are no DataLoader.
-    """
-
-    key: object
-    prepared: int = 0
-    samplers: list[LocalBatchSampler | LocalBatchSizeSampler] = field(default_factory=list)
-    hashing: list[HashingBatchSampler] = field(default_factory=list)
-    unsplit: list[int] = field(default_factory=list)
+    key: object  # tells them from those that were prepared before
+    prepared: int = 0  # how many of them so far
+    samplers: list[LocalBatchSampler | LocalBatchSizeSampler] = field(default_factory=list)  # that the strategy splits
+    hashing: list[_HashingBatchSampler] = field(default_factory=list)  # of loaders that the user shards
+    unsplit: list[int] = field(default_factory=list)  # positions of the iterables that are no DataLoader
 
 
 class TrainingLoaders:
@@ -71,55 +72,43 @@ class TrainingLoaders:
 
     Args:
         trainer: whose.
-        group: of all ranks.
-        lockstep_groups: for iterable data sets.
+        job: of this process.
         seed: of all passes over samplers, shared by all ranks.
-        global_batch: the user's, or None for each loader's `batch_size` × W.
-        planners: of the training.
-        next_step: how many global batches were started so far, which is the number of the next one.
+        planner_for: from a loader's global batch, and whether it is the first of those that are trained on together, to
+            the planner of its shares; all ranks ask together.
     """
 
     def __init__(
-        self,
-        trainer: "pl.Trainer",
-        group: RankGroup,
-        lockstep_groups: LockstepGroups,
-        *,
-        seed: int,
-        global_batch: int | None,
-        planners: Planners,
-        next_step: Callable[[], int],
+        self, trainer: "pl.Trainer", job: Job, seed: int, planner_for: Callable[[int, bool], SplitPlanner]
     ) -> None:
-        self._trainer = trainer
-        self._group = group
-        self._lockstep_groups = lockstep_groups
+        self._trainer, self._job, self._group = trainer, job, job.group
         self._seed = seed
-        self._given_global_batch = global_batch
-        self._planners = planners
-        self._next_step = next_step
+        self._planner_for = planner_for
         self.user_shards = not trainer._accelerator_connector.use_distributed_sampler
         """Whether the user said so, with `use_distributed_sampler=False`."""
+        self.duplicate_data_sentence = USER_SHARDS if self.user_shards else NO_DATA_LOADER
+        """What is wrong where all ranks train on the same data, and what to do."""
         self._together = _Together(key=None)
         self._hashed = 0  # batches of which a hash was made
         self._warned_inexact = False
 
     def _position(self) -> Position:
-        """Where training stands."""
-        return Position(epoch_of(self._trainer), self._next_step())
+        return Position(epoch_of(self._trainer), self._job.batches.next_step())
 
     def prepare(self, loader: object) -> object:
-        """A training loader as this rank reads it; called for every one, on all ranks alike.
-
-        Raises:
-            ValueError: it can't be split, or is not the same on all ranks.
-        """
-        together = self._loaders_together()
+        """A training loader as this rank reads it; called for every one, on all ranks alike."""
+        # Lightning prepares all of them in one go. While it does, neither its own collection of them nor the position
+        # changes; before it does so again, one has.
+        key = (id(self._trainer.fit_loop._combined_loader), self._position())
+        if self._together.key != key:
+            self._together = _Together(key)
+        together = self._together
         together.prepared += 1
         if not isinstance(loader, DataLoader):
             together.unsplit.append(together.prepared - 1)
             return loader
         if self.user_shards and loader.batch_sampler is not None:
-            together.hashing.append(HashingBatchSampler(loader.batch_sampler))
+            together.hashing.append(_HashingBatchSampler(loader.batch_sampler))
             return replace_batch_sampler(loader, together.hashing[-1])
         if self.user_shards or is_distributed(loader):
             return loader
@@ -135,16 +124,6 @@ class TrainingLoaders:
             return self._in_lockstep(loader, global_batch)
         return self._split(loader, global_batch)
 
-    def _loaders_together(self) -> _Together:
-        """The training loaders that are being prepared; Lightning prepares all of them in one go.
-
-        While it does, neither its own collection of them nor the position changes; before it does so again, one has.
-        """
-        key = (id(self._trainer.fit_loop._combined_loader), self._position())
-        if self._together.key != key:
-            self._together = _Together(key)
-        return self._together
-
     def _split(self, loader: DataLoader[Any], global_batch: int | None) -> object:
         number = len(self._together.samplers)
         batches = self._global_batches(loader, global_batch, number)
@@ -155,7 +134,7 @@ class TrainingLoaders:
                 f"batch of {global_batch or 'at least one sample'}{' with drop_last' if loader.drop_last else ''}: let "
                 "it draw more (TorchGeo's samplers have a length=), or choose a smaller batch_size"
             )
-        planner = self._planners.for_global_batch(global_batch or batches.first_size, first=number == 0)
+        planner = self._planner_for(global_batch or batches.first_size, number == 0)
         sampler = LocalBatchSampler(
             EpochPasses(batches, self._position),
             planner.schedule,
@@ -171,7 +150,7 @@ class TrainingLoaders:
     def _in_lockstep(self, loader: DataLoader[Any], global_batch: int | None) -> object:
         assert global_batch is not None, "torch gives an iterable data set its own batch sampler, with a batch size"
         number = len(self._together.samplers)
-        planner = self._planners.for_global_batch(global_batch, first=number == 0)
+        planner = self._planner_for(global_batch, number == 0)
         sampler = LocalBatchSizeSampler(
             planner.schedule,
             self._group.rank,
@@ -180,12 +159,12 @@ class TrainingLoaders:
             position=self._position,
         )
         self._together.samplers.append(sampler)
-        return LockstepLoader(replace_batch_sampler(loader, sampler), self._lockstep_groups.at(number))
+        return LockstepLoader(replace_batch_sampler(loader, sampler), self._job.lockstep_group(number))
 
     def _global_batch(self, loader: DataLoader[Any]) -> int | None:
-        """Samples of a step; None where only what the batch sampler draws can tell."""
+        """Samples of a step; None where only what the batch sampler draws shows it."""
         own = batch_size_of(loader)
-        given = self._given_global_batch
+        given = self._job.options.global_batch
         if given is None:
             return own * self._group.world_size if own is not None else None
         if own is None:
@@ -201,17 +180,15 @@ class TrainingLoaders:
         return given
 
     def _global_batches(self, loader: DataLoader[Any], global_batch: int | None, number: int) -> GlobalBatches:
+        source: Any = loader.batch_sampler
         if has_plain_batches(loader):
-            plain = loader.batch_sampler
-            assert isinstance(plain, BatchSampler)
             assert global_batch is not None, "torch's own batch sampler has a batch size"
-            sampler: Any = plain.sampler
-            grouping = Grouping(global_batch, drop_last=plain.drop_last)
+            grouping = Grouping(global_batch, drop_last=source.drop_last)
+            source = source.sampler
         else:
-            sampler, own = loader.batch_sampler, batch_size_of(loader)
-            batches = global_batch // own if global_batch and own else self._group.world_size
-            grouping = Grouping(batches, batched=True)
-        return agreed_batches(self._group, sampler, grouping, self._seed + number)
+            own = batch_size_of(loader)
+            grouping = Grouping(global_batch // own if global_batch and own else self._group.world_size, batched=True)
+        return agreed_batches(self._group, source, grouping, self._seed + number)
 
     # ---- while training ----
 
@@ -245,34 +222,22 @@ class TrainingLoaders:
         return max((sampler.pending_shares.last_drawn for sampler in self._together.samplers), default=-1)
 
     def content_hash(self, batch: Any) -> float:
-        """A number that stands for one of the first batches, where ranks may train on the same data.
+        """A number for ranks to compare one of the first batches by (all of it, on the CPU).
 
-        Args:
-            batch: all of the step's, on the CPU.
-
-        Returns:
-            0 for later batches, where nothing in the batch can be compared, and where the strategy splits the data.
+        It is 0 for later batches, where nothing in the batch can be compared, and where the strategy splits the data.
         """
-        unsplit = self._together.unsplit
-        if self._hashed >= DuplicateDataCheck.WATCHED or not (self.user_shards or unsplit):
+        if self._hashed >= DuplicateDataCheck.WATCHED or not (self.user_shards or self._together.unsplit):
             return 0.0
         self._hashed += 1
         drawn = [sampler.hashes.popleft() for sampler in self._together.hashing if sampler.hashes]
-        return content_hash(batch if self.user_shards else self._parts(batch, unsplit), "".join(drawn))
+        return content_hash(batch if self.user_shards else self._unsplit_parts(batch), "".join(drawn))
 
-    def _parts(self, batch: Any, positions: list[int]) -> list[Any]:
-        """The parts of a batch that come from the loaders at these positions."""
-        combined = self._trainer.fit_loop._combined_loader
+    def _unsplit_parts(self, batch: Any) -> list[Any]:
         try:
-            parts: list[Any] = cast("Any", combined)._spec.flatten_up_to(batch)
+            parts: list[Any] = cast("Any", self._trainer.fit_loop._combined_loader)._spec.flatten_up_to(batch)
         except ValueError:  # the module has made something else of it
             return [batch]
-        return [parts[position] for position in positions]
-
-    @property
-    def duplicate_data_sentence(self) -> str:
-        """What is wrong where all ranks train on the same data, and what to do."""
-        return USER_SHARDS if self.user_shards else NO_DATA_LOADER
+        return [parts[position] for position in self._together.unsplit]
 
 
 def _proportional(shares: list[Share]) -> bool:

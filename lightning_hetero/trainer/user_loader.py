@@ -1,18 +1,18 @@
-"""What a user's DataLoader is made of, and a copy of it with another batch sampler."""
-# ruff: noqa: SLF001 - what is touched of a loader is guarded by tests
+"""A user's DataLoader: what it is made of, what ranks agree on about it, and a copy with another batch sampler."""
 
 import copy
 import math
-from collections import deque
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
-from lightning_hetero.sampling.global_batches import index_hash
+from lightning_hetero.exchange.consistency import require
+from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, Index, index_hash
 
 _USERS = "_lightning_hetero_users_loader"  # where a prepared loader keeps the one that it was made from
 
@@ -26,7 +26,7 @@ def replace_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> DataLo
     clone.in_order = True
     # DataLoader forbids to set it after construction, and rebuilding one needs arguments that can only be guessed.
     object.__setattr__(clone, "batch_sampler", batch_sampler)
-    clone._iterator = None
+    clone._iterator = None  # noqa: SLF001 - guarded by a test
     vars(clone)[_USERS] = loader
     return clone
 
@@ -36,27 +36,8 @@ def users_loader(loader: object) -> object:
     return getattr(loader, _USERS, loader)
 
 
-class HashingBatchSampler:
-    """A batch sampler that passes on what the user's draws, and keeps a hash of each of the first batches."""
-
-    def __init__(self, batch_sampler: Any) -> None:
-        self._batch_sampler = batch_sampler
-        self.sampler = getattr(batch_sampler, "sampler", None)  # Lightning calls its set_epoch
-        self.hashes: deque[str] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        self.hashes.clear()
-        for number, batch in enumerate(self._batch_sampler):
-            if number < DuplicateDataCheck.WATCHED:
-                self.hashes.append(index_hash([batch]))
-            yield batch
-
-    def __len__(self) -> int:
-        return len(self._batch_sampler)
-
-
 def name_of(thing: object) -> str:
-    """What errors call it: the name of its class."""
+    """The name of its class, which errors call it by."""
     return type(thing).__name__
 
 
@@ -66,17 +47,9 @@ def has_plain_batches(loader: DataLoader[Any]) -> bool:
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int | None:
-    """Samples of one of the loader's own batches, where its batch sampler says so."""
+    """Samples in one of the loader's own batches, where its batch sampler says so."""
     size = getattr(loader.batch_sampler, "batch_size", None)
     return size if isinstance(size, int) and size > 0 else None
-
-
-def length_of(dataset: object) -> int | None:
-    """Samples of a data set, where it has a length."""
-    try:
-        return len(dataset)  # type: ignore[arg-type] # whatever has no length is none of our business
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def is_distributed(loader: DataLoader[Any]) -> bool:
@@ -95,12 +68,62 @@ def lost_geographic_sampler(loader: DataLoader[Any]) -> bool:
     )
 
 
-def require_tiles(sampler: object) -> None:
-    """See that a random geographic sampler has tiles to draw from; torch would speak of probabilities instead.
+@dataclass
+class _IndexAgreement:
+    """Makes all ranks use the same indices of a sampler; see `AgreeOnIndices`."""
 
-    Raises:
-        ValueError: it has none.
-    """
+    group: RankGroup
+    sampler: str
+    warned: bool = False
+
+    def __call__(self, batches: list[list[Index]], *, complete: bool) -> list[list[Index]]:
+        if self.group.world_size == 1 or len(set(self.group.gather(index_hash(batches)))) == 1:
+            return batches
+        if not complete:
+            raise ValueError(
+                f"{self.sampler} has no length and draws other indices on every rank: give it a length, or let it "
+                "take its randomness from torch's, numpy's or Python's global generators"
+            )
+        if not self.warned:
+            self.warned = True
+            rank_zero_warn(
+                f"{self.sampler} draws other indices on every rank, so those of rank 0 are used on all of them. If it "
+                "shards the data by rank itself, set Trainer(use_distributed_sampler=False); else let it take its "
+                "randomness from torch's, numpy's or Python's global generators, or give it a generator= with a seed "
+                "if it takes one, and runs can be repeated"
+            )
+        return self.group.broadcast(batches)
+
+
+def agreed_batches(group: RankGroup, sampler: Any, grouping: Grouping, seed: int) -> GlobalBatches:
+    """The global batches of a user's sampler or batch sampler, the same on all ranks."""
+    _require_tiles(sampler)
+    return GlobalBatches(sampler, grouping, seed, _IndexAgreement(group, name_of(sampler)))
+
+
+def require_same_loader(
+    group: RankGroup, loader: DataLoader[Any], topic: str, *, global_batch: int | None = None
+) -> None:
+    """Raise the same ValueError on all ranks where their loaders differ."""
+    facts = {
+        "data set": name_of(loader.dataset),
+        "length of the data set": None if isinstance(loader.dataset, IterableDataset) else _length(loader.dataset),
+        "batch size": loader.batch_size,
+        "batch sampler": name_of(loader.batch_sampler),
+        "global batch": global_batch,
+    }
+    require(group, facts, topic)
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):  # it need not have one
+        return None
+
+
+def _require_tiles(sampler: object) -> None:
+    """Raise where a random geographic sampler has no tiles to draw from; torch would speak of probabilities instead."""
     if not type(sampler).__module__.startswith("torchgeo."):
         return
     space = getattr(sampler, "spatial_sampler", sampler)

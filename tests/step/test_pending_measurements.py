@@ -48,7 +48,7 @@ def measured(times: ComputeTimes) -> tuple[int, float, float, bool] | None:
     found = times.next_measurement()
     if found is None:
         return None
-    return found.step, found.compute_seconds, found.sync_seconds, found.averaged_after_backward
+    return found.measured_step, found.compute_seconds, found.sync_seconds, found.averaged_after_backward
 
 
 def test_a_measurement_waits_for_the_device_and_is_handed_out_once() -> None:

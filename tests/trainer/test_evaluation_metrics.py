@@ -174,7 +174,8 @@ def copies() -> tuple[Any, Any]:
     module = torch.nn.Module()
     module.map = MeanAveragePrecision()
     group, timer = RankGroup(rank, 2, timedelta(seconds=30)), ComputeTimer(HostClock())
-    sync = MetricSync(group, timer, lambda: False).attach(module)
+    sync = MetricSync(group, timer, lambda: False)
+    sync.attach(module)
     sync.attach(module)
     copied = module.map.clone()
     for index in range(3 - 2 * rank):

@@ -1,5 +1,6 @@
 """What is replaced on a Trainer is put back exactly as it was, whatever happens."""
 
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning_hetero.device.step_timer import ComputeTimer, HostClock
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
-from lightning_hetero.trainer.patches import TrainerPatches
+from lightning_hetero.trainer.patches import patch_trainer
 from tests.trainer.fits import make_trainer
 
 
@@ -19,12 +20,12 @@ def prepare(*_: Any) -> None:
     """In place of Lightning's way to prepare a loader."""
 
 
-def patched(trainer: pl.Trainer, *callbacks: Callback) -> TrainerPatches:
+def patched(trainer: pl.Trainer, *callbacks: Callback) -> ExitStack:
     group, timer = RankGroup(0, 1, timedelta(seconds=9)), ComputeTimer(HostClock())
     metrics = MetricSynchronizer(
         trainer, group, timer, torch.device("cpu"), loss_count=None, in_evaluation_batch=lambda: False
     )
-    return TrainerPatches(
+    return patch_trainer(
         trainer, metrics, prepare_dataloader=prepare, before_batch=prepare, on_sigterm=prepare, callbacks=callbacks
     )
 
@@ -50,10 +51,10 @@ def test_what_was_there_is_put_back(tmp_path: Any) -> None:
     assert trainer._data_connector._prepare_dataloader is prepare
     assert trainer.callbacks[0] is mine
     assert trainer.fit_loop.epoch_loop._results is not before[3]["_results"]
-    patches.restore()
+    patches.close()
     assert attributes(trainer) == before
     trainer.callbacks.append(late := Callback())
-    patches.restore()
+    patches.close()
     assert trainer._data_connector._prepare_dataloader is users
     assert trainer.callbacks[-1] is late
 
@@ -80,6 +81,6 @@ def test_values_are_exchanged_between_the_modules_hook_and_callbacks_that_monito
     patches = patched(trainer)
     first.on_train_epoch_end(trainer, None)
     assert seen == [(trainer, None)]
-    patches.restore()
+    patches.close()
     first.on_train_epoch_end("again")
     assert seen == [(trainer, None), ("again",)]

@@ -18,7 +18,7 @@ from lightning_hetero.device.step_timer import ComputeTimer, HostClock
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.trainer.logged_values import REDUCTIONS, LoggedKey, combined, on_host, union
 from lightning_hetero.trainer.results import EvaluationResults, MetricExchange
-from lightning_hetero.trainer.step_logging import StepLogging
+from lightning_hetero.trainer.training_results import TrainingResults
 from tests.ranks import fails_on_ranks, run_ranks
 
 # ---- one value of many ----
@@ -79,7 +79,7 @@ def test_all_ranks_order_keys_alike() -> None:
 
 def test_a_key_makes_what_lightning_would_have_registered() -> None:
     """So that the rank may still log it by itself, with the same arguments."""
-    results = step_logging().results
+    results = training_results()
     results.log("training_step", "loss", torch.tensor(1.0), on_step=True, sync_dist_fn=sum)
     key = LoggedKey.of("training_step.loss", results["training_step.loss"])
     assert key == KEY
@@ -106,12 +106,12 @@ def no_reduction(value: Any, *_: Any, **__: Any) -> Any:
     raise AssertionError("what is logged communicates only where it is exchanged")
 
 
-def step_logging() -> StepLogging:
-    return StepLogging(exchange())
+def training_results() -> TrainingResults:
+    return TrainingResults(exchange())
 
 
 def step(
-    logging: StepLogging,
+    results: TrainingResults,
     loss: float,
     *,
     samples: int,
@@ -121,103 +121,103 @@ def step(
     count: Tensor | None = None,
 ) -> None:
     """A training step that logs its loss and the number of its samples."""
-    logging.results.set_batch(torch.zeros(samples))
-    logging.begin(borrowed=borrowed, empty=empty, samples=samples, count=count)
+    results.set_batch(torch.zeros(samples))
+    results.begin_step(borrowed=borrowed, empty=empty, samples=samples, count=count)
     value = torch.tensor(loss, dtype=torch.float64)
-    logging.results.log("training_step", "loss", value, on_step=True, sync_dist=True, sync_dist_fn=no_reduction)
-    logging.results.log("training_step", "samples", torch.tensor(float(samples)), reduce_fx=torch.sum)
-    logging.end(value)
-    logging.batch_over(weight)
+    results.log("training_step", "loss", value, on_step=True, sync_dist=True, sync_dist_fn=no_reduction)
+    results.log("training_step", "samples", torch.tensor(float(samples)), reduce_fx=torch.sum)
+    results.end_step(value)
+    results.batch_over(weight)
 
 
-def logged(logging: StepLogging, *, on_step: bool) -> dict[str, float]:
-    return {name: float(value) for name, value in logging.results.metrics(on_step)["callback"].items()}
+def logged(results: TrainingResults, *, on_step: bool) -> dict[str, float]:
+    return {name: float(value) for name, value in results.metrics(on_step)["callback"].items()}
 
 
 def test_a_loss_weighs_what_it_weighs_in_the_global_batch() -> None:
     """In the mean of an epoch; everything else counts as often as Lightning says."""
-    logging = step_logging()
-    step(logging, 2.0, samples=4, weight=1.0)
-    step(logging, 4.0, samples=2, weight=3.0)
-    assert logged(logging, on_step=False)["loss"] == (2.0 * 1 + 4.0 * 3) / 4
-    assert logged(logging, on_step=False)["samples"] == 6
-    assert logged(logging, on_step=True)["loss_step"] == 4.0
+    results = training_results()
+    step(results, 2.0, samples=4, weight=1.0)
+    step(results, 4.0, samples=2, weight=3.0)
+    assert logged(results, on_step=False)["loss"] == (2.0 * 1 + 4.0 * 3) / 4
+    assert logged(results, on_step=False)["samples"] == 6
+    assert logged(results, on_step=True)["loss_step"] == 4.0
 
 
 @pytest.mark.parametrize("weight", [5.0, torch.tensor(5.0)])
 def test_nothing_is_read_before_the_batch_is_over(weight: float | Tensor) -> None:
     """The weight is known only then; until then nothing has been logged."""
-    logging = step_logging()
-    logging.begin(borrowed=False, empty=False, samples=3, count=None)
-    logging.results.set_batch(torch.zeros(3))
-    logging.results.log("training_step", "loss", torch.tensor(7.0))
-    assert float(logging.results["training_step.loss"].cumulated_batch_size) == 0
-    logging.end(torch.tensor(7.0))
-    logging.batch_over(weight)
-    assert float(logging.results["training_step.loss"].cumulated_batch_size) == 5
+    results = training_results()
+    results.begin_step(borrowed=False, empty=False, samples=3, count=None)
+    results.set_batch(torch.zeros(3))
+    results.log("training_step", "loss", torch.tensor(7.0))
+    assert float(results["training_step.loss"].cumulated_batch_size) == 0
+    results.end_step(torch.tensor(7.0))
+    results.batch_over(weight)
+    assert float(results["training_step.loss"].cumulated_batch_size) == 5
 
 
 def test_a_borrowed_step_registers_its_keys_and_adds_nothing() -> None:
-    logging = step_logging()
-    step(logging, 9.0, samples=4, borrowed=True)
-    assert set(logging.results) == {"training_step.loss", "training_step.samples"}
-    step(logging, 2.0, samples=4)
-    assert logged(logging, on_step=False)["loss"] == 2.0
-    assert logged(logging, on_step=False)["samples"] == 4
+    results = training_results()
+    step(results, 9.0, samples=4, borrowed=True)
+    assert set(results) == {"training_step.loss", "training_step.samples"}
+    step(results, 2.0, samples=4)
+    assert logged(results, on_step=False)["loss"] == 2.0
+    assert logged(results, on_step=False)["samples"] == 4
 
 
 @pytest.mark.parametrize("count", [None, torch.tensor(0.0)])
 def test_nan_is_left_out_where_nothing_counts(count: Tensor | None) -> None:
     """Also where only the device knows that; where something counts, NaN stays NaN."""
-    logging = step_logging()
-    step(logging, math.nan, samples=4, empty=count is None, count=count, weight=0.0)
-    step(logging, 2.0, samples=4)
-    assert logged(logging, on_step=False)["loss"] == 2.0
-    step(logging, math.nan, samples=4)
-    assert math.isnan(logged(logging, on_step=False)["loss"])
+    results = training_results()
+    step(results, math.nan, samples=4, empty=count is None, count=count, weight=0.0)
+    step(results, 2.0, samples=4)
+    assert logged(results, on_step=False)["loss"] == 2.0
+    step(results, math.nan, samples=4)
+    assert math.isnan(logged(results, on_step=False)["loss"])
 
 
-def in_parts(logging: StepLogging, sizes: list[int], values: Tensor) -> None:
+def in_parts(results: TrainingResults, sizes: list[int], values: Tensor) -> None:
     """A step that is computed in parts of a batch, one of which fails at first."""
-    logging.begin(borrowed=False, empty=False, samples=sum(sizes), count=None)
-    with logging.in_parts() as parts:
+    results.begin_step(borrowed=False, empty=False, samples=sum(sizes), count=None)
+    with results.in_parts() as parts:
         parts.begin(values)
-        logging.results.log("training_step", "loss", values.mean())  # the part turns out not to fit
+        results.log("training_step", "loss", values.mean())  # the part turns out not to fit
         for part in values.split(sizes):
             parts.begin(part)
-            logging.results.log("training_step", "loss", part.mean(), on_step=False, on_epoch=True)
-            logging.results.log("training_step", "most", part.max(), reduce_fx=torch.max)
-            logging.results.log("training_step", "sum", part.sum(), reduce_fx=torch.sum)
+            results.log("training_step", "loss", part.mean(), on_step=False, on_epoch=True)
+            results.log("training_step", "most", part.max(), reduce_fx=torch.max)
+            results.log("training_step", "sum", part.sum(), reduce_fx=torch.sum)
             parts.keep(part.mean(), float(len(part)))
-    logging.end(values.mean())
-    logging.batch_over(None)
+    results.end_step(values.mean())
+    results.batch_over(None)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_parts_log_what_the_whole_batch_would_have(sizes: list[int]) -> None:
     """Once, with the batch's size; and the batch is the loop's again."""
-    logging = step_logging()
-    logging.results.set_batch("the loop's")
+    results = training_results()
+    results.set_batch("the loop's")
     values = torch.randn(sum(sizes), dtype=torch.float64, generator=torch.Generator().manual_seed(len(sizes)))
-    in_parts(logging, sizes, values)
-    found = logged(logging, on_step=False)
+    in_parts(results, sizes, values)
+    found = logged(results, on_step=False)
     assert found["loss"] == pytest.approx(float(values.mean()), abs=1e-12)
     assert found["most"] == float(values.max())
     assert found["sum"] == pytest.approx(float(values.sum()), abs=1e-12)
-    assert float(logging.results["training_step.loss"].cumulated_batch_size) == len(values)
-    assert logging.results.batch == "the loop's"
+    assert float(results["training_step.loss"].cumulated_batch_size) == len(values)
+    assert results.batch == "the loop's"
 
 
 def test_a_part_in_which_nothing_counts_is_left_out() -> None:
-    logging = step_logging()
-    logging.begin(borrowed=False, empty=False, samples=4, count=None)
-    with logging.in_parts() as parts:
+    results = training_results()
+    results.begin_step(borrowed=False, empty=False, samples=4, count=None)
+    with results.in_parts() as parts:
         for loss, count in ((math.nan, 0.0), (3.0, 2.0)):
             parts.begin(torch.zeros(2))
-            logging.results.log("training_step", "loss", torch.tensor(loss))
+            results.log("training_step", "loss", torch.tensor(loss))
             parts.keep(torch.tensor(loss), count)
-    logging.batch_over(None)
-    assert logged(logging, on_step=False)["loss"] == 3.0
+    results.batch_over(None)
+    assert logged(results, on_step=False)["loss"] == 3.0
 
 
 # ---- between ranks ----
@@ -232,22 +232,22 @@ class Measures(nn.Module):
 
 def training_on_ranks() -> Any:
     rank = torch.distributed.get_rank()
-    logging = StepLogging(exchange())
+    results = TrainingResults(exchange())
     seen = []
     for losses, samples, weights in (((1.0, 5.0), (3, 1), (3.0, 1.0)), ((2.0, 8.0), (3, 1), (6.0, 2.0))):
-        step(logging, losses[rank], samples=samples[rank], weight=weights[rank])
+        step(results, losses[rank], samples=samples[rank], weight=weights[rank])
         if rank == 1:  # which the other rank does not know yet
-            logging.results.log("on_train_batch_end", "own", torch.tensor(7.0), on_step=True, on_epoch=False)
-        before = logged(logging, on_step=True)
-        logging.results.exchange_steps()
-        seen.append((before, logged(logging, on_step=True)))
-    logging.begin(borrowed=False, empty=False, samples=3, count=None)
-    logging.results.log("training_step", "bar", torch.tensor(1.0 + rank), prog_bar=True, on_step=True, on_epoch=False)
-    logging.batch_over(None)
-    shown = logging.results.metrics(on_step=True)["pbar"]
-    unknown = logged(logging, on_step=False)
-    logging.results.exchange_epoch()
-    return seen, shown, unknown, logged(logging, on_step=False), [key.meta.name for key in logging.results.logged_keys]
+            results.log("on_train_batch_end", "own", torch.tensor(7.0), on_step=True, on_epoch=False)
+        before = logged(results, on_step=True)
+        results.exchange_steps()
+        seen.append((before, logged(results, on_step=True)))
+    results.begin_step(borrowed=False, empty=False, samples=3, count=None)
+    results.log("training_step", "bar", torch.tensor(1.0 + rank), prog_bar=True, on_step=True, on_epoch=False)
+    results.batch_over(None)
+    shown = results.metrics(on_step=True)["pbar"]
+    unknown = logged(results, on_step=False)
+    results.exchange_epoch()
+    return seen, shown, unknown, logged(results, on_step=False), [key.meta.name for key in results.logged_keys]
 
 
 def test_training_values_are_those_of_all_ranks_after_an_exchange() -> None:

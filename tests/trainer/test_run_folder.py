@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader
 
 from lightning_hetero import HeteroStrategy
-from lightning_hetero.trainer.run_folder import run_folder
+from lightning_hetero.trainer.profiles import run_folder
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 

@@ -211,7 +211,7 @@ def weights() -> dict[str, Any]:
             messages = step.receive()
         assert before == (1.0, None)
         assert messages is not None
-        assert messages.loss_counts.tolist() == list(counts)
+        assert messages.column("loss_count").tolist() == list(counts)
         assert step.receive() is None, "messages are received once"
         found[name] = (step.weight, step.logged_weight, [str(warning.message)[:27] for warning in caught])
     return found

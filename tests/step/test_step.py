@@ -49,7 +49,7 @@ def share_of(*counts: int, borrowed: bool = False, state: RandomState | None = N
 
 def step_of(context: StepContext, share: Share | None, count: LocalCount, *, accumulates: bool = False) -> Step:
     loaded = LoadedBatch(5, share, context.group.rank, context.module)
-    pending = context.group.start_messages(StepMessage(TRAINS, 5, loss_count=count.on_host))
+    pending = context.group.start(StepMessage(TRAINS, 5, loss_count=count.on_host).row())
     return Step(context, loaded, count, pending, accumulates=accumulates)
 
 
@@ -211,7 +211,7 @@ def weights() -> dict[str, Any]:
             messages = step.receive()
         assert before == (1.0, None)
         assert messages is not None
-        assert messages.loss_counts.tolist() == list(counts)
+        assert messages.column("loss_count").tolist() == list(counts)
         assert step.receive() is None, "messages are received once"
         found[name] = (step.weight, step.logged_weight, [str(warning.message)[:27] for warning in caught])
     return found

@@ -243,7 +243,7 @@ def test_what_torchgeos_command_sets_is_set(monkeypatch: pytest.MonkeyPatch) -> 
     """Read from TorchGeo's own main, so that a change there is noticed here."""
     import torchgeo.main
 
-    from lightning_hetero.cli.main import lightning_cli
+    from lightning_hetero.cli import lightning_cli
 
     monkeypatch.setattr(os, "environ", {})
     theirs: dict[str, Any] = {}
@@ -283,7 +283,7 @@ def own_script(strategy: str) -> dict[str, Any]:
     args = ["fit", "--trainer.strategy", strategy, "--trainer.max_epochs", "2", *quiet, *joined]
     if "." in strategy:
         args += ["--trainer.strategy.shares", "[3, 1]"]
-        args += ["--trainer.strategy.loss_count", "tests.trainer.test_cli.samples"]
+        args += ["--trainer.strategy.loss_count", "tests.cli.test_lightning_cli.samples"]
     cli = LightningCLI(NumbersModule, args=args, save_config_callback=None)
     assert getattr(cli.model, "counted", False) == ("." in strategy), "the function named in the configuration counts"
     return {"parameters": parameters_of(cli.model), "plan": cli.trainer.strategy.plan.local_batches}

@@ -126,7 +126,8 @@ class Balancer:
             ValueError: the numbers can't be measurements of a step with this global batch.
         """
         step, split, seconds = measured.step, measured.local_batches, measured.compute_seconds
-        if not len(split) == len(seconds) == (ranks := self._world_size):
+        ranks = self._world_size
+        if not len(split) == len(seconds) == ranks:
             raise ValueError(f"step {step}: got {len(split)} local batches and {len(seconds)} times for {ranks} ranks")
         if min(split) < 1 or sum(split) != self._global_batch:
             raise ValueError(f"step {step}: local batches {split} are not a split of {self._global_batch} samples")

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from figures import Split
 from lightning.pytorch.callbacks import Callback
-from sides import Joined, Observer, change_split, observer_of
+from observing import Observer, change_split, observer_of
+from sides import Joined
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset

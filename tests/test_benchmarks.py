@@ -109,7 +109,7 @@ def test_the_scripts_offer_the_models_that_can_be_trained():
 
 
 def test_with_the_allocator_as_it_is_the_strategy_leaves_it_alone_too(monkeypatch):
-    """Also where a room has imported the function by its name."""
+    """Also where a module has imported the function by its name."""
     from lightning_hetero.device import allocator
 
     told = allocator.keep_freed_memory

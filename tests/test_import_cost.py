@@ -16,7 +16,7 @@ print(json.dumps([sorted(before), sorted(sys.modules)]))
 def test_import_loads_nothing_beyond_lightning_but_itself():
     """Counted in modules, not in seconds, so that it holds on a busy machine too.
 
-    Fails when a room imports torchgeo, matplotlib or the like at its top, instead of where it is used.
+    Fails when a file imports torchgeo, matplotlib or the like at its top, instead of where it is used.
     """
     output = subprocess.run([sys.executable, "-c", PROBE], check=True, capture_output=True, text=True).stdout
     before, after = json.loads(output.splitlines()[-1])

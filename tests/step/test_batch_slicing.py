@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_hetero.step.batch_slicing import CannotSliceError, halves, join_outputs, slice_batch
+from lightning_hetero.step.out_of_memory.batch_slicing import CannotSliceError, halves, join_outputs, slice_batch
 
 
 class Pair(NamedTuple):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_hetero.step.memory_errors import RankOutOfMemoryError, explained, is_out_of_memory
 from lightning_hetero.step.out_of_memory import (
     MemoryFound,
     OutOfMemoryRecovery,
@@ -22,6 +21,7 @@ from lightning_hetero.step.out_of_memory import (
     StepInParts,
     find_obstacle,
 )
+from lightning_hetero.step.out_of_memory.errors import RankOutOfMemoryError, explained, is_out_of_memory
 from tests.ranks import run_ranks
 
 DETAILS = "can't allocate memory: you tried to allocate 64 bytes"

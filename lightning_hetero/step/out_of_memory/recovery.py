@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_hetero.step.batch_contents import sample_count
-from lightning_hetero.step.batch_slicing import CannotSliceError, halves, join_outputs, slice_batch
 from lightning_hetero.step.gradients import gradients_left_alone
-from lightning_hetero.step.memory_errors import explained, explanation, is_out_of_memory
+from lightning_hetero.step.out_of_memory.batch_slicing import CannotSliceError, halves, join_outputs, slice_batch
+from lightning_hetero.step.out_of_memory.errors import explained, explanation, is_out_of_memory
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
@@ -55,7 +55,7 @@ def find_obstacle(
 
 
 class PartLogs(Protocol):
-    """Gathers what the parts of a batch log; see `trainer.step_logging`."""
+    """Gathers what the parts of a batch log; see `trainer.training_results`."""
 
     def begin(self, batch: Any) -> None:
         """A part begins; what a part that was not kept has logged is forgotten."""

@@ -1,5 +1,5 @@
 """The Lightning strategy: each of Lightning's hooks in a few lines."""
-# ruff: noqa: SLF001 - a strategy is a part of Lightning's inside; `tests/test_private_names.py` guards what it touches
+# ruff: noqa: SLF001 - Lightning's strategies need its private names; `tests/test_private_names.py` guards them
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -43,28 +43,28 @@ class HeteroStrategy(DDPStrategy):
     global batch k depends neither on the number of devices nor on their speeds.
 
     Args:
-        shares: ``"auto"`` measures how much each device can do, and begins with what an earlier run of the same job in
-            the run's folder has measured; the path of a ``profile.json`` begins with that one; ``"equal"`` splits as
-            plain DDP does; one number a rank, such as ``[4, 1]``, is a fixed proportion.
+        shares: ``"auto"`` measures how fast each device is, starting from the profile of an earlier run of the same job
+            if the run's folder has one; the path of a ``profile.json`` starts from that profile; ``"equal"`` splits as
+            plain DDP does; one number per rank, such as ``[4, 1]``, fixes the proportions.
         global_batch: samples in a step over all ranks; None means the loader's ``batch_size`` times the number of
-            ranks, what DDP would use. With several training loaders it holds for each of them.
+            ranks, as under DDP. With several training loaders it applies to each of them.
         loss_count: from the module and a batch, as ``training_step`` gets it, to the number that the loss is a mean
-            over. None: the module's own ``loss_count(batch)``, what is known of TorchGeo's tasks, or samples.
-        memory_limit: the part of a device's memory that a rank may hold, or bytes if it is above 1. A rank whose
+            over. None: the module's own ``loss_count(batch)``, the rule of a known TorchGeo task, or samples.
+        memory_limit: the fraction of a device's memory that a rank may use, or bytes if it is above 1. A rank whose
             share would need more is capped, and the others get the rest.
-        granularity: local batches are multiples of it, but for the last of an epoch.
+        granularity: local batches are multiples of it, except in the last global batch of an epoch.
         gradient_as_bucket_view: DDP's own option, on by default here: gradients need no copy.
-        **ddp_options: all that Lightning's ``DDPStrategy`` takes.
+        **ddp_options: any other option of Lightning's ``DDPStrategy``.
 
     Raises:
-        ValueError: an argument can't be used, in one sentence.
+        ValueError: an argument can't be used; one sentence says why.
     """
 
     def __init__(
         self,
         shares: str | Sequence[float] = "auto",
         global_batch: int | None = None,
-        loss_count: Callable[[Any, Any], Any] | None = None,  # jsonargparse takes no more exact type
+        loss_count: Callable[[Any, Any], Any] | None = None,  # jsonargparse accepts no more precise type
         memory_limit: float = 0.9,
         granularity: int = 1,
         gradient_as_bucket_view: bool = True,
@@ -84,7 +84,7 @@ class HeteroStrategy(DDPStrategy):
         """The plan in force.
 
         Raises:
-            RuntimeError: there is none before the training loader is set up, nor where the user shards.
+            RuntimeError: the training loader is not set up yet, or the user shards the data.
         """
         return self.job.planners.plan_at(max(0, self.job.batches.next_step() - 1))
 
@@ -97,14 +97,14 @@ class HeteroStrategy(DDPStrategy):
 
     @property
     def run(self) -> Run:
-        """The call of the Trainer at hand; raises a RuntimeError while there is none."""
+        """The Trainer's current run; raises a RuntimeError while there is none."""
         if self._run is None:
             raise RuntimeError("the strategy belongs to a running Trainer: call fit, validate, test or predict")
         return self._run
 
     @property
     def fit(self) -> Fit:
-        """The training at hand; raises a RuntimeError while there is none."""
+        """The current training; raises a RuntimeError while there is none."""
         if self._fit is None:
             raise RuntimeError("training_step, backward and optimizer_step of the strategy belong to Trainer.fit")
         return self._fit
@@ -114,8 +114,8 @@ class HeteroStrategy(DDPStrategy):
     @property
     @override
     def accelerator(self) -> Accelerator | None:
-        # Kept apart from one that the user gave to the constructor: a second Trainer would find it and complain of
-        # that, before `_configure_launcher` can say what is wrong.
+        # Kept separate from one that the user passed to the constructor: a second Trainer would find it there and
+        # raise an error about that, before `_configure_launcher` can say what is wrong.
         return self._accelerator or self._trainers_accelerator
 
     @accelerator.setter
@@ -128,7 +128,7 @@ class HeteroStrategy(DDPStrategy):
             raise ValueError("this HeteroStrategy already belongs to a Trainer; give each Trainer one of its own")
         self._launched = True
         warning = check_devices(self.parallel_devices or [])
-        # Whoever starts the processes elsewhere may have given each of them a core of its own already.
+        # A launcher other than Lightning's may already have pinned each process to a core of its own.
         starts_processes = self.cluster_environment and not self.cluster_environment.creates_processes_externally
         if warning and starts_processes:
             rank_zero_warn(warning)
@@ -171,7 +171,7 @@ class HeteroStrategy(DDPStrategy):
         wrapped, job = super()._setup_model(model), self.job
         broadcasts = broadcast_in_forward(self._ddp_kwargs)
         if broadcasts is None:
-            # Set afterwards: older versions of torch take the option for the copy at the start as well.
+            # Set after construction, where older versions of torch would also skip the copy at the start.
             wrapped.broadcast_buffers = False
         if broadcasts:
             exclude_broadcast_from_compute_time(wrapped, job.timer.waiting)
@@ -214,15 +214,15 @@ class HeteroStrategy(DDPStrategy):
                 exception, run=self._run.number, rank=self.global_rank, device=device, averaging=job.gradient_errors
             )
 
-    # ---- buffers, which are merged before anybody looks at them ----
+    # ---- buffers: merged before they are read ----
 
     def _merge_buffers(self) -> None:
-        # A rank that fails may save a checkpoint, while the others sit in another exchange.
+        # A rank that fails may save a checkpoint while the others wait in another exchange.
         if self._buffers is not None and not self._is_interrupted():
             self._buffers.merge()
 
     def _is_interrupted(self) -> bool:
-        """Whether this rank fails, or its user interrupts it: it runs hooks that others don't."""
+        """Whether this rank has failed or was interrupted, and so runs hooks that the others don't."""
         return self._run is not None and self._run.trainer.interrupted
 
     @override
@@ -264,7 +264,7 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        # A module may move further data by itself: what the training loop has fetched is counted, and nothing else.
+        # A module may move other data too: only the batches that the training loop has fetched are counted.
         if self._fit is not None and self._is_fetched_batch():
             self._fit.load(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
@@ -285,7 +285,7 @@ class HeteroStrategy(DDPStrategy):
 
         averaged = (
             self.world_size > 1
-            and self._ddp_comm_hook is None  # a user's may not wait for the other ranks
+            and self._ddp_comm_hook is None  # a user's hook may not wait for the other ranks
             and isinstance(self.model, DistributedDataParallel)
             and self.model.require_backward_grad_sync
         )
@@ -308,7 +308,7 @@ class HeteroStrategy(DDPStrategy):
         if self._fit is not None:
             self._fit.pause()
 
-    # ---- evaluation: past DDP's wrapper, which may exchange buffers; each rank by itself ----
+    # ---- evaluation: without DDP's wrapper, which may exchange buffers; each rank evaluates by itself ----
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -330,13 +330,13 @@ class HeteroStrategy(DDPStrategy):
         self.job.evaluation.end_batch()
         return output
 
-    # ---- what Lightning and the user's code exchange: no compute time, and nothing for one rank alone ----
+    # ---- exchanges by Lightning and the user's code: not compute time, and never by one rank alone ----
 
     def _waiting(self) -> AbstractContextManager[None]:
         return self._job.timer.waiting() if self._job is not None else nullcontext()
 
     def _require_all_ranks(self, call: str) -> None:
-        """Raise in a hook of an evaluation batch: ranks have different numbers of them."""
+        """Raise inside a hook of an evaluation batch, since ranks have different numbers of batches."""
         hook = batch_hook(self.lightning_module)
         if hook is not None and self.world_size > 1:
             raise exchange_error(call, hook, self.job.place)
@@ -345,14 +345,14 @@ class HeteroStrategy(DDPStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         self._require_all_ranks("reduce")
         if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg") and not tensor.is_floating_point():
-            # Lightning averages the sample counts of logged values as whole numbers, rounded down: 55 on 3 ranks is 18.
+            # Lightning averages the sample counts of logged values as integers, rounded down: 55 on 3 ranks is 18.
             tensor = tensor.double()
         with self._waiting():
             return super().reduce(tensor, group, reduce_op)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        # A rank that fails runs hooks with barriers in them, while the others sit in another exchange.
+        # A rank that fails runs hooks with barriers in them while the others wait in another exchange.
         if self._is_interrupted():
             return
         self._require_all_ranks("barrier")

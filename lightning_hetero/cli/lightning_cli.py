@@ -27,7 +27,7 @@ GDAL: Final = {
     "GDAL_SWATH_SIZE": "200000000",
     "VSI_CURL_CACHE_SIZE": "200000000",
 }
-"""What TorchGeo's command sets for reading rasters; what the user has set already is kept."""
+"""Environment variables that TorchGeo's command sets for reading rasters; those that the user has set are kept."""
 
 _CLASSES: Final = ("torchgeo.datamodules", "torchgeo.trainers", "torchgeo.tasks")  # tasks: from torchgeo 0.10 on
 _NAME: Final = "lightning-hetero"
@@ -40,22 +40,22 @@ class Parser(LightningArgumentParser):
     @override
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         more = (
-            f"All options of the strategy, those of Lightning's DDPStrategy and of torch's DDP among them:\n"
+            f"All options of the strategy, including those of Lightning's DDPStrategy and of torch's DDP:\n"
             f"  --trainer.strategy.help {_STRATEGY}\n"
         )
-        return f"{super().format_help(*args, **kwargs)}\n{_own_options()}\n\n{more}"
+        return f"{super().format_help(*args, **kwargs)}\n{_strategy_options()}\n\n{more}"
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-        # The parser of a command has "[options]" inside its name; parsers inside it are named after the script.
+        # A command's parser has "[options]" in its name; nested parsers are named after the script.
         name = self.prog.replace(" [options]", "") if self.prog.startswith(_NAME) else _NAME
         print(f"{name}: {' '.join(line for line in lines if line)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _own_options() -> str:
-    """The help of what the strategy adds to Lightning's options, from its docstring."""
+def _strategy_options() -> str:
+    """The help for the options that the strategy adds to Lightning's, from its docstring."""
     parser = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     own = {name for name, p in inspect.signature(HeteroStrategy).parameters.items() if p.kind != p.VAR_KEYWORD}
     every = ArgumentParser(add_help=False).add_class_arguments(HeteroStrategy, fail_untyped=False)
@@ -64,9 +64,9 @@ def _own_options() -> str:
 
 
 class HeteroCLI(LightningCLI):
-    """LightningCLI for one command (preparing parsers for all four takes seconds).
+    """LightningCLI for one command, since preparing the parsers of all four takes seconds.
 
-    What can't be built from a configuration ends the command with one sentence.
+    Where the configuration can't be used, the command ends with one sentence.
     """
 
     def __init__(self, command: str, **options: Any) -> None:
@@ -74,7 +74,7 @@ class HeteroCLI(LightningCLI):
         super().__init__(**options)
 
     @override
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # of this instance, not of the class
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # depends on the instance, not only on the class
         return {self._command: LightningCLI.subcommands()[self._command]}
 
     @override
@@ -89,8 +89,8 @@ class HeteroCLI(LightningCLI):
 def main(arguments: Sequence[str] | None = None) -> HeteroCLI:
     """Run `fit`, `validate`, `test` or `predict`; returns the CLI with its trainer, model and data.
 
-    The arguments begin with the command; None stands for those of this process. Lightning starts the other ranks by
-    running the arguments of this process once more, so give None wherever it has to start them.
+    The arguments begin with the command; None: those of this process. Lightning starts the other ranks by running this
+    process's arguments again, so it has to be None where Lightning starts them.
 
     Raises:
         SystemExit: the configuration can't be used; the status is 2.
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> HeteroCLI:
         os.environ.setdefault(name, value)
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does: for the user's own modules
         sys.path.append(here)
-    for module in _CLASSES:  # classes that are imported may be named without their modules
+    for module in _CLASSES:  # imported classes can be named without their modules
         if importlib.util.find_spec(module) is not None:
             importlib.import_module(module)
     options: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""One rank's part in the demo: a `hetero` run, in which plain DDP and the fast device alone have their turns.
+"""One rank's part in the demo: a `hetero` run, interleaved with short runs of plain DDP and the fast device alone.
 
-All three do what they do in a user's script: a Trainer with one argument that differs. They take turns in the same
-processes, on the same cores, so that whatever else the machine does hits all three.
+All three run as in a user's script: a Trainer with one argument that differs. They take turns in the same processes, on
+the same cores, so that other load on the machine affects all three.
 """
 
 import copy
@@ -24,7 +24,7 @@ from torchgeo.trainers import SemanticSegmentationTask
 from typing_extensions import override
 
 from lightning_hetero.demo.devices import Devices, prepare_process
-from lightning_hetero.demo.processes import Ask
+from lightning_hetero.demo.processes import Request
 from lightning_hetero.demo.recipe import Recipe
 from lightning_hetero.demo.schedule import Schedule
 from lightning_hetero.demo.stopwatch import StepTime, Stopwatch, clock_for
@@ -41,7 +41,7 @@ class Job:
     Args:
         devices: see `devices.choose`.
         recipe: what is trained.
-        schedule: when.
+        schedule: which steps are compared, and when the sides take turns.
         out: the folder for the results.
     """
 
@@ -53,12 +53,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one rank did in one turn of a side.
+    """What one rank did in one turn of a side (plain DDP, hetero, or the fast device alone).
 
     Args:
-        steps: those that are compared.
-        all_steps: with those before them.
-        weights: the model's parameters in a row at the end.
+        steps: the steps that are compared.
+        all_steps: the same, and the steps before them.
+        weights: the model's parameters at the end, as one vector.
     """
 
     steps: list[StepTime]
@@ -73,8 +73,8 @@ class Round:
     Args:
         number: counted from 1.
         local_batches: the plan of `hetero`.
-        hetero: the steps of `hetero` in it.
-        ddp: those of plain DDP.
+        hetero: the steps of `hetero` in this round.
+        ddp: the steps of plain DDP.
     """
 
     number: int
@@ -97,10 +97,10 @@ class Record:
 
 
 class Bar(TQDMProgressBar):
-    """Lightning's progress bar with the side's name in front; it leaves the line when another side has its turn.
+    """Lightning's progress bar with the side's name in front; it clears its line for the next side's turn.
 
     Args:
-        side: whose.
+        side: the side that it shows.
     """
 
     def __init__(self, side: Side) -> None:
@@ -109,7 +109,7 @@ class Bar(TQDMProgressBar):
         self._side = side
 
     def clear(self) -> None:
-        """Leave the line to another bar, or to text."""
+        """Clear the line for another bar or for text."""
         self.train_progress_bar.clear()
 
     @property
@@ -138,14 +138,14 @@ class Bar(TQDMProgressBar):
         self.train_progress_bar.set_description(self.train_description)
 
 
-def flat(module: LightningModule) -> NDArray[np.float32]:
-    """All parameters in a row, as a copy."""
+def flat_parameters(module: LightningModule) -> NDArray[np.float32]:
+    """A copy of all parameters, as one vector."""
     weights: NDArray[np.float32] = parameters_to_vector(module.parameters()).detach().cpu().numpy().copy()
     return weights
 
 
 def trainer_for(job: Job, side: Side, callbacks: list[Callback], **options: Any) -> Trainer:
-    """A Trainer as a user writes it; between the sides, `strategy` and `devices` differ and nothing else."""
+    """A Trainer as a user writes it; sides differ in `strategy` and `devices` only."""
     gpus = list(job.devices.gpus)
     world_size = 1 if side == "alone" else job.devices.world_size
     return Trainer(
@@ -172,36 +172,36 @@ def take_turn(job: Job, side: Side, start: SemanticSegmentationTask) -> Turn:
     trainer = trainer_for(job, side, [stopwatch], max_steps=steps, limit_val_batches=0)
     trainer.fit(task, datamodule=data)
     times = stopwatch.steps()
-    return Turn(times[job.schedule.warm_up :], times, flat(task))
+    return Turn(times[job.schedule.warm_up :], times, flat_parameters(task))
 
 
 class Turns(Callback):
-    """Lets the other sides have their turns between steps of the `hetero` run.
+    """Runs the turns of the other sides between steps of the `hetero` run.
 
     Args:
         job: see `Job`.
         start: the task before training.
         stopwatch: of the `hetero` run.
         record: where the results go.
-        ask: gives the main process the turn, for the fast device alone.
+        request: lets the main process run the turn of the fast device alone, and waits for it.
     """
 
     def __init__(
-        self, job: Job, start: SemanticSegmentationTask, stopwatch: Stopwatch, record: Record, ask: Ask
+        self, job: Job, start: SemanticSegmentationTask, stopwatch: Stopwatch, record: Record, request: Request
     ) -> None:
         self._job = job
         self._start = copy.deepcopy(start)
         self._stopwatch = stopwatch
         self._record = record
-        self._ask = ask
+        self._request = request
         self._weights = np.empty(0, np.float32)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         schedule = self._job.schedule
         if trainer.global_step == schedule.warm_up + schedule.steps:
-            self._weights = flat(pl_module)  # to be compared with the others' after as many steps
-        if not schedule.others_turn(trainer.global_step):
+            self._weights = flat_parameters(pl_module)  # to be compared with the others' after as many steps
+        if not schedule.is_others_turn(trainer.global_step):
             return
         bar = trainer.progress_bar_callback
         assert isinstance(bar, Bar)
@@ -210,14 +210,14 @@ class Turns(Callback):
         turns.append(take_turn(self._job, "plain DDP", self._start))
         if trainer.is_global_zero:
             newest = self._stopwatch.steps()[1 - schedule.steps :]
-            self._ask(Round(len(turns), tuple(_local_batches(trainer)), newest, turns[-1].steps))
+            self._request(Round(len(turns), tuple(_local_batches(trainer)), newest, turns[-1].steps))
         trainer.strategy.barrier()  # all wait until the fast device has had its turn
         self._stopwatch.resume()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = self._stopwatch.steps()
-        compared = [step for number, step in enumerate(steps) if self._job.schedule.compared(number)]
+        compared = [step for number, step in enumerate(steps) if self._job.schedule.is_compared(number)]
         self._record.turns["hetero"] = [Turn(compared, steps, self._weights)]
         self._record.local_batches = _local_batches(trainer)
 
@@ -227,52 +227,52 @@ def _local_batches(trainer: Trainer) -> tuple[int, ...]:
     return tuple(trainer.strategy.plan.local_batches)
 
 
-def train(job: Job, rank: int, ask: Ask) -> Record:
+def train(job: Job, rank: int, request: Request) -> Record:
     """All that one rank does.
 
     Args:
         job: see `Job`.
         rank: its number, which Lightning finds in the environment.
-        ask: see `Turns`.
+        request: see `Turns`.
     """
-    quieten()
+    silence_lightning()
     seed_everything(job.recipe.seed, verbose=False)
     task = job.recipe.task()
     data = job.recipe.data(job.devices.world_size, job.schedule.max_steps)
     stopwatch = Stopwatch(clock_for(job.devices.accelerator), data.newly_visited)
     record = Record()
-    callbacks: list[Callback] = [stopwatch, Turns(job, task, stopwatch, record, ask)]
+    callbacks: list[Callback] = [stopwatch, Turns(job, task, stopwatch, record, request)]
     trainer = trainer_for(job, "hetero", callbacks, max_steps=job.schedule.max_steps)
-    prepare_process(job.devices, rank)  # not before: a strategy that finds one core for two ranks says so
+    prepare_process(job.devices, rank)  # not earlier, or the strategy would warn that two ranks share one core
     trainer.fit(task, datamodule=data)
     trainer.save_checkpoint(job.out / CHECKPOINT)
     return record
 
 
-class Alone:
-    """The main process as the fast device alone: it belongs to no process group, so that its runs are plain ones.
+class FastDeviceAlone:
+    """The fast device alone, in the main process: it is in no process group, so its runs are those of a single device.
 
     Args:
         job: see `Job`.
-        round_over: called after each round.
+        end_round: called after each round.
     """
 
-    def __init__(self, job: Job, round_over: Callable[[Round, Turn], None]) -> None:
+    def __init__(self, job: Job, end_round: Callable[[Round, Turn], None]) -> None:
         seed_everything(job.recipe.seed, verbose=False)
         self._job = job
         self._start = job.recipe.task()
-        self._round_over = round_over
+        self._end_round = end_round
         self.turns: list[Turn] = []
 
     def take_turn(self, finished: Round) -> None:
-        """What rank 0 asks for when the others have had their turns of a round."""
+        """Called by request of rank 0, once the other sides have had their turns of a round."""
         prepare_process(self._job.devices, 0)
         self.turns.append(take_turn(self._job, "alone", self._start))
-        self._round_over(finished, self.turns[-1])
+        self._end_round(finished, self.turns[-1])
 
 
-def quieten() -> None:
-    """Silence Lightning's advice, which is for those who wrote the script."""
+def silence_lightning() -> None:
+    """Silence Lightning's advice, which is for the author of a script."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""A process that wants a CPU core for itself: the colleague's job beside which one rank of the demo has to train.
+"""A process that keeps a CPU core busy, like a colleague's job, while one rank of the demo trains on that core.
 
 Run as a file, so that it imports nothing: `python competitor.py PARENT CORE`. It ends when its parent ends.
 """
@@ -13,7 +13,7 @@ def compete(parent: int, core: int) -> None:
 
     Args:
         parent: the process that started this one.
-        core: where to run; below 0 the system chooses.
+        core: which core to run on; below 0 the system chooses.
     """
     if core >= 0:
         os.sched_setaffinity(0, {core})

@@ -1,4 +1,4 @@
-"""Which devices the demo trains on, and how a CPU rank gets ready for it."""
+"""Chooses the devices that the demo trains on, and prepares the processes of CPU ranks."""
 
 import ctypes
 import os
@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-# One competitor leaves the second rank half of its core. More of them would make more of plain DDP's weakness, but at a
-# quarter of a core the second rank hardly pays, and leaving it out would do as well.
+# One competitor leaves the second rank half of its core. With more, plain DDP would look worse still, but at a quarter of
+# a core the second rank hardly pays, and training without it would be as good.
 COMPETITORS = 1
 
 
@@ -64,7 +64,7 @@ def two_cores() -> tuple[int, ...]:
 
 
 def numbers(ranges: str) -> set[int]:
-    """The kernel's notation for sets of CPUs: "0-2,8" is 0, 1, 2 and 8."""
+    """Parse the kernel's notation for sets of CPUs: "0-2,8" is 0, 1, 2 and 8."""
     found: set[int] = set()
     for part in ranges.strip().split(","):
         first, _, last = part.partition("-")
@@ -74,7 +74,7 @@ def numbers(ranges: str) -> set[int]:
 
 
 def prepare_process(devices: Devices, rank: int) -> None:
-    """Make this process drive device `rank`: on its core, with one thread, and keeping the memory that it frees."""
+    """Prepare this process for device `rank`: pin it to its core, use one thread, and keep freed memory."""
     if devices.accelerator == "cuda":
         return
     if devices.cores:
@@ -91,7 +91,7 @@ def keep_freed_memory() -> None:
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # another C library than glibc
+    if mallopt is None:  # a C library other than glibc
         return
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # as malloc.h numbers them
     mallopt(mmap_max, 0)

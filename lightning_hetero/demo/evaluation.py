@@ -1,4 +1,4 @@
-"""What a trained model knows of the columns that it was never trained on."""
+"""Evaluates a trained model on the columns that it was never trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The part of the labelled pixels that are predicted right."""
+        """The fraction of labelled pixels that are predicted correctly."""
         confusion = self.confusion
         return float(confusion.trace() / confusion.sum())
 
@@ -66,7 +66,7 @@ class Evaluation:
 def evaluate(checkpoint: Path, recipe: Recipe) -> Evaluation:
     """Predict the validation columns with the model of a checkpoint.
 
-    They are predicted as one patch: the network is fully convolutional, and edges of patches would show.
+    They are predicted as one patch, since the network is fully convolutional and the edges of patches would show.
     """
     task = SemanticSegmentationTask.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     data = recipe.data(ranks=1, steps=1)
@@ -74,5 +74,5 @@ def evaluate(checkpoint: Path, recipe: Recipe) -> Evaluation:
     x, y, _ = scene.bounds
     sample = scene[x.start + TRAINING_COLUMNS * x.step : x.stop, y.start : y.stop]
     image, labels = sample["image"], sample["mask"]
-    normalised = data.aug({"image": image[None]})["image"]
-    return Evaluation(image.numpy(), labels.numpy(), task(normalised).argmax(dim=1)[0].numpy())
+    normalized = data.aug({"image": image[None]})["image"]
+    return Evaluation(image.numpy(), labels.numpy(), task(normalized).argmax(dim=1)[0].numpy())

@@ -1,4 +1,4 @@
-"""`landcover.png`: what the model saw, what is known, and what it says."""
+"""Draws `landcover.png`: the scene, its labels, and the prediction."""
 
 from pathlib import Path
 
@@ -33,8 +33,8 @@ def draw(evaluation: Evaluation, steps: int, path: Path) -> None:
 
     Args:
         evaluation: of the validation columns.
-        steps: how long the model was trained.
-        path: of the PNG.
+        steps: optimizer steps that the model was trained for.
+        path: where the PNG is written.
     """
     figure = Figure(figsize=(12, 7.1), dpi=120)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.88, bottom=0.09, wspace=0.02)
@@ -46,7 +46,7 @@ def draw(evaluation: Evaluation, steps: int, path: Path) -> None:
         ha="center",
         fontsize=13,
     )
-    colours = ListedColormap([land_cover.colour for land_cover in CLASSES])
+    colors = ListedColormap([land_cover.color for land_cover in CLASSES])
     axes = figure.subplots(1, 3)
     panels = (
         ("Sentinel-2, 2017-02-16 (near infrared, red, green)", composite(evaluation.image, ("B08", "B04", "B03"))),
@@ -54,12 +54,12 @@ def draw(evaluation: Evaluation, steps: int, path: Path) -> None:
         ("Prediction", evaluation.prediction),
     )
     for axis, (title, pixels) in zip(axes, panels, strict=True):
-        axis.imshow(pixels, aspect="equal", cmap=colours, vmin=-0.5, vmax=len(CLASSES) - 0.5, interpolation="nearest")
+        axis.imshow(pixels, aspect="equal", cmap=colors, vmin=-0.5, vmax=len(CLASSES) - 0.5, interpolation="nearest")
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     known = [c for value, c in enumerate(CLASSES) if value != UNLABELLED] + [CLASSES[UNLABELLED]]
     figure.legend(
-        handles=[Patch(facecolor=c.colour, edgecolor="#777777", label=c.name) for c in known],
+        handles=[Patch(facecolor=c.color, edgecolor="#777777", label=c.name) for c in known],
         loc="lower center",
         bbox_to_anchor=(0.5, 0.03),
         ncols=len(CLASSES),

@@ -1,4 +1,4 @@
-"""Starts the demo's processes, and sees to it that none of them outlives it."""
+"""Starts the demo's processes, and ensures that none of them outlives it."""
 
 import ctypes
 import multiprocessing
@@ -21,8 +21,8 @@ from lightning_hetero.demo import competitor
 
 PR_SET_PDEATHSIG = 1  # as the kernel numbers it
 
-Ask = Callable[[Any], Any]
-"""What a rank asks the demo's main process with; it waits for the answer."""
+Request = Callable[[Any], Any]
+"""Sends a request from a rank to the demo's main process, and returns its answer."""
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing is wrong
@@ -43,29 +43,29 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def die_with(parent: int) -> None:
-    """Have this process killed when its parent ends, however it ends."""
+def end_with_parent(parent: int) -> None:
+    """Have this process killed when its parent ends for any reason."""
 
-    def look() -> None:
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the kernel knew
-            look()
+        if os.getppid() != parent:  # it ended before the call above
+            watch()
     else:
-        threading.Thread(target=look, daemon=True).start()
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
 def competing(count: int, core: int) -> Iterator[list[int]]:
-    """Processes that compete for a core; gives their numbers.
+    """Run processes that compete for a core; yields their process ids.
 
     Args:
         count: how many.
-        core: where; below 0 the system chooses.
+        core: which one; below 0 the system chooses.
     """
     command = [sys.executable, "-S", "-E", str(Path(competitor.__file__)), str(os.getpid()), str(core)]
     running = [subprocess.Popen(command, stdin=subprocess.DEVNULL) for _ in range(count)]
@@ -78,58 +78,57 @@ def competing(count: int, core: int) -> Iterator[list[int]]:
             process.wait()
 
 
-def _rank(work: Callable[[int, Ask], Any], rank: int, parent: int, line: Connection) -> None:
-    die_with(parent)
+def _run_rank(work: Callable[[int, Request], Any], rank: int, parent: int, connection: Connection) -> None:
+    end_with_parent(parent)
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
 
-    def ask(question: Any) -> Any:
-        line.send(("asks", question))
-        return line.recv()
+    def request(content: Any) -> Any:
+        connection.send(("request", content))
+        return connection.recv()
 
     try:
-        result = work(rank, ask)
+        result = work(rank, request)
     except BaseException:  # noqa: BLE001 - whatever it is, the main process has to know of it
-        line.send(("failed", traceback.format_exc()))
+        connection.send(("failed", traceback.format_exc()))
     else:
-        line.send(("done", result))
+        connection.send(("done", result))
 
 
-def run_ranks(work: Callable[[int, Ask], Any], world_size: int, answer: Ask, *, spawn: bool) -> list[Any]:
-    """Do `work(rank, ask)` in a process for each rank, and give what each returned.
+def run_ranks(work: Callable[[int, Request], Any], world_size: int, answer: Request, *, spawn: bool) -> list[Any]:
+    """Call `work(rank, request)` in one process per rank, and return what each returned.
 
     Args:
         work: a function that can be pickled.
         world_size: how many ranks.
-        answer: what this process does when a rank asks.
-        spawn: start fresh interpreters, as CUDA needs it; otherwise on Linux they are forked, and need not import all
-            that this process has imported.
+        answer: called in this process with the content of each request; returns the answer.
+        spawn: start new interpreters, as CUDA needs; otherwise processes are forked on Linux, which saves the imports.
 
     Raises:
-        RuntimeError: a rank failed; all others are ended then.
+        RuntimeError: a rank failed; all others have then been killed.
     """
     context: Any = multiprocessing.get_context("fork" if sys.platform.startswith("linux") and not spawn else "spawn")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
     ranks: list[Any] = []
-    lines: dict[Connection, int] = {}
+    connections: dict[Connection, int] = {}
     results: dict[int, Any] = {}
     try:
         # A terminal sends Ctrl-C to all processes; it is for this one, which then ends the others.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            ranks.append(context.Process(target=_rank, args=(work, rank, os.getpid(), theirs), daemon=True))
+            ranks.append(context.Process(target=_run_rank, args=(work, rank, os.getpid(), theirs), daemon=True))
             ranks[-1].start()
             theirs.close()
-            lines[ours] = rank
+            connections[ours] = rank
         signal.signal(signal.SIGINT, before)
-        while lines:
-            for line in wait(list(lines)):
-                assert isinstance(line, Connection)
-                kind, content = _receive(line, lines[line])
-                if kind == "asks":
-                    line.send(answer(content))
+        while connections:
+            for connection in wait(list(connections)):
+                assert isinstance(connection, Connection)
+                kind, content = _receive(connection, connections[connection])
+                if kind == "request":
+                    connection.send(answer(content))
                 else:
-                    results[lines.pop(line)] = content
+                    results[connections.pop(connection)] = content
     finally:
         for process in ranks:
             process.kill()
@@ -138,9 +137,9 @@ def run_ranks(work: Callable[[int, Ask], Any], world_size: int, answer: Ask, *, 
     return [results[rank] for rank in range(world_size)]
 
 
-def _receive(line: Connection, rank: int) -> tuple[str, Any]:
+def _receive(connection: Connection, rank: int) -> tuple[str, Any]:
     try:
-        kind, content = line.recv()
+        kind, content = connection.recv()
     except (EOFError, ConnectionError):
         raise RuntimeError(f"rank {rank} ended without an error message; did something kill it?") from None
     if kind == "failed":

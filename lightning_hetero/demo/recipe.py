@@ -9,10 +9,10 @@ from lightning_hetero.demo.scene import BANDS, CLASSES, UNLABELLED, SceneDataMod
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices that decide speed and accuracy.
+    """The hyperparameters.
 
     Args:
-        global_batch: patches in a step over all ranks.
+        global_batch: patches in a step, over all ranks.
         patch_size: pixels along a patch's side.
         learning_rate: of AdamW.
         filters: of the fully convolutional network.
@@ -26,7 +26,7 @@ class Recipe:
     seed: int = 0
 
     def task(self) -> SemanticSegmentationTask:
-        """TorchGeo's task as it is; nothing in it knows of unequal devices."""
+        """TorchGeo's task, unchanged."""
         return SemanticSegmentationTask(
             model="fcn",
             num_filters=self.filters,

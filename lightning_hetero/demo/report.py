@@ -1,4 +1,4 @@
-"""From what the ranks recorded to figures, and from figures to tables."""
+"""Computes figures from what the ranks recorded, and makes tables of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from lightning_hetero.demo.stopwatch import StepTime
 
 @dataclass(frozen=True)
 class RankFigures:
-    """One rank on one side.
+    """The figures of one rank on one side.
 
     Args:
-        share: patches of a global batch; the middle one if it changed.
-        images_per_second: while it did not wait for others.
-        idle: the part of the time that it waited for others.
-        core: the part of its core that it got while it wanted it; None where that can't be known.
+        share: patches of a global batch; the median if it changed.
+        images_per_second: over the time in which it did not wait for others.
+        idle: the fraction of the time in which it waited for others.
+        core: the fraction of its core that it got while it had work to do; None where unknown.
     """
 
     share: int
@@ -29,7 +29,7 @@ class RankFigures:
 
     @classmethod
     def of(cls, steps: Sequence[StepTime]) -> "RankFigures":
-        """From its compared steps."""
+        """Compute them from the compared steps."""
         seconds, idle = sum(step.seconds for step in steps), sum(step.idle for step in steps)
         busy = seconds - idle
         computing = [step.computing for step in steps if step.computing is not None]
@@ -43,16 +43,16 @@ class RankFigures:
 
 @dataclass(frozen=True)
 class SideFigures:
-    """One side of the comparison.
+    """The figures of one side of the comparison.
 
     Args:
         images_per_second: the global batch by the median time of a step.
         steps: how many were compared.
-        idle: of the time of all its ranks, the part in which they waited for others.
-        ranks: those that took part.
+        idle: the fraction of the time in which ranks waited for others, over all of its ranks.
+        ranks: the figures of those that took part.
         same_batches: of the first `batches` global batches, how many are those of the fast device alone.
         batches: how many steps a turn has.
-        weights: how far the weights after a turn are from those of the fast device alone, as a part of their size.
+        weights: distance of the weights after a turn from those of the fast device alone, relative to their norm.
     """
 
     images_per_second: float
@@ -65,21 +65,21 @@ class SideFigures:
 
 
 def global_batches(turns: Sequence[Turn], steps: int) -> list[list[Patch]]:
-    """The patches of the first global batches, put together from the ranks' local batches.
+    """The patches of the first global batches, joined from the ranks' local batches.
 
     Args:
-        turns: one a rank.
+        turns: one per rank.
         steps: how many global batches.
     """
     return [sorted(patch for turn in turns for patch in turn.all_steps[step].patches) for step in range(steps)]
 
 
 def side_figures(records: Sequence[Record], side: Side, job: Job) -> SideFigures:
-    """What one side did, beside the fast device alone.
+    """The figures of one side, compared with the fast device alone.
 
     Args:
         records: of the ranks; the first has the turns of the fast device alone, too.
-        side: which.
+        side: which one.
         job: see `Job`.
     """
     by_rank = [record.turns[side] for record in records if side in record.turns]
@@ -89,7 +89,7 @@ def side_figures(records: Sequence[Record], side: Side, job: Job) -> SideFigures
     batches = job.schedule.warm_up + job.schedule.steps
     pairs = zip(global_batches(first, batches), global_batches([alone], batches), strict=True)
     return SideFigures(
-        # The ranks end each step together, so that rank 0 has the time for all.
+        # The ranks end each step together, so rank 0's time is that of all.
         images_per_second=job.recipe.global_batch / median(step.seconds for step in compared[0]),
         steps=len(compared[0]),
         idle=float(np.mean([rank.idle for rank in ranks])),
@@ -101,14 +101,14 @@ def side_figures(records: Sequence[Record], side: Side, job: Job) -> SideFigures
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as columns; the first row is the heading."""
+    """Rows of equal length as aligned text; the first row is the heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(f"  {line}" for line in lines)
 
 
 def rank_table(figures: SideFigures, devices: Sequence[str]) -> str:
-    """One row a rank."""
+    """A table with one row per rank."""
     rows = [("rank", "device", "share", "samples/s", "idle", "gets of its core")]
     total = sum(rank.share for rank in figures.ranks)
     for number, (rank, device) in enumerate(zip(figures.ranks, devices, strict=True)):
@@ -119,7 +119,7 @@ def rank_table(figures: SideFigures, devices: Sequence[str]) -> str:
 
 
 def comparison_table(sides: dict[Side, SideFigures]) -> str:
-    """One row a side."""
+    """A table with one row per side."""
     rows = [("", "images/s", "× plain DDP", "idle", "local batches", "global batches as on one device")]
     for side, figures in sides.items():
         same = "-" if side == "alone" else f"{figures.same_batches} of {figures.batches}"

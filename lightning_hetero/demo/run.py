@@ -1,4 +1,4 @@
-"""The command `lightning-hetero demo`, from its first line to its last."""
+"""The command `lightning-hetero demo`: runs the comparison, prints the results, and writes the files."""
 
 import json
 import os
@@ -14,7 +14,17 @@ from statistics import median
 from typing import Any
 
 from lightning_hetero.demo import picture
-from lightning_hetero.demo.comparison import CHECKPOINT, Alone, Job, Record, Round, Side, Turn, quieten, train
+from lightning_hetero.demo.comparison import (
+    CHECKPOINT,
+    FastDeviceAlone,
+    Job,
+    Record,
+    Round,
+    Side,
+    Turn,
+    silence_lightning,
+    train,
+)
 from lightning_hetero.demo.devices import choose
 from lightning_hetero.demo.evaluation import Evaluation, evaluate
 from lightning_hetero.demo.processes import competing, interruptible, run_ranks
@@ -25,35 +35,35 @@ from lightning_hetero.demo.schedule import Schedule
 
 SIDES: tuple[Side, ...] = ("plain DDP", "hetero", "alone")
 
-KEPT_MEMORY = "\n  On all three sides each rank has one thread, and its allocator keeps memory for the next step."
+CPU_SETTINGS = "\n  On all three sides each rank has one thread, and its allocator keeps memory for the next step."
 
 
 def main(out: Path, max_steps: int | None = None) -> None:
     """Run the demo.
 
     Args:
-        out: the folder for the results; it is made if need be.
-        max_steps: optimizer steps of the `hetero` run, the comparison included; None: as many as it takes.
+        out: the folder for the results; it is made if it does not exist.
+        max_steps: optimizer steps of the `hetero` run, the comparison included; None: those of the usual schedule.
     """
     began = time.monotonic()
     job = Job(choose(), Recipe(), Schedule.within(max_steps), out)
-    quieten()
+    silence_lightning()
     prepare_folder(out)
     with interruptible():
         records = run(job)
     sides = {side: side_figures(records, side, job) for side in SIDES}
-    say_comparison(job, sides)
+    print_comparison(job, sides)
     evaluation = evaluate(out / CHECKPOINT, job.recipe)
     picture.draw(evaluation, job.schedule.max_steps, out / "landcover.png")
     shutil.copyfile(out / "hetero" / "plan.jsonl", out / "plan.jsonl")
     seconds = time.monotonic() - began
-    summary = summarise(job, sides, evaluation, records[0].local_batches, seconds)
+    summary = summarize(job, sides, evaluation, records[0].local_batches, seconds)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    say_result(job, evaluation, seconds)
+    print_result(job, evaluation, seconds)
 
 
 def prepare_folder(out: Path) -> None:
-    """Make the folder; what an earlier demo left there does not stay beside the new results."""
+    """Make the folder, and remove the results of an earlier demo."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("landcover.png", "summary.json", CHECKPOINT, "plan.jsonl", "hetero/plan.jsonl"):
         (out / name).unlink(missing_ok=True)
@@ -62,17 +72,17 @@ def prepare_folder(out: Path) -> None:
 def run(job: Job) -> list[Record]:
     """Start the competitors and the ranks, and wait for the ranks; rank 0's record gets the fast device's turns."""
     devices = job.devices
-    alone = Alone(job, partial(say_round, job))
+    alone = FastDeviceAlone(job, partial(print_round, job))
     with competing(devices.competitors, devices.cores[-1] if devices.cores else -1) as competitors:
-        say_beginning(job, competitors)
+        print_beginning(job, competitors)
         spawn = devices.accelerator == "cuda"
         records: list[Record] = run_ranks(partial(train, job), devices.world_size, alone.take_turn, spawn=spawn)
     records[0].turns["alone"] = alone.turns
     return records
 
 
-def say_beginning(job: Job, competitors: list[int]) -> None:
-    """What is about to happen."""
+def print_beginning(job: Job, competitors: list[int]) -> None:
+    """Print what is about to happen."""
     recipe, schedule = job.recipe, job.schedule
     print("Land cover from Sentinel-2, trained on devices of unequal speed.\n")
     for rank, name in enumerate(job.devices.names):
@@ -88,13 +98,13 @@ def say_beginning(job: Job, competitors: list[int]) -> None:
         f"{recipe.patch_size} × {recipe.patch_size} pixels,\n  {recipe.global_batch} to a global batch. After "
         f"{schedule.learning} steps in which hetero measures the speeds, it, plain DDP and the fast\n  device alone "
         f"take turns, {schedule.rounds} × {schedule.steps} steps each; then hetero goes on, up to step "
-        f"{schedule.max_steps}.{KEPT_MEMORY if job.devices.accelerator == 'cpu' else ''}\n",
+        f"{schedule.max_steps}.{CPU_SETTINGS if job.devices.accelerator == 'cpu' else ''}\n",
         flush=True,
     )
 
 
-def say_round(job: Job, finished: Round, alone: Turn) -> None:
-    """One line after each round of turns, in place of the progress bar."""
+def print_round(job: Job, finished: Round, alone: Turn) -> None:
+    """Print one line after each round of turns, in place of the progress bar."""
     plain, hetero, fast = (
         f"{job.recipe.global_batch / median(step.seconds for step in steps):5.1f}"
         for steps in (finished.ddp, finished.hetero, alone.steps)
@@ -108,8 +118,8 @@ def say_round(job: Job, finished: Round, alone: Turn) -> None:
     )
 
 
-def say_comparison(job: Job, sides: dict[Side, SideFigures]) -> None:
-    """The two tables, and what they mean."""
+def print_comparison(job: Job, sides: dict[Side, SideFigures]) -> None:
+    """Print the two tables, and what they mean."""
     hetero, plain, alone = sides["hetero"], sides["plain DDP"], sides["alone"]
     print(
         "",
@@ -130,8 +140,8 @@ def say_comparison(job: Job, sides: dict[Side, SideFigures]) -> None:
     )
 
 
-def say_result(job: Job, evaluation: Evaluation, seconds: float) -> None:
-    """What the model is able to do, and where everything is."""
+def print_result(job: Job, evaluation: Evaluation, seconds: float) -> None:
+    """Print how good the model is, and where the results are."""
     print(
         "",
         "On the labelled pixels of the validation columns, which were never trained on:",
@@ -145,14 +155,14 @@ def say_result(job: Job, evaluation: Evaluation, seconds: float) -> None:
     )
 
 
-def summarise(
+def summarize(
     job: Job,
     sides: dict[Side, SideFigures],
     evaluation: Evaluation,
     local_batches: tuple[int, ...],
     seconds: float,
 ) -> dict[str, Any]:
-    """All figures, for programs."""
+    """The content of `summary.json`: all figures, for use by programs."""
     rates = {side: figures.images_per_second for side, figures in sides.items()}
     return {
         "ddp_images_per_second": rates["plain DDP"],
@@ -183,7 +193,7 @@ def summarise(
 
 
 def processor() -> str:
-    """The CPU's name, where the system knows it."""
+    """The CPU's name, where the system says."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from shapely import Polygon, box  # type: ignore[import-untyped] # it has no types
+from shapely import Polygon, box  # type: ignore[import-untyped] # no type hints
 from torchgeo import samplers
 from torchgeo.datamodules import GeoDataModule
 from torchgeo.datasets import GeoDataset, IntersectionDataset, RasterDataset
@@ -27,10 +27,10 @@ BANDS: Final = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "
 
 @dataclass(frozen=True)
 class LandCover:
-    """A class of the mask: its name, and its colour in pictures."""
+    """A class of the mask: its name, and its color in pictures."""
 
     name: str
-    colour: str
+    color: str
 
 
 # The position is the value in the mask. Grass (1.5% of the labels) is part of meadow.
@@ -57,7 +57,7 @@ class SentinelImage(RasterDataset):
 
 
 class LandUse(RasterDataset):
-    """OpenStreetMap's land use; 0 where nothing is known."""
+    """OpenStreetMap's land use; 0 for unlabelled."""
 
     filename_glob = "osm_*.tif"
     filename_regex = r"osm_\w+_(?P<date>\d{8})"
@@ -65,11 +65,11 @@ class LandUse(RasterDataset):
 
 
 Patch = tuple[float, float]
-"""A patch's place: its western and its southern edge, in metres."""
+"""A patch's position: its western and its southern edge, in meters."""
 
 
 class Scene(IntersectionDataset):
-    """Image and mask as one TorchGeo dataset, which remembers what was read from it.
+    """Image and mask as one TorchGeo dataset, which records the patches that were read.
 
     Args:
         root: a folder with `image` and `mask`.
@@ -103,7 +103,7 @@ def random_patches(scene: GeoDataset, size: int, length: int, roi: Polygon, seed
 
 
 def grid_patches(scene: GeoDataset, size: int, roi: Polygon) -> GeoSampler:
-    """Patches side by side, each place once."""
+    """Patches side by side, without overlap."""
     if hasattr(samplers, "GriddedPatchSampler"):  # torchgeo >= 0.10
         patches: GeoSampler = samplers.GriddedPatchSampler(scene, size=size, stride=size, roi=roi)
         return patches
@@ -117,10 +117,10 @@ class SceneDataModule(GeoDataModule):
         batch_size: patches in a local batch.
         patch_size: pixels along the side of a training patch.
         length: patches in an epoch.
-        seed: where the random training patches start from.
+        seed: of the positions of the training patches.
     """
 
-    # Of the training columns, band by band; a test counts them again.
+    # Of the training columns, band by band; a test computes them again.
     # fmt: off
     mean = torch.tensor(
         [1816.0, 1465.7, 1185.2, 1140.5, 1303.3, 1623.8, 1794.3, 1728.4, 494.7, 13.1, 1824.6, 1202.3, 1978.4])
@@ -136,7 +136,7 @@ class SceneDataModule(GeoDataModule):
         self._reported = 0
 
     def newly_visited(self) -> list[Patch]:
-        """The patches that this process has read since it was asked last."""
+        """The patches that this process has read since the last call."""
         visited = self.scene.visited if self.scene is not None else []
         new = visited[self._reported :]
         self._reported = len(visited)

@@ -1,4 +1,4 @@
-"""Which steps of the demo measure the devices, are compared, or only train."""
+"""Which steps of the demo measure the devices, are compared, or just train."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ class Schedule:
     Args:
         max_steps: of the whole `hetero` run.
         learning: its first steps, in which it measures how fast the devices are; they are not compared.
-        rounds: how often each side has its turn.
-        steps: of a turn.
-        warm_up: at the beginning of a turn of another side, steps that are not compared; each turn is a new run.
+        rounds: how many turns each side has.
+        steps: the number of compared steps in a turn.
+        warm_up: steps at the beginning of each turn of another side that are not compared, as each turn is a new run.
     """
 
     max_steps: int = 180
@@ -42,10 +42,10 @@ class Schedule:
         """Steps of `hetero` up to the end of the comparison."""
         return self.learning + self.rounds * self.steps
 
-    def others_turn(self, step: int) -> bool:
+    def is_others_turn(self, step: int) -> bool:
         """Whether the other sides have their turn after this many steps of `hetero`."""
         return self.learning < step <= self.last_compared and (step - self.learning) % self.steps == 0
 
-    def compared(self, step: int) -> bool:
+    def is_compared(self, step: int) -> bool:
         """Whether step number `step` of `hetero`, counted from 0, is compared; the first after a turn is not."""
         return self.learning <= step < self.last_compared and (step - self.learning) % self.steps != 0

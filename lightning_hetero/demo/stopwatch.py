@@ -1,4 +1,4 @@
-"""How long each training step takes, and how much of it a rank waits: one yardstick for every strategy."""
+"""Measures how long each training step takes, and how long of it a rank waits, alike for every strategy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class StepTime:
 
     Args:
         seconds: from the end of the step before to its own end, data loading included.
-        idle: of these, how many the rank had nothing to do but to wait.
+        idle: of these, the seconds in which the rank only waited.
         patches: of its local batch.
-        computing: how many seconds it had the core; None where that can't be known.
+        computing: seconds for which it ran on its core; None where unknown.
     """
 
     seconds: float
@@ -34,27 +34,27 @@ class StepTime:
 
 
 class Clock(Protocol):
-    """Notes moments in a step, and makes times of them afterwards."""
+    """Marks points in a step, and computes times from them afterwards."""
 
     def mark(self) -> Any:
-        """Now."""
+        """The current point in time."""
 
     def step(self, began: Any, gradients: Any, exchanged: Any, ended: Any, patches: tuple[Patch, ...]) -> StepTime:
-        """The step between the marks `began` and `ended`, with its own gradients ready, and all ranks', in between."""
+        """The step from `began` to `ended`; between them this rank's `gradients` were ready, then those of all ranks."""
 
 
 class SchedulerClock:
-    """For CPU ranks on Linux: the kernel knows how long a thread ran, and how long it wanted to run.
+    """For CPU ranks on Linux, whose kernel counts how long a thread ran, and how long it was ready to run.
 
     The rest of the time it waited for other ranks. Waiting for a core that another process occupies is not idle.
     """
 
     def mark(self) -> tuple[float, float, float]:
-        """Seconds: on the wall, running, and ready to run."""
+        """Seconds: wall-clock time, running, and ready to run."""
         running, ready, _ = SCHEDULER.read_text().split()
         return perf_counter(), int(running) / 1e9, int(ready) / 1e9
 
-    def step(self, began: Any, gradients: Any, exchanged: Any, ended: Any, patches: tuple[Patch, ...]) -> StepTime:  # noqa: ARG002 - a clock's
+    def step(self, began: Any, gradients: Any, exchanged: Any, ended: Any, patches: tuple[Patch, ...]) -> StepTime:  # noqa: ARG002 - as `Clock` has it
         """See `Clock`; the marks in between are not needed."""
         seconds, running, ready = (after - before for before, after in zip(began, ended, strict=True))
         return StepTime(seconds, max(0.0, seconds - running - ready), patches, running)
@@ -64,7 +64,7 @@ class WallClock:
     """For CPU ranks elsewhere: the time between the rank's own gradients and those of all ranks counts as idle."""
 
     def mark(self) -> float:
-        """Seconds on the wall."""
+        """Wall-clock seconds."""
         return perf_counter()
 
     def step(self, began: Any, gradients: Any, exchanged: Any, ended: Any, patches: tuple[Patch, ...]) -> StepTime:
@@ -73,16 +73,16 @@ class WallClock:
 
 
 class CudaClock:
-    """As `WallClock`, in the GPU's own time: the host runs ahead of it."""
+    """Like `WallClock`, but in the GPU's own time, since the host runs ahead of it."""
 
     def mark(self) -> torch.cuda.Event:
-        """The moment at which the GPU gets to this point of its stream."""
+        """An event for the time at which the GPU gets to this point of its stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def step(self, began: Any, gradients: Any, exchanged: Any, ended: Any, patches: tuple[Patch, ...]) -> StepTime:
-        """See `Clock`; waits for the GPU, so it is for afterwards."""
+        """See `Clock`; waits for the GPU, so it is called after the run."""
         ended.synchronize()
         return StepTime(began.elapsed_time(ended) / 1e3, gradients.elapsed_time(exchanged) / 1e3, patches)
 
@@ -99,7 +99,7 @@ class Stopwatch(Callback):
 
     Args:
         clock: see `Clock`.
-        loaded: the patches that this rank has read since it was asked last.
+        loaded: returns the patches that this rank has read since the last call.
     """
 
     def __init__(self, clock: Clock, loaded: Callable[[], list[Patch]]) -> None:
@@ -113,7 +113,7 @@ class Stopwatch(Callback):
         self._exchanged: Any = None
 
     def resume(self) -> None:
-        """The next step begins now: what happened since the last one does not count."""
+        """The next step begins now: the time since the last one does not count."""
         self._began = self._clock.mark()
 
     def steps(self) -> list[StepTime]:
@@ -125,7 +125,7 @@ class Stopwatch(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The last one of a backward pass counts. Marking each costs microseconds; there are a dozen.
+        # The last mark of a backward pass counts. Each costs microseconds, and there are a dozen.
         self._handles = [p.register_post_accumulate_grad_hook(self._gradient_ready) for p in pl_module.parameters()]
         self.resume()
 

@@ -1,4 +1,4 @@
-"""What reaches into a Lightning Trainer: loaders, evaluation, logged values, checkpoints, reports.
+"""What connects to a Lightning Trainer: loaders, evaluation, logged values, checkpoints, reports.
 
-May import all floors before it; nothing else touches the private parts of Lightning.
+May import `step` and whatever that may import; only it and `strategy.py` use private parts of Lightning.
 """

@@ -1,9 +1,9 @@
-"""Prepares the loaders of a Trainer: the user's loader stays what it is, only its batch sampler becomes ours.
+"""Prepares the loaders of a Trainer: a copy of the user's loader, in which only the batch sampler is ours.
 
-Lightning injects its own sampler before a strategy is asked, and loaders may be built as early as the user's
-`setup`. So the hook that prepares a loader is replaced on the one Trainer that the strategy works for.
+Lightning injects its own sampler before it calls the strategy, and loaders may be built as early as the user's `setup`.
+So the method that prepares a loader is replaced on the strategy's Trainer.
 """
-# ruff: noqa: SLF001 - what is touched of a Trainer is guarded by tests
+# ruff: noqa: SLF001 - a test guards the Trainer's private names used here
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class TrainerDataLoaders:
         self._lightnings_prepare = trainer._data_connector._prepare_dataloader
 
     def prepare(self, dataloader: object, shuffle: bool, mode: RunningStage) -> object:
-        """What Lightning calls for every loader, on all ranks alike; a ValueError says why one can't be split."""
+        """Called by Lightning for every loader, on all ranks; a ValueError says why one can't be split."""
         loader = users_loader(dataloader)
         overfits: float = vars(self._trainer)["overfit_batches"]  # Lightning sets it without declaring it
         if overfits and isinstance(loader, DataLoader) and lost_geographic_sampler(loader):
@@ -67,7 +67,7 @@ class TrainerDataLoaders:
         require_same_loader(group, loader, f"the {stage.dataloader_prefix} data")
         grouping = Grouping(1, batched=True, finite=True)
         if has_plain_batches(loader):
-            # Lightning predicts a last batch that is not full too, whatever the loader says.
+            # Like Lightning, predict a last batch that is not full even with `drop_last`.
             grouping = Grouping(source.batch_size, drop_last=source.drop_last and not predicts, finite=True)
             source = source.sampler
         batches = agreed_batches(group, source, grouping, self._seed)
@@ -77,7 +77,7 @@ class TrainerDataLoaders:
 
 @dataclass(frozen=True)
 class _StagePasses:
-    """The passes of one stage's evaluations; see `EvaluationPasses`."""
+    """Implements `EvaluationPasses` for the evaluations of one stage."""
 
     trainer: "pl.Trainer"
     stage: RunningStage

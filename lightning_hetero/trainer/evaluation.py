@@ -1,6 +1,6 @@
-"""Validation, test and prediction: how fast each rank evaluates, and what must not be exchanged meanwhile.
+"""Validation, test and prediction: how fast each rank evaluates, and where ranks must not exchange.
 
-Every rank evaluates its part of a loader by itself, in as many batches as it has; ranks meet before and after.
+Every rank evaluates its part of a loader by itself, in any number of batches; ranks exchange before and after.
 """
 # ruff: noqa: SLF001 - what is read of a Trainer's loops is guarded by `tests/test_private_names.py`
 
@@ -28,7 +28,7 @@ _TRANSFER_HOOKS = frozenset(
 def batch_hook(module: "pl.LightningModule | None") -> str | None:
     """The hook of an evaluation batch that is running; None outside of one.
 
-    Ranks evaluate different numbers of batches, so whoever exchanges in such a hook waits for a rank that may not come.
+    Ranks evaluate different numbers of batches, so an exchange in such a hook may wait for a rank that never joins.
     """
     if module is None or module._trainer is None:
         return None
@@ -40,15 +40,15 @@ def batch_hook(module: "pl.LightningModule | None") -> str | None:
 
 
 class UnmatchedExchangeError(RuntimeError):
-    """One rank alone would exchange with the others. A type of its own, since no other rank is the cause of it."""
+    """One rank alone would exchange with the others; its cause is never another rank, so it has a type of its own."""
 
 
 def exchange_error(call: str, hook: str, place: str) -> UnmatchedExchangeError:
     """The error where one rank alone would exchange with the others.
 
     Args:
-        call: that is made, such as "all_gather".
-        hook: of an evaluation batch, that makes it.
+        call: the name of the call, such as "all_gather".
+        hook: the hook of an evaluation batch that makes it.
         place: rank and device.
     """
     stage = next((stage for stage in ("test", "predict") if stage in hook), "validation")
@@ -58,10 +58,10 @@ def exchange_error(call: str, hook: str, place: str) -> UnmatchedExchangeError:
     )
 
 
-class RememberedBroadcasts:
-    """Paths that rank 0 has broadcast while all ranks were together, to be had again while they are not.
+class BroadcastCache:
+    """Paths that rank 0 has broadcast to all ranks, for hooks in which ranks can't exchange.
 
-    `Trainer.log_dir` is such a broadcast: the way to save pictures in any batch. It is None for a logger without one.
+    `Trainer.log_dir` is such a broadcast, needed to save images in any batch. It is None for a logger without a folder.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class RememberedBroadcasts:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Remember what is broadcast inside, and nothing from before."""
+        """Keep what is broadcast inside, and forget everything before."""
         self._results.clear()
         self._is_recording = True
         try:
@@ -79,7 +79,7 @@ class RememberedBroadcasts:
             self._is_recording = False
 
     def add(self, own: object, result: Any) -> None:
-        """A rank's own value was broadcast, and this became of it."""
+        """Keep the result of a broadcast, under the value that this rank passed to it."""
         if self._is_recording and isinstance(own, str | Path | None):
             self._results[own] = result
 
@@ -97,7 +97,7 @@ class _EvaluatedLoader:
     Args:
         key: what is evaluated: stage and loader.
         sizes: samples in each of the rank's batches.
-        times: of the begin, and of the end of each batch, on the rank's device.
+        times: when the loader began, and when each batch ended, on the rank's device.
     """
 
     key: tuple[str, int]
@@ -106,13 +106,13 @@ class _EvaluatedLoader:
 
 
 class EvaluationBalancer:
-    """How long ranks take to evaluate, and so how the next evaluation is split.
+    """Measures how long ranks take to evaluate, which decides how the next evaluation is split.
 
     Args:
         group: of all ranks.
         clock: of this rank's device.
-        shares: the user's.
-        planners: know the shares of training, which hold until evaluations have been measured.
+        shares: those of the user.
+        planners: has the plan of training, whose shares are used until evaluations have been measured.
     """
 
     def __init__(self, group: RankGroup, clock: DeviceClock, shares: Shares, planners: Planners) -> None:
@@ -124,7 +124,7 @@ class EvaluationBalancer:
         self._loaders: list[_EvaluatedLoader] = []
 
     def seconds(self, mode: RunningStage, scope: Scope, batch: int) -> tuple[float, ...]:
-        """What a batch of the loader takes on each rank; W numbers, of which only the ratios matter."""
+        """Seconds that a batch of the loader takes on each rank: W numbers, of which only the ratios matter."""
         training = self._planners.newest_split() if self._shares.adaptive else None
         proportions = training or self._shares.proportions_for(self._group.world_size)
         return self._times.seconds((mode.dataloader_prefix or "", scope.number), batch, proportions)
@@ -140,7 +140,7 @@ class EvaluationBalancer:
             self._loaders[-1].times.append(self._clock.now())
 
     def measured(self) -> BatchTimes:
-        """What this rank has measured since the last time, by what was evaluated."""
+        """What this rank has measured since the last call, by stage and loader."""
         loaders, self._loaders = self._loaders, []
         measured: dict[Hashable, list[tuple[int, float]]] = {}
         for loader in loaders:

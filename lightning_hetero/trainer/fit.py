@@ -33,8 +33,8 @@ class Fit:
 
     Args:
         run: the call of the Trainer.
-        recovery: from running out of memory.
-        buffers: merged now and then; None where DDP copies rank 0's in each step.
+        recovery: recovers from running out of memory.
+        buffers: merges the ranks' buffers; None where DDP copies rank 0's in each step.
     """
 
     def __init__(self, run: Run, recovery: OutOfMemoryRecovery, buffers: BufferMerge | None) -> None:
@@ -68,24 +68,24 @@ class Fit:
             self._planner.forget_memory()
         self._reporter = make_reporter(run.trainer, self._planner, job.devices, self._folder)
         self._input_shape = ""  # of the first batch
-        self._profile = run.profile  # until its input shape was compared with that
-        self._content = 0.0
+        self._profile = run.profile  # None once its input shape was compared with this run's
+        self._content_hash = 0.0
         self._loaded: LoadedBatch | None = None  # from the batch to its end
         self._step: Step | None = None  # from the call of training_step to the end of the batch
         self._risky = False  # memory may run out in the step
-        self._in_parts: StepInParts | None = None  # where that can be recovered from
+        self._in_parts: StepInParts | None = None  # if the step can recover from that
 
     @property
     def borrowed(self) -> bool:
-        """Whether this rank computes other ranks' samples in the step at hand."""
+        """Whether this rank computes other ranks' samples in the current step."""
         return self._loaded is not None and self._loaded.borrowed
 
-    # ---- the steps, in order ----
+    # ---- the events of a step, in order ----
 
     def before_batch(self) -> None:
-        """A batch is about to be fetched: CPU ranks report first what they have measured, while that can change plans.
+        """A batch is about to be fetched: while plans may still change, CPU ranks exchange measurements first.
 
-        Nothing is reported between the micro-batches of an optimizer step.
+        They do not between the micro-batches of an optimizer step.
         """
         self._reporter.begin_batch()
         job = self._job
@@ -112,15 +112,15 @@ class Fit:
         if self._buffers is not None:
             self._buffers.add_batch(share, batch)
         self._input_shape = self._input_shape or input_shape(batch)
-        self._content = loaders.content_hash(batch)
+        self._content_hash = loaders.content_hash(batch)
 
     def training_step(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The module's training step.
 
         Args:
-            compute: as plain DDP does it.
-            *args: the batch first.
-            **kwargs: further arguments of the module's.
+            compute: runs it as plain DDP does.
+            *args: its positional arguments, the batch first.
+            **kwargs: its keyword arguments.
         """
         if isinstance(args[0], Iterator):
             raise TypeError(
@@ -148,9 +148,9 @@ class Fit:
         """A backward pass.
 
         Args:
-            compute: from the weighted loss, as plain DDP does it.
-            loss: the user's.
-            averaged: it waits for those of the other ranks.
+            compute: goes backward from the weighted loss, as plain DDP does.
+            loss: the user's loss.
+            averaged: whether the pass waits for the other ranks, to average gradients.
         """
         step, parts = self._running_step(), self._in_parts
         self._receive(step)
@@ -164,7 +164,7 @@ class Fit:
             return self._backward_in_parts(parts, weighted, loss, step if averaged else None)
 
     def global_loss(self, closure: Callable[[], Any], reduce: Callable[[Tensor], Any]) -> Callable[[], Any]:
-        """A closure that returns the loss of the global batch, for optimizers that decide by it (LBFGS).
+        """A closure that returns the loss of the global batch, for optimizers that make decisions by it (LBFGS).
 
         Args:
             closure: computes the loss of this rank, and its gradients.
@@ -185,24 +185,24 @@ class Fit:
         """A training step is over, and the hooks at its end follow."""
         step, job = self._running_step(), self._job
         stepped = not (self._module.automatic_optimization and self._run.trainer.fit_loop._should_accumulate())
-        self._receive(step)  # a module in manual optimization may have had nothing to go backward from
+        self._receive(step)  # a module in manual optimization may not have gone backward
         found = self._in_parts.found if self._in_parts is not None else None
         self._memory.end(step.loaded.local_batch or 0, found)
         self._times.add(
             job.timer.stop(),
             step.loaded.share,
-            self._planner.global_batch or 0,  # where the user shards, nothing is compared
+            self._planner.global_batch or 0,  # 0 where the user shards the data
             stepped=stepped,
             in_parts=found is not None,
             averaged_after_backward=self._in_parts is not None,
         )
         step.loaded.undo_borrowed()
-        self._run.metrics.batch_over(step.logged_weight)
+        self._run.metrics.end_batch(step.logged_weight)
         self._reporter.end_batch(step.loaded.step, stepped=stepped)
         self._loaded = self._step = self._in_parts = None
 
     def end_epoch(self) -> None:
-        """This rank has no more batches in this epoch; all ranks have to be at the same place.
+        """This rank has no more batches in this epoch; nor may any other rank.
 
         Raises:
             RuntimeError: another rank has more.
@@ -212,28 +212,28 @@ class Fit:
         messages = StepMessages(self._job.group.start(message.row()).wait())
         messages.check()
         self._stop_if_requested(messages)
-        self._run.metrics.epoch_over()
+        self._run.metrics.exchange_epoch()
         self.pause()
 
     def pause(self) -> None:
-        """What comes until the next batch is fetched is no part of a step: validation, a checkpoint."""
+        """The time until the next batch is fetched belongs to no step: validation, a checkpoint."""
         self._reporter.pause()
 
     def end(self) -> None:
-        """Training is over: say what was gained, and keep what was measured for the next run."""
+        """Training is over: report what was gained, and save what was measured for the next run."""
         self._reporter.end_run()
         if isinstance(self._planner, SplitPlanner):
             state = self._planner.state_dict()
             self._job.profiles.save(self._folder, self._run.job_facts, state, self._input_shape)
 
     def close(self) -> None:
-        """Stop what runs beside the training, also after an error."""
+        """Stop monitoring, also after an error."""
         self._context.long_backward.stop()
 
     # ---- within a step ----
 
     def _backward_in_parts(self, parts: StepInParts, weighted: Tensor, loss: Tensor, averaged: Step | None) -> Tensor:
-        """A backward pass past DDP's wrapper, as the precision in use wants it."""
+        """A backward pass that bypasses DDP's wrapper, with what the precision plugin does before and after."""
         precision = self._run.trainer.precision_plugin
         scaled = precision.pre_backward(weighted, self._module)
         average = averaged.average_after_backward if averaged is not None else None
@@ -241,7 +241,7 @@ class Fit:
         return precision.post_backward(scaled, self._module)
 
     def _begin(self, batch: Any) -> Step:
-        """Count the batch and announce it; a closure that is called again goes on with the same step."""
+        """Count the batch and send the step's message; an optimizer's next closure goes on with the same step."""
         if self._step is not None:
             return self._step
         if self._loaded is None:
@@ -253,7 +253,7 @@ class Fit:
             loaded.step,
             loss_count=count.on_host,
             plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
-            content_hash=self._content,
+            content_hash=self._content_hash,
         )
         pending = self._job.group.start(message.row())
         self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
@@ -277,7 +277,7 @@ class Fit:
         return self._memory.exceeds_completed(local_batches) and not self._planner.fits_in_memory(local_batches)
 
     def _explained(self, step: Step) -> AbstractContextManager[None]:
-        """An out-of-memory error inside says where it happened, why it ends the run, and what to do."""
+        """Inside, an out-of-memory error says where it happened, why it ends the run, and what to do."""
         return self._recovery.explained(step.loaded.local_batch, risky=self._risky)
 
     def _running_step(self) -> Step:
@@ -285,7 +285,7 @@ class Fit:
             raise RuntimeError("there is no training step to go backward in: call manual_backward in training_step")
         return self._step
 
-    # ---- what ranks tell each other ----
+    # ---- messages between ranks ----
 
     def _message(self, kind: int, step: int, **more: Any) -> StepMessage:
         """This rank's message of a step, with what it has measured since the last one."""
@@ -309,7 +309,7 @@ class Fit:
             self._update(messages)
 
     def _update(self, messages: StepMessages) -> None:
-        """What follows from the messages of all ranks: the same on each of them."""
+        """Act on the messages of all ranks, in the same way on each rank."""
         self._memory.update(messages.column("local_batch"))
         self._stop_if_requested(messages)
         loaders, steps = self._run.loaders, self._run.trainer.num_training_batches
@@ -328,7 +328,7 @@ class Fit:
             self._run.stop.stop()
 
     def _compare_with_profile(self, messages: StepMessages) -> None:
-        """A profile holds for samples of the same shape only, which the first batch tells; rank 0's decides for all."""
+        """Discard a profile of samples of another shape than rank 0's first batch has; the same on all ranks."""
         profile, self._profile = self._profile, None
         if profile is None or not isinstance(self._planner, SplitPlanner):
             return

@@ -1,4 +1,4 @@
-"""The points of a run at which Lightning calls us before the user's callbacks."""
+"""Hooks of a run, which Lightning calls before the user's callbacks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from typing_extensions import override
 
 @dataclass(frozen=True)
 class TrainingHooks:
-    """What is called in a training; each point is reached by all ranks.
+    """What is called during training, at points that all ranks reach.
 
     Attributes:
         before_batch: a training batch is about to be fetched.
-        end_batch: a training batch is over.
+        end_batch: a training batch ends.
         end_epoch: this rank has no more batches in this training epoch.
-        pause: a validation begins, or training is over: buffers are merged, and what comes is no training step.
+        pause: a validation begins, or training is over: buffers are merged, and what follows is no training step.
     """
 
     before_batch: Callable[[], None]
@@ -29,10 +29,10 @@ class HookCallback(Callback):
     """Calls the hooks for which Lightning has callbacks; it has to be the first of a Trainer's callbacks.
 
     Args:
-        hooks: of a training.
-        end_training: the last epoch is over, on all ranks.
+        hooks: of the training.
+        end_training: the last epoch ends, on all ranks.
         begin_evaluation: a validation, test or prediction begins, on all ranks.
-        end_evaluation: it is over, on all ranks.
+        end_evaluation: it ends, on all ranks.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a process keeps from run to run: its place among the ranks, its clock, its limits, and what was measured."""
+"""What a process keeps from run to run: its process group, its timer, its limits, and what was measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class BatchCounter:
         self._begun = 0
 
     def next_step(self) -> int:
-        """The number of the next global batch, which is how many were begun."""
+        """The number of the next global batch: how many have begun so far."""
         return self._begun
 
     def begin(self) -> int:
@@ -40,24 +40,24 @@ class BatchCounter:
 
 @dataclass(frozen=True)
 class Job:
-    """A process that drives one device, together with those of the other ranks.
+    """What one process, which drives one device, has for all of its runs.
 
     Attributes:
-        options: of the strategy.
-        group: of all ranks, for everything but gradients.
+        options: the strategy's options.
+        group: all ranks, for every exchange but that of gradients.
         device: of this rank.
-        devices: W names.
-        timer: runs while this rank computes.
+        devices: W names, one per rank.
+        timer: measures this rank's compute time.
         mask: of the gradients that DDP averages.
-        gradient_errors: of the collective calls that average them.
-        memory: what each rank may hold.
-        profiles: of earlier runs.
-        planners: the planner of the training data.
-        evaluation: how evaluations are split.
-        lockstep_group: of the training loader of an iterable data set, by its position among those that are trained on
-            together. It takes sockets and threads, so it is made once; all ranks have to ask for it together.
-        batch_norm_group: of synchronized layers; None where BatchNorm is each rank's own.
-        batches: training batches so far.
+        gradient_errors: errors of the collectives that average gradients.
+        memory: the bytes that each rank may use.
+        profiles: loads and saves profiles.
+        planners: keeps the planner of the training data.
+        evaluation: decides how evaluations are split.
+        lockstep_group: the process group for the training loader of an iterable data set, by the loader's position.
+            A group takes sockets and threads, so each is made once; all ranks have to call this together.
+        batch_norm_group: for synchronized BatchNorm layers; None where each rank computes its own statistics.
+        batches: numbers the training batches.
     """
 
     options: Options
@@ -86,16 +86,16 @@ class Job:
         *,
         sync_batch_norm: bool,
     ) -> "Job":
-        """Meet the other ranks, and tell each other what devices there are; all ranks call it together."""
+        """Connect to the other ranks, and exchange devices and memory with them; all ranks call it together."""
         if device.type == "cpu":
             keep_freed_memory()
         timer = ComputeTimer(device_clock(device))
         group = RankGroup(rank, world_size, timeout)
         devices = tuple(group.gather(device_name(device)))
         planners = Planners()
-        layers = None
+        batch_norm_group = None
         if sync_batch_norm and world_size > 1:
-            layers = BatchNormGroup(rank, world_size, own_total(timeout), timer.waiting)
+            batch_norm_group = BatchNormGroup(rank, world_size, own_total(timeout), timer.waiting)
         capacities = group.gather(memory_capacity(device))
         return cls(
             options=options,
@@ -110,7 +110,7 @@ class Job:
             planners=planners,
             evaluation=EvaluationBalancer(group, device_clock(device), options.shares, planners),
             lockstep_group=cache(lambda _position: RankGroup(rank, world_size, timeout)),
-            batch_norm_group=layers,
+            batch_norm_group=batch_norm_group,
             batches=BatchCounter(),
         )
 
@@ -121,5 +121,5 @@ class Job:
 
     @property
     def on_cpus(self) -> bool:
-        """Whether all ranks are CPUs: they know what a step has taken them as soon as it is over."""
+        """Whether all ranks run on CPUs, where the time of a step is known as soon as it ends."""
         return set(self.devices) == {"cpu"}

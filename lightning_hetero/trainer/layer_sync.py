@@ -11,7 +11,7 @@ from lightning_hetero.step.sync_batch_norm import BatchNormGroup, convert_sync_b
 
 @dataclass(frozen=True)
 class ExactSyncBatchNorm(LayerSync):
-    """Converts BatchNorm layers while the module trains; all of them share the group."""
+    """Converts BatchNorm layers before training, and back after it; all layers share one group."""
 
     batch_norm_group: BatchNormGroup
 

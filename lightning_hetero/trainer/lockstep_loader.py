@@ -14,8 +14,8 @@ from lightning_hetero.exchange.groups import RankGroup
 class LockstepLoader:
     """An iterable data set's loader that ends on all ranks when it ends on one.
 
-    It holds one batch ahead: whether all ranks have that one is asked for while the batch before is trained on. The
-    group is for this loader only, so that its exchanges keep no order with others.
+    It loads one batch ahead: while a batch is trained on, ranks exchange whether all of them have the next one. The
+    group is for this loader only, so that its exchanges need no order relative to others.
     """
 
     def __init__(self, loader: DataLoader[Any], group: RankGroup) -> None:
@@ -27,7 +27,7 @@ class LockstepLoader:
         return getattr(self._loader, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning sets `worker_init_fn` when workers are to be seeded, and `_iterator` when it has shut them down.
+        # Lightning sets `worker_init_fn` to seed workers, and `_iterator` when it has shut them down.
         setattr(self._loader, name, value)
 
     def __iter__(self) -> Iterator[Any]:
@@ -35,7 +35,7 @@ class LockstepLoader:
         end = object()
         ahead = next(iterator, end)
         compares = not self._compared and ahead is not end
-        # One row a rank: whether it has a batch, and a number that stands for its first sample.
+        # One row per rank: whether it has a batch, and a hash of its first sample.
         ready = self._group.start([ahead is not end, _first_sample_hash(ahead) if compares else 0.0])
         rows = ready.wait()  # (W, 2)
         vars(self)["_compared"] = True
@@ -56,7 +56,7 @@ class LockstepLoader:
 
 
 def _first_sample_hash(batch: Any) -> float:
-    """A number that stands for the first sample of a batch; 0 where nothing can be compared."""
+    """A hash of the first sample of a batch; 0 where nothing can be compared."""
     tree_map = torch.utils._pytree.tree_map  # noqa: SLF001 - there is no public one
     first = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, batch)
     return content_hash(first)

@@ -1,4 +1,4 @@
-"""A logged value as ranks describe it to each other, and how one value is made of all theirs."""
+"""How ranks describe a logged value to each other, and how their values are combined into one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +22,17 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
     "Python's max": max,
     "Python's min": min,
 }
-"""By a name that travels between processes; a function does not stay the same object on the way."""
+"""Reductions by name: names can be sent to other ranks, while a pickled function may become another object."""
 
 
 @dataclass(frozen=True)
 class LoggedKey:
-    """What all ranks have to know of a logged value, also those that have not logged it."""
+    """What every rank has to know of a logged value, even if it has not logged it."""
 
     key: str  # of the collection
-    meta: _Metadata  # Lightning's, without what belongs to a process
+    meta: _Metadata  # Lightning's, without what is valid in one process only
     reduction: str  # see `REDUCTIONS`
-    is_tensor: bool  # it is no torchmetric
+    is_tensor: bool  # False for a torchmetrics object
     sync_dist: bool  # the argument of `self.log`
 
     @classmethod
@@ -48,7 +48,7 @@ class LoggedKey:
         return _ResultMetric(meta, self.is_tensor)
 
     def difference(self, other: "LoggedKey") -> str | None:
-        """Why another rank's values under the same key can't be put together with these; None if they can."""
+        """Why another rank's values under the same key can't be combined with these; None if they can."""
         for field in ("is_tensor", "meta.on_step", "meta.on_epoch", "reduction", "meta.dataloader_idx"):
             mine, others = map(attrgetter(field), (self, other))
             if mine != others:
@@ -94,13 +94,13 @@ def combined(reduction: str, values: Numbers, weights: Numbers) -> float:
     if not len(weights):
         return float("nan")
     means = values / weights  # (n,)
-    if (means == means[0]).all():  # exactly what each rank has: a learning rate, an epoch
+    if (means == means[0]).all():  # all equal, so exactly that: a learning rate, an epoch
         return float(means[0])
     return float(values.sum() / weights.sum())
 
 
 def on_host(numbers: Sequence[Tensor | float]) -> list[float]:
-    """Numbers as the host knows them; those on a device are fetched in one piece."""
+    """Numbers as Python floats; those on a device are fetched in one transfer."""
     on_device = [number for number in numbers if isinstance(number, Tensor) and number.device.type != "cpu"]
     fetched = iter(torch.stack([number.to(torch.float64) for number in on_device]).tolist() if on_device else ())
     return [
@@ -110,5 +110,5 @@ def on_host(numbers: Sequence[Tensor | float]) -> list[float]:
 
 
 def is_zero(weight: float | Tensor) -> bool:
-    """Whether the host knows a weight to be 0; it does not ask the device."""
+    """Whether a weight is known to be 0 on the host; False for one on a device, which is not read."""
     return not isinstance(weight, Tensor) and weight == 0

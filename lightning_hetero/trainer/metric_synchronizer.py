@@ -1,5 +1,5 @@
-"""What callbacks, schedulers and loggers use in a run has one value on all ranks: when ranks exchange what they log."""
-# ruff: noqa: SLF001 - it stands in for parts of a Trainer; a test guards what it touches
+"""When ranks exchange logged values, so that callbacks, schedulers and loggers use the same values on all ranks."""
+# ruff: noqa: SLF001 - it replaces private parts of a Trainer; a test guards them
 
 from collections.abc import Callable
 from typing import Any
@@ -21,44 +21,44 @@ from lightning_hetero.trainer.training_results import TrainingResults
 
 
 class SynchronizedLoggerConnector(_LoggerConnector):
-    """Lightning's connector, whose values are those over all ranks wherever they are used.
+    """Lightning's logger connector; wherever its values are used, they are those over all ranks.
 
-    Training: ranks exchange before the hooks at the end of a batch after which values are used, and after them, if
-    values are logged there; before and after the hooks at the end of an epoch. Evaluation: the same at the end of a
-    run; ranks may have different numbers of batches in it, so there is no other point.
+    In training, ranks exchange at the end of a batch after which values are used: before its hooks, and after them if
+    the hooks log values; and before and after the hooks at the end of an epoch. In evaluation, where ranks may have
+    different numbers of batches, they exchange only before and after the hooks at its end.
     """
 
     def __init__(self, connector: _LoggerConnector, metrics: MetricSync) -> None:
         super().__init__(connector.trainer)
-        vars(self).update(vars(connector))  # goes on with the state of Lightning's own
+        vars(self).update(vars(connector))  # continues with the state of Lightning's own
         self._metrics = metrics
         self._values_used = False  # after the current step
-        self._hooks_known = False  # whether any rank logs values in hooks at the end of a batch
-        self._hooks_follow = False  # in evaluation, ranks have exchanged what their batches have logged
+        self._batch_end_exchanged = False  # once, so that all ranks know the keys that hooks at a batch's end log
+        self._batches_exchanged = False  # in evaluation: what batches have logged; the hooks at its end follow
         self._first_before_end: bool | None = None  # Lightning's `_first_loop_iter` before a loader's end
 
     @override
     def reset_results(self) -> None:
-        """The module is made, and the run, an evaluation or a training epoch begins or is over."""
+        """A run, an evaluation or a training epoch begins or ends."""
         self._metrics.attach(self.trainer.lightning_module)
         super().reset_results()
 
     @override
     def on_batch_start(self, batch: Any, dataloader_idx: int | None = None) -> None:
-        if self._first_loop_iter is None:  # the first hooks of an epoch or an evaluation may have made metrics
+        if self._first_loop_iter is None:  # hooks at the start of an epoch or evaluation may make metrics
             self._metrics.attach(self.trainer.lightning_module)
         super().on_batch_start(batch, dataloader_idx)
 
     # ---- training ----
 
     def exchange_steps(self, results: TrainingResults) -> None:
-        """The training step is over, and the hooks at the end of the batch follow: on all ranks."""
+        """The training step is over on all ranks, and the hooks at the end of the batch follow."""
         self._values_used = self._uses_values()
         if self._values_used and not self.trainer.interrupted:
             results.exchange_steps()
 
     def exchange_epoch(self, results: SynchronizedResults) -> None:
-        """The loop has no more batches: on all ranks."""
+        """The loop has no more batches on any rank."""
         if not self.trainer.interrupted:
             results.exchange_epoch()
 
@@ -66,16 +66,16 @@ class SynchronizedLoggerConnector(_LoggerConnector):
     def on_batch_end(self) -> None:
         results = self.trainer._results
         if self._values_used and isinstance(results, TrainingResults) and not self.trainer.interrupted:
-            # The first time, no rank knows whether others log values there.
+            # The first time, no rank knows whether others log values in these hooks.
             logged = any(key.meta.on_step and key.meta.fx == "on_train_batch_end" for key in results.logged_keys)
-            if not self._hooks_known or logged:
+            if not self._batch_end_exchanged or logged:
                 results.exchange_steps()
-            self._hooks_known = True
+            self._batch_end_exchanged = True
         super().on_batch_end()
 
     @override
     def update_train_step_metrics(self) -> None:
-        # Lightning logs once more when it is to stop, of which other ranks may not know.
+        # Lightning logs once more when it has to stop, which other ranks may not know of.
         if self._values_used:
             super().update_train_step_metrics()
         self._values_used = False
@@ -95,13 +95,13 @@ class SynchronizedLoggerConnector(_LoggerConnector):
         saves = any(
             callback.monitor is not None
             and (
-                callback._train_time_interval is not None  # which step that is only rank 0's clock knows
+                callback._train_time_interval is not None  # due by rank 0's clock, at a step that others can't know
                 or (callback._every_n_train_steps > 0 and trainer.global_step % callback._every_n_train_steps == 0)
             )
             for callback in trainer.checkpoint_callbacks
             if isinstance(callback, ModelCheckpoint)
         )
-        # What the last step has logged is still seen when the epoch is over.
+        # What the last step has logged is still read when the epoch is over.
         last = loop.batch_progress.current.ready == trainer.num_training_batches
         return bool(logs or last or trainer.fast_dev_run or schedules or saves)  # type: ignore[attr-defined] # the same
 
@@ -126,18 +126,18 @@ class SynchronizedLoggerConnector(_LoggerConnector):
             results.dataloader_idx = index
             outputs.append(super().update_eval_epoch_metrics())
         loop._logged_outputs = outputs  # of all loaders, also those of which this rank has had no batch
-        self._hooks_follow = True
+        self._batches_exchanged = True
         super()._evaluation_epoch_end()
 
     @override
     def update_eval_epoch_metrics(self) -> _OUT_DICT:
-        if self._hooks_follow:
-            self._hooks_follow = False
+        if self._batches_exchanged:
+            self._batches_exchanged = False
             return super().update_eval_epoch_metrics()
         results = self.trainer._results
         assert isinstance(results, EvaluationResults)
-        results.loader_over()
-        # The evaluation goes on: what the next loader logs must not reset what this one has.
+        results.end_loader()
+        # The evaluation goes on: what the next loader logs must not reset what this one has logged.
         self._first_loop_iter = self._first_before_end
         return {}
 
@@ -151,23 +151,23 @@ class SynchronizedLoggerConnector(_LoggerConnector):
 
 
 class MetricSynchronizer:
-    """A run's logged values and torchmetrics over all ranks.
+    """Synchronizes a run's logged values and torchmetrics over all ranks.
 
-    It makes what stands in for parts of the Trainer; `patch_trainer` puts them there. With one rank it is only about
-    what a training step logs, and everything else is Lightning's own.
+    It makes the replacements for parts of the Trainer, which `patch_trainer` puts in place. With one rank only the
+    collection of the training loop is replaced.
 
     Args:
-        trainer: whose run begins, with its module.
+        trainer: whose run begins; its module is connected.
         group: of all ranks.
         timer: of this rank's compute time.
         device: of this rank.
-        loss_count: the user's, from the module and a batch, if any.
-        in_evaluation_batch: whether the rank is in an evaluation step, which other ranks may not have.
+        loss_count: the user's function of the module and a batch, if any.
+        in_evaluation_batch: whether this rank is in a hook of an evaluation batch, which other ranks may not have.
 
     Attributes:
-        training_results: collection of the training loop.
-        evaluation_results: collections of the loops that validate in a fit, validate, and test.
-        connector: in place of the Trainer's.
+        training_results: the collection of the training loop.
+        evaluation_results: the collections of the loops of validation in `fit`, of `validate`, and of `test`.
+        connector: replaces the Trainer's logger connector.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class MetricSynchronizer:
     ) -> None:
         module = trainer.lightning_module
 
-        def count(batch: Any) -> float | Tensor:  # the rule is found each time, since criteria may change
+        def count(batch: Any) -> float | Tensor:  # the rule is looked up each time, since criteria may change
             return find(module, loss_count)(module, batch)
 
         self._trainer, self._group, self._timer = trainer, group, timer
@@ -198,19 +198,19 @@ class MetricSynchronizer:
             self.evaluation_results = tuple(EvaluationResults(exchange, count) for _ in loops)
             self.connector = SynchronizedLoggerConnector(self.connector, self._metrics)
 
-    def batch_over(self, loss_weight: float | Tensor | None) -> None:
-        """The training step is over, and the hooks at the end of its batch follow; see `TrainingResults.batch_over`."""
-        self.training_results.batch_over(loss_weight)
+    def end_batch(self, loss_weight: float | Tensor | None) -> None:
+        """The training step is over, and the hooks at the end of its batch follow; see `TrainingResults.end_batch`."""
+        self.training_results.end_batch(loss_weight)
         if isinstance(self.connector, SynchronizedLoggerConnector):
             self.connector.exchange_steps(self.training_results)
 
-    def epoch_over(self) -> None:
-        """The training epoch has no more batches, or its hooks may have logged values: on all ranks."""
+    def exchange_epoch(self) -> None:
+        """On all ranks, the training epoch has no more batches, or its hooks may have logged values."""
         if isinstance(self.connector, SynchronizedLoggerConnector):
             self.connector.exchange_epoch(self.training_results)
 
     def is_validation_due(self, *args: Any, **kwargs: Any) -> bool:
-        """In place of Lightning's; where the time decides, the first rank does: no two clocks are the same."""
+        """In place of Lightning's; where time decides, rank 0's clock does, since clocks differ."""
         due = self._is_due(*args, **kwargs)
         if self._trainer._val_check_time_interval is None:  # type: ignore[attr-defined] # set where mypy can't see it
             return due
@@ -218,9 +218,9 @@ class MetricSynchronizer:
             return self._group.broadcast(due)
 
     def close(self) -> None:
-        """The run is over: torchmetrics and Lightning's connector are as if it had been theirs alone; idempotent."""
+        """The run is over: restore torchmetrics and Lightning's connector, with our connector's state; idempotent."""
         if isinstance(self.connector, SynchronizedLoggerConnector):
             state, own = vars(self.connector), vars(self._lightnings_connector)
-            own.update({name: state[name] for name in own})  # Lightning's goes on with it
+            own.update({name: state[name] for name in own})  # Lightning's continues with it
             self.connector = self._lightnings_connector
         self._metrics.detach()

@@ -1,4 +1,4 @@
-"""The strategy's options, and what it can't do: said at the start, in one sentence each."""
+"""The strategy's options, and checks before a run; each error is one sentence."""
 
 import math
 import os
@@ -18,7 +18,7 @@ class Options:
     """The arguments of `HeteroStrategy`, see there.
 
     Raises:
-        ValueError: one can't be used.
+        ValueError: an argument can't be used.
     """
 
     shares: Shares
@@ -42,7 +42,7 @@ class Options:
             raise ValueError(f"granularity={step!r} has to be a whole number of samples, at least 1")
 
     def check_world_size(self, world_size: int) -> None:
-        """See that the arguments fit the number of ranks.
+        """Check that the arguments fit the number of ranks.
 
         Raises:
             ValueError: they don't.
@@ -53,7 +53,7 @@ class Options:
 
 
 def check_devices(devices: Sequence[torch.device]) -> str | None:
-    """See that these devices can be driven.
+    """Check that the strategy supports these devices.
 
     Returns:
         A warning, or None.
@@ -61,10 +61,10 @@ def check_devices(devices: Sequence[torch.device]) -> str | None:
     Raises:
         ValueError: they can't.
     """
-    unable = sorted({device.type for device in devices} - {"cpu", "cuda"})
-    if unable:
+    unsupported = sorted({device.type for device in devices} - {"cpu", "cuda"})
+    if unsupported:
         raise ValueError(
-            f"HeteroStrategy runs on CPUs and CUDA GPUs, not on {', '.join(unable)}: set accelerator='cpu'"
+            f"HeteroStrategy runs on CPUs and CUDA GPUs, not on {', '.join(unsupported)}: set accelerator='cpu'"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = sum(device.type == "cpu" for device in devices)
@@ -77,7 +77,7 @@ def check_devices(devices: Sequence[torch.device]) -> str | None:
 
 
 def check_trainable(module: nn.Module) -> None:
-    """See that there is something to train.
+    """Check that there is something to train.
 
     Raises:
         ValueError: there isn't.

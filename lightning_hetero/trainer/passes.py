@@ -1,4 +1,4 @@
-"""The passes of a training step as Lightning makes them, for steps that go past DDP's wrapper."""
+"""Forward and backward passes as Lightning makes them, for steps that bypass DDP's wrapper."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

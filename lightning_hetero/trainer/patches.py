@@ -1,6 +1,6 @@
-"""All that is replaced on a Trainer for a run, beyond Lightning's public interface, and how it is put back.
+"""All attributes of a Trainer that are replaced during a run, and how they are restored afterwards.
 
-Each is an attribute that Lightning reads on one object; a test fails when Lightning no longer has one of them.
+Lightning has no public interface for them; a test fails when a release no longer has one of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,15 +26,15 @@ def patch_trainer(
     """Connect a strategy to its Trainer for one run.
 
     Args:
-        trainer: whose.
-        metrics: of the run; closed with what is returned.
+        trainer: the strategy's Trainer.
+        metrics: of the run; closed with the returned stack.
         prepare_dataloader: in place of Lightning's, which injects samplers.
         before_batch: called before a batch is fetched, in place of a broadcast; see `signals.StopRequest`.
         on_sigterm: the handler of SIGTERM.
         callbacks: called before the user's.
 
     Returns:
-        Leaves the Trainer as it was when it is closed, the first time.
+        A stack; closing it leaves the Trainer as it was, and closing it again does nothing.
 
     Raises:
         RuntimeError: Lightning has no such attribute; the Trainer is then as it was.
@@ -61,7 +61,7 @@ def patch_trainer(
                 raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
             _replace(stack, owner, name, value)
         trainers_callbacks = vars(trainer)["callbacks"]  # set where mypy can't see it
-        _call_before_monitors(stack, trainers_callbacks, metrics.epoch_over)
+        _call_before_monitors(stack, trainers_callbacks, metrics.exchange_epoch)
         stack.callback(_remove_callbacks, trainer, callbacks)
         trainers_callbacks[:0] = callbacks
         return stack.pop_all()
@@ -78,10 +78,10 @@ def _replace(stack: ExitStack, owner: object, name: str, value: object) -> None:
 
 
 def _call_before_monitors(stack: ExitStack, callbacks: list[Callback], call: Callable[[], None]) -> None:
-    """Call it between the module's hook at the end of a training epoch and callbacks that monitor what it logs.
+    """Call `call` after the module's hook at the end of a training epoch, before callbacks that monitor what it logs.
 
-    Lightning takes only these two kinds there, and the Trainer gives the first of each to users as the one that
-    they have set, so a callback of our own can't come before them.
+    Lightning calls only these two kinds of callbacks there. One of our own would become what the user finds as
+    `Trainer.early_stopping_callback` or `checkpoint_callback`, so the first one's hook is wrapped.
     """
     first = next((one for one in callbacks if isinstance(one, EarlyStopping | Checkpoint)), None)
     if first is not None:

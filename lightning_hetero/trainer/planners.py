@@ -1,4 +1,4 @@
-"""The planner of the training job at hand; what it has measured is kept for the next fit of the same job."""
+"""The planner of the current training job, kept with its measurements for the next fit of the same job."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,16 +18,16 @@ class Planners:
 
     @property
     def current(self) -> Planner:
-        """The planner in force; one that never plans before the training data is set up, and where the user shards."""
+        """The current planner; `UserSharded` before the training data is set up, and where the user shards it."""
         return self._planner
 
     def get(self, key: dict[str, Any], make: Callable[[], SplitPlanner], *, first: bool) -> SplitPlanner:
-        """The planner of a job, made where the current one is of another job.
+        """The planner of a job; a new one is made where the current one belongs to another job.
 
         Args:
-            key: what a planner holds for.
-            make: a planner for it.
-            first: it is for the first of several training loaders; later ones use the same planner, whatever the key.
+            key: identifies the job.
+            make: makes a planner for it.
+            first: whether it is for the first of several training loaders; the others use its planner in any case.
         """
         if not isinstance(self._planner, SplitPlanner) or (first and self._key != key):
             self._key, planner = key, make()
@@ -39,7 +39,7 @@ class Planners:
         """The plan in force at a step.
 
         Raises:
-            RuntimeError: there is none before the training loader is set up, nor where the user shards.
+            RuntimeError: the training loader is not set up yet, or the user shards the data.
         """
         if isinstance(self._planner, SplitPlanner):
             return self._planner.schedule.at(step)

@@ -1,6 +1,6 @@
-"""Profiles: what a run has measured of its devices, kept in its folder if it has one, for the next run of the same job.
+"""Profiles: measurements of a run's devices, saved in its folder (if any) for the next run of the same job.
 
-A profile is a cache, and no more: one that can't be used is ignored.
+A profile is only a cache: one that can't be used is ignored.
 """
 
 import json
@@ -35,7 +35,7 @@ def run_folder(trainer: "pl.Trainer") -> Path | None:
     if logged and "://" not in logged and Path(logged).resolve() != Path.cwd():
         return Path(logged)
     root = trainer.default_root_dir
-    # A user who says "." has chosen it: Lightning itself fills in the whole path.
+    # A user who gives "." has chosen it: Lightning's own default is the whole path.
     return Path(root) if "://" not in root and root != os.getcwd() else None  # noqa: PTH109 - as Lightning does
 
 
@@ -43,28 +43,27 @@ def run_folder(trainer: "pl.Trainer") -> Path | None:
 class Profile:
     """What an earlier run of the same job has measured."""
 
-    state: Mapping[str, Any]  # of its planner, see `SplitPlanner.state_dict`
-    input_shape: str  # of its first batch: a part of the job, to be compared when this run has a batch too
+    state: Mapping[str, Any]  # of the planner, see `SplitPlanner.state_dict`
+    input_shape: str  # of the first batch; belongs to the job, and is compared once this run has a batch
     path: Path
 
 
 class ProfileStore:
-    """Loads and saves profiles, which hold for the same devices only; all ranks have to make it together."""
+    """Loads and saves profiles, which are valid for the same devices only; all ranks have to construct it together."""
 
     def __init__(self, group: RankGroup, device: torch.device) -> None:
         self._group = group
         self._devices = group.gather(machine(device))
 
     def load(self, shares: Shares, folder: Path | None, facts: Mapping[str, Any]) -> Profile | None:
-        """The profile that the user names, or else the newest of the same job in the run's folder or one beside it.
+        """The profile that the user names, or else the newest of the same job in the run's folder or a sibling folder.
 
-        All ranks have to call this together, and get what the first one finds. Where none can be used, one warning says
-        why.
+        All ranks have to call this together, and get what rank 0 finds. If none can be used, one warning says why.
 
         Args:
             shares: only adaptive ones need a profile, and may name one.
-            folder: of the run; None for none.
-            facts: what else the job is, as JSON has it; it has to be the same for a profile to hold.
+            folder: of the run; None if it has none.
+            facts: what else identifies the job, as JSON values; a profile is used only if they are equal.
         """
         if not shares.adaptive:
             return None
@@ -83,7 +82,7 @@ class ProfileStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(content), encoding="utf-8")
             part.replace(path)
-        except OSError as error:  # what was trained is worth more
+        except OSError as error:  # no reason to lose the training
             rank_zero_warn(f"the profile of this run could not be written: {error}")
 
     def _find(self, paths: list[Path], facts: Mapping[str, Any]) -> Profile | None:
@@ -132,5 +131,5 @@ def _read(path: Path, facts: Mapping[str, Any]) -> Profile:
 
 
 def _checksum(state: Mapping[str, Any]) -> int:
-    """The same for a state and what JSON makes of it."""
+    """The same before and after a round trip through JSON."""
     return crc32(json.dumps(state).encode())

@@ -17,17 +17,17 @@ from lightning_hetero.planning.planner import Planner, PlanUpdate, SplitPlanner
 from lightning_hetero.planning.step_statistics import StepStatistics
 
 SETTLED_STEPS = 10
-"""Steps measured at the newest plan before ranks are said not to pay; while it explores, no plan lasts so long."""
+"""Steps at the newest plan before the ranks that do not pay are reported; while exploring, no plan lasts as long."""
 
 MOST_NAMED = 8
-"""Ranks that are named at most, of those that do not pay: what one line holds."""
+"""The largest number of ranks that do not pay to be named: what fits in one line."""
 
 
 class SilentReporter:
     """Reports nothing: on all ranks but the first, and where the user shards the data.
 
-    `begin_batch` comes before a training batch is fetched, `pause` before anything that is no training step, and
-    `end_batch` after the training step on global batch `step`; `stepped`: the optimizer has made a step too.
+    `begin_batch` is called before a training batch is fetched, `pause` before anything that is no training step, and
+    `end_batch` after the training step on global batch `step`; `stepped`: the optimizer has made a step, too.
     """
 
     def begin_batch(self) -> None: ...
@@ -45,7 +45,7 @@ class RunReporter(SilentReporter):
         self._path = folder / "hetero" / "plan.jsonl" if folder is not None else None
         self._statistics = StepStatistics()
         self._shown: tuple[int, ...] = ()
-        self._said_who_pays = False
+        self._reported_paying = False
         self._step = -1
         self._report_plan(planner.schedule.newest)
 
@@ -64,9 +64,9 @@ class RunReporter(SilentReporter):
                 logger.log_metrics(values, step=self._trainer.fit_loop.epoch_loop._batches_that_stepped)  # noqa: SLF001
         latest, plan = self._statistics.splits[-1:], self._planner.schedule.newest.local_batches
         settled = latest and latest[0].local_batches == plan and len(latest[0].seconds) >= SETTLED_STEPS
-        if settled and not self._said_who_pays and (model := self._efficiency()) is not None:
-            self._said_who_pays = True
-            self._report_who_pays(model)
+        if settled and not self._reported_paying and (model := self._efficiency()) is not None:
+            self._reported_paying = True
+            self._report_paying(model)
 
     def update(self, update: PlanUpdate) -> None:
         self._statistics.update(update.measured)
@@ -96,7 +96,7 @@ class RunReporter(SilentReporter):
         self._report(event, end_sentence(event) if model else None)
 
     def scalars(self) -> dict[str, float]:
-        """What the loggers get after a step; averages are over the steps since the last call."""
+        """What is logged after a step; averages are over the steps since the last call."""
         plan, averages, model = self._planner.schedule.at(self._step), self._statistics.averages(), self._efficiency()
         values = {f"hetero/share/rank{rank}": b / plan.global_batch for rank, b in enumerate(plan.local_batches)}
         if averages is not None:
@@ -121,8 +121,8 @@ class RunReporter(SilentReporter):
             table = plan_table(plan, self._devices, caps.peaks() if caps is not None else None)
         self._report(event, table)
 
-    def _report_who_pays(self, model: EfficiencyModel) -> None:
-        self.pause()  # what is computed here is no part of a step
+    def _report_paying(self, model: EfficiencyModel) -> None:
+        self.pause()  # the time for this belongs to no step
         size, ranks = self._planner.global_batch, range(len(self._devices))
         paying = model.paying(size)
         others = sorted(set(ranks).difference(paying), key=lambda rank: -model.shortest[rank])[:MOST_NAMED]
@@ -145,7 +145,7 @@ class RunReporter(SilentReporter):
         return EfficiencyModel(models, planner.exposed_communication(), least, planner.granularity, maximum)
 
     def _report(self, event: Mapping[str, Any], text: str | None) -> None:
-        """Add a line to `plan.jsonl`, and say something; a folder that can't be written to does not end the run."""
+        """Add a line to `plan.jsonl`, and log a text; a folder that can't be written to does not end the run."""
         if text is not None:
             rank_zero_info(text)
         try:
@@ -159,14 +159,14 @@ class RunReporter(SilentReporter):
 
 
 def make_reporter(trainer: pl.Trainer, planner: Planner, devices: Sequence[str], folder: Path | None) -> SilentReporter:
-    """The reporter of this rank; `devices`: W names, `folder`: of `hetero/plan.jsonl`, None where it is not wanted."""
+    """This rank's reporter; `devices`: W names, `folder`: of `hetero/plan.jsonl`, None where nothing is written."""
     if trainer.is_global_zero and isinstance(planner, SplitPlanner):
         return RunReporter(trainer, planner, devices, folder)
     return SilentReporter()
 
 
 def plan_table(plan: Plan, devices: Sequence[str], peaks: Sequence[float] | None = None) -> str:
-    """A plan as a table, one row a rank; peaks: W numbers of bytes, the most that each has held, 0 where unknown."""
+    """A plan as a table, one row per rank; `peaks`: the most bytes that each of W ranks has held, 0 where unknown."""
     rows = [("rank", "device", "samples/s", "share", "predicted", "memory")]
     for rank, (device, local_batch) in enumerate(zip(devices, plan.local_batches, strict=True)):
         seconds = plan.predicted_seconds[rank] if plan.predicted_seconds else None
@@ -186,19 +186,19 @@ def differs(split: Sequence[int], shown: Sequence[int]) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Seconds to three figures, so that what differs by 2% looks different."""
+    """Seconds to three significant digits, so that times that differ by 2% look different."""
     if seconds < 0.1:
         return f"{1000 * seconds:#.3g}".rstrip(".") + " ms"
     return f"{seconds:#.3g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
 def not_paying_sentence(event: Mapping[str, Any], devices: Sequence[str]) -> str:
-    """Which of W devices do not pay at this global batch, and from which one they would, from the event."""
+    """The sentence of the event `paying`: which devices do not pay, and from which global batch on they would."""
     size, others = event["global_batch"], [(entry["rank"], entry["pays_from"]) for entry in event["not_paying"]]
     names = " and ".join(f"rank {rank} ({devices[rank]})" for rank, _ in others)
     verb, them = ("does", "it") if len(others) == 1 else ("do", "them")
     never = f"not at any up to {LARGEST_FACTOR * size}"
-    # A prediction: two figures are enough.
+    # A prediction: two significant digits are enough.
     froms = [f"from about {float(f'{first:.2g}'):.0f} on" if first else never for _, first in others]
     when = ", ".join(f"rank {rank} would {text}" for (rank, _), text in zip(others, froms, strict=True))
     seconds, without = duration(event["predicted_seconds"]), duration(event["predicted_seconds_without"])
@@ -207,7 +207,7 @@ def not_paying_sentence(event: Mapping[str, Any], devices: Sequence[str]) -> str
 
 
 def end_sentence(event: Mapping[str, Any]) -> str:
-    """What the run has gained, from the event."""
+    """The sentence of the event `end`: what the run has gained."""
     gain = f"{event['predicted_gain']:.2f} times as fast as an equal split by the models"
     if before := event["first_step_seconds"]:
         gain += f", {event['measured_gain']:.2f} times as fast as at its first split ({duration(before)}) as measured"

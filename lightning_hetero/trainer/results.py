@@ -1,10 +1,10 @@
-"""What modules log, made one value on all ranks, in one flat exchange at the points that all ranks reach.
+"""Logged values become the same on all ranks, in one exchange at the points that all ranks reach.
 
 Lightning keeps a value's sum and its number of samples in a collection for each loop. Between two exchanges a rank adds
-to its own; an exchange leaves the value over all ranks where Lightning looks for a computed one, so whoever reads
-metrics never communicates.
+to its own; an exchange puts the value over all ranks where Lightning looks for a computed one, so reading metrics never
+communicates.
 """
-# ruff: noqa: SLF001 - stands in for what Lightning's collection does inside; a test guards it
+# ruff: noqa: SLF001 - it overrides the private parts of Lightning's collection; a test guards them
 
 import warnings
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.trainer.logged_values import LoggedKey, Numbers, combined, on_host, union
 
-COLUMNS = 4  # numbers that a rank sends of a key: see `_epoch_row`, and `_step_row` of training
+COLUMNS = 4  # numbers that a rank sends for each key: see `_epoch_row`, and `TrainingResults._step_row`
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class MetricExchange:
     """How ranks exchange logged values."""
 
     group: RankGroup
-    timer: ComputeTimer  # of compute time, which an exchange is no part of
-    reduce: Callable[..., Any]  # the strategy's, as Lightning puts it into what it registers
-    module: nn.Module  # where a rank finds a metric that only others have logged
+    timer: ComputeTimer  # stopped while ranks exchange
+    reduce: Callable[..., Any]  # the strategy's, which Lightning stores with each metric
+    module: nn.Module  # where a rank looks up a metric that only others have logged
     device: torch.device
 
     @property
@@ -49,7 +49,7 @@ class MetricExchange:
 
 
 class SynchronizedResults(_ResultCollection):
-    """Lightning's collection of what a loop logs; its values become those over all ranks at each exchange."""
+    """Lightning's collection of a loop's logged values; each exchange replaces them by those over all ranks."""
 
     def __init__(self, exchange: MetricExchange, *, training: bool) -> None:
         super().__init__(training)
@@ -63,7 +63,7 @@ class SynchronizedResults(_ResultCollection):
         return list(self._keys.values())
 
     def exchange_epoch(self) -> None:
-        """Values on epoch level become those over all ranks, for each key that any has logged since the last time."""
+        """Epoch values become those over all ranks, for each key that any rank has logged since the last exchange."""
         metrics = []
         for key, rows in self._exchange_rows(lambda key: key.meta.on_epoch, self._epoch_row):  # (W, 4)
             if not rows[:, 0].any():
@@ -94,7 +94,7 @@ class SynchronizedResults(_ResultCollection):
     ) -> list[tuple[LoggedKey, Numbers]]:
         """Rows of all ranks, (W, 4), for each wanted key that any rank has.
 
-        Keys that some rank has met for the first time cost a second exchange, once.
+        Keys that some rank has logged for the first time cost a second exchange, once.
         """
         known = [key for key in self._keys.values() if is_wanted(key)]
         new = [
@@ -118,7 +118,7 @@ class SynchronizedResults(_ResultCollection):
         return found
 
     def _epoch_row(self, key: LoggedKey) -> list[Tensor | float]:
-        """Whether it is not exchanged yet; bytes of a number, 0 for none; sum (for metrics: updated); weight."""
+        """A row of: not exchanged yet; bytes of its type, 0 if not logged; sum (metrics: whether updated); weight."""
         metric = self.get(key.key)
         if metric is None or metric.has_reset or not key.meta.on_epoch:
             return [0.0] * COLUMNS
@@ -129,7 +129,7 @@ class SynchronizedResults(_ResultCollection):
         return [stale, float(metric.value.element_size()), metric.value, weight]
 
     def _registered(self, key: LoggedKey) -> _ResultMetric:
-        """What is registered here under a key, as if this rank had logged it."""
+        """The metric under a key; registered now, as if logged here, where only other ranks have logged it."""
         if key.key not in self:
             metric = key.make_metric(self._exchange.reduce)
             if key.is_tensor:
@@ -154,13 +154,13 @@ class SynchronizedResults(_ResultCollection):
 
     @staticmethod
     def _tensor(metric: _ResultMetric, key: LoggedKey, rows: Numbers) -> Tensor:
-        """The value over the ranks with these rows, (n, 4), in the precision of the most exact one."""
+        """The value over the ranks with these rows, (n, 4), in the highest precision among them."""
         dtype = torch.float64 if len(rows) and rows[:, 1].max() == torch.float64.itemsize else torch.float32
         value = combined(key.reduction, rows[:, 2], rows[:, 3])
         return torch.tensor(value, dtype=dtype, device=metric.value.device)
 
     def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:
-        """The state in which to compute a torchmetric that this rank has logged or not, where not the current one."""
+        """The state in which this rank computes a torchmetrics object; None for its current one."""
         if logged or key.meta.dataloader_idx is None:
             return self._loader_states.get(key.key)
         metric = self._registered(key).value
@@ -172,7 +172,7 @@ class SynchronizedResults(_ResultCollection):
 
     @staticmethod
     def _compute(metric: _ResultMetric, state: ModuleSnapshot | None, *, updated: bool) -> None:
-        """Compute a torchmetric, which brings its states together, on all ranks alike; `updated`: on any of them."""
+        """Compute a torchmetrics object, which gathers its states, on all ranks; `updated`: it was on any of them."""
         current = ModuleSnapshot(metric.value) if state is not None else None
         if state is not None:
             state.restore()
@@ -180,7 +180,7 @@ class SynchronizedResults(_ResultCollection):
             if isinstance(part, Metric):
                 part._computed = None  # a value that is kept on some ranks only would leave the others waiting
         with warnings.catch_warnings():
-            if updated:  # there is nothing to warn of where it was not on this one
+            if updated:  # no reason to warn on a rank where it was not
                 warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             metric._computed = metric.value.compute()
         if current is not None:
@@ -220,13 +220,13 @@ class EvaluationResults(SynchronizedResults):
                 self._counted = self.batch, 1.0
         return self._counted[1]
 
-    def loader_over(self) -> None:
-        """This rank has no more batches of a loader: what later ones add to the same torchmetrics is not of this."""
+    def end_loader(self) -> None:
+        """This rank has no more batches of a loader; keep the states to which later loaders may add."""
         for key, metric in self.valid_items():
             if not metric.is_tensor and metric.meta.dataloader_idx is not None:
                 self._loader_states[key] = ModuleSnapshot(metric.value)
 
 
 def without_exchange(metric: _ResultMetric) -> None:
-    """Updates of a value no longer communicate, also with `sync_dist`: other ranks may have none at that moment."""
+    """Updates of a value no longer communicate, even with `sync_dist`: other ranks may not log it at that moment."""
     metric.meta.sync._fn = _Sync.no_op

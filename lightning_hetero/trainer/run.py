@@ -1,4 +1,4 @@
-"""One call of the Trainer: what is put on it for `fit`, `validate`, `test` or `predict`, and taken off at the end."""
+"""One call of `fit`, `validate`, `test` or `predict`: what is attached to the Trainer, and detached at the end."""
 
 import os
 from functools import partial
@@ -14,7 +14,7 @@ from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
-from lightning_hetero.trainer.evaluation import RememberedBroadcasts, batch_hook
+from lightning_hetero.trainer.evaluation import BroadcastCache, batch_hook
 from lightning_hetero.trainer.hooks import HookCallback, TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
@@ -29,17 +29,17 @@ class Run:
 
     Args:
         job: of this process.
-        trainer: whose.
-        hooks: called before the user's.
+        trainer: the one that is called.
+        hooks: called before the user's callbacks.
 
     Attributes:
         number: of this run, the same on all ranks.
-        profile: what an earlier run has measured, once the planner has begun with it.
-        job_facts: what a profile of this run holds for; empty before the training data is set up.
+        profile: the profile of an earlier run that the planner began with, if any.
+        job_facts: what another run has to share to use this run's profile; empty before the training data is set up.
         stop: handles SIGTERM.
-        log_dirs: what `Trainer.log_dir` is in an evaluation.
-        loaders: of the training.
-        metrics: what is logged, on all ranks alike.
+        log_dirs: the broadcast values of `Trainer.log_dir`, for hooks of evaluation batches.
+        loaders: the training loaders.
+        metrics: synchronizes logged values.
     """
 
     def __init__(self, job: Job, trainer: "pl.Trainer", hooks: TrainingHooks) -> None:
@@ -50,7 +50,7 @@ class Run:
         self.profile: Profile | None = None
         self.job_facts: dict[str, Any] = {}
         self.stop = StopRequest(trainer)
-        self.log_dirs = RememberedBroadcasts()
+        self.log_dirs = BroadcastCache()
         self.loaders = TrainingLoaders(trainer, job, seed, self.planner_for)
         loaders = TrainerDataLoaders(trainer, job, self.loaders, seed)
         self.metrics = MetricSynchronizer(
@@ -79,11 +79,11 @@ class Run:
         return batch_hook(self.trainer.lightning_module) is not None
 
     def planner_for(self, global_batch: int, first: bool) -> SplitPlanner:
-        """The planner for a training loader's global batch; all ranks ask together.
+        """The planner for a training loader's global batch; all ranks call this together.
 
         Args:
             global_batch: samples.
-            first: it is for the first of the loaders that are trained on together, or the only one.
+            first: whether it is for the first training loader, or the only one.
         """
         job, options, module = self.job, self.job.options, self.trainer.lightning_module
         facts = {**consistency.job(module, self.trainer.precision), "global batch": global_batch}
@@ -107,8 +107,8 @@ class Run:
                 except (ValueError, KeyError, TypeError) as error:  # the same on all ranks
                     rank_zero_warn(f"the profile {self.profile.path} is ignored: {error}")
                     self.profile = None
-            measures = options.shares.adaptive and job.on_cpus and job.group.world_size > 1
-            return split(speeds=job.group.gather(speed()) if measures else None)
+            tests_speed = options.shares.adaptive and job.on_cpus and job.group.world_size > 1
+            return split(speeds=job.group.gather(speed()) if tests_speed else None)
 
         return job.planners.get({**facts, "minimum": minimum}, make, first=first)
 
@@ -116,13 +116,13 @@ class Run:
         """An evaluation begins, on all ranks together."""
         if self.job.group.world_size > 1:
             with self.log_dirs.recording():
-                _ = self.trainer.log_dir  # the strategy remembers what becomes of it
+                _ = self.trainer.log_dir  # a broadcast, whose result the strategy keeps
 
     def end_evaluation(self) -> None:
-        """An evaluation is over, on all ranks: they exchange how long it took, and whether one of them is to stop.
+        """An evaluation ends, on all ranks: they exchange how long it took, and whether any was asked to stop.
 
         Raises:
-            SIGTERMException: one is, after a sanity check; Lightning would make a training step before it stops.
+            SIGTERMException: one was, in a sanity check; Lightning would make a training step before it stops.
         """
         measured = self.job.evaluation.measured()
         typical = not self.trainer.sanity_checking
@@ -134,10 +134,10 @@ class Run:
                 raise SIGTERMException
 
     def end_training(self) -> None:
-        """The last epoch is over, on all ranks: they exchange whether one is to stop since the last message.
+        """The last epoch ends, on all ranks: they exchange whether any was asked to stop since the last message.
 
         Raises:
-            SIGTERMException: one is.
+            SIGTERMException: one was.
         """
         if any(self.job.group.any_of([self.stop.requested])):
             raise SIGTERMException

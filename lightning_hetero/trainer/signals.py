@@ -1,5 +1,5 @@
-"""SIGTERM: a signal to one rank stops all ranks after the same step."""
-# ruff: noqa: SLF001 - Lightning has no public way to stop as a signal does; `tests/test_private_names.py` guards it
+"""SIGTERM to one rank stops all ranks after the same step."""
+# ruff: noqa: SLF001 - Lightning has no public way to request a stop; `tests/test_private_names.py` guards it
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -8,12 +8,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 class StopRequest:
     """A signal that asks this rank to stop, until all ranks know of it.
 
-    Lightning's own handler, and its check before each batch, are blocking broadcasts: a rank that meets one alone hangs
-    there. Here the handler sets a flag; it travels with the next message of a training step, or with what ranks
-    exchange at the end of a validation, and all of them stop there.
+    Lightning's own handler, and its check before each batch, are blocking broadcasts: a rank that reaches one alone
+    hangs. Here the handler sets a flag, which is sent with the next message of a training step, or with what ranks
+    exchange at the end of a validation; then all of them stop.
 
     Args:
-        trainer: whose; only in `fit` ranks exchange messages, so other runs stop by themselves.
+        trainer: the one to stop. Ranks exchange messages only in `fit`; in other runs each rank stops by itself.
     """
 
     def __init__(self, trainer: "pl.Trainer") -> None:
@@ -30,5 +30,5 @@ class StopRequest:
             self.stop()
 
     def stop(self) -> None:
-        """Let Lightning stop as soon as it looks: at the end of a training step, within an evaluation."""
+        """Make Lightning stop at its next check: at the end of a training step, or within an evaluation."""
         self._trainer._signal_connector.received_sigterm = True

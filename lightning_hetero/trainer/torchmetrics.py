@@ -1,8 +1,8 @@
-"""torchmetrics over ranks that have evaluated different numbers of batches, images, or nothing at all.
+"""Synchronizes torchmetrics over ranks that have evaluated different numbers of batches or images, or none.
 
 torchmetrics gathers each tensor in a list state by itself. Where a metric keeps one tensor per image, ranks with
-different numbers of images would issue different numbers of gathers, and wait for each other for ever; a rank without
-any does not know the shape and type of what it gathers; and one that computes before it was updated warns.
+different numbers of images would issue different numbers of gathers, and hang; a rank without any image knows neither
+the shape nor the type to gather; and a metric that computes without an update warns.
 """
 # ruff: noqa: SLF001 - torchmetrics has no public way to say how states are gathered
 
@@ -20,29 +20,29 @@ from lightning_hetero.exchange.groups import RankGroup
 
 
 class _SynchronizedMetric:
-    """Stands before one metric's `_sync_dist` and `compute`."""
+    """Replaces one metric's `_sync_dist` and `compute`."""
 
     def __init__(self, metric: Metric, sync: "MetricSync") -> None:
         self.metric = metric
         self._sync = sync
         self._compute = metric.compute
-        self._is_users = metric.dist_sync_fn is not None or metric.process_group is not None  # gathered in another way
+        self._has_custom_sync = metric.dist_sync_fn is not None or metric.process_group is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SynchronizedMetric":
-        # A copy of a metric (`Metric.clone`, MetricTracker) has this for itself. torchmetrics gives copies a `compute`
-        # of their own afterwards.
+        # A copy of a metric (`Metric.clone`, MetricTracker) gets a copy of this. torchmetrics then gives the metric a
+        # `compute` of its own.
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         vars(copied).update(vars(self) | {"metric": memo.get(id(self.metric), self.metric)})
         return copied
 
     def __reduce__(self) -> Any:
-        return _torchmetrics_own, (self.metric,)
+        return _plain_sync_dist, (self.metric,)
 
     def compute(self, *args: Any, **kwargs: Any) -> Any:
         """In place of `Metric.compute`."""
         metric = self.metric
-        if self._is_users or not metric._to_sync or metric._is_synced or metric._computed is not None:
+        if self._has_custom_sync or not metric._to_sync or metric._is_synced or metric._computed is not None:
             return self._compute(*args, **kwargs)
         if self._sync.in_evaluation_batch():
             metric._to_sync = False
@@ -57,9 +57,9 @@ class _SynchronizedMetric:
         return self._compute(*args, **kwargs)
 
     def __call__(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
-        """In place of `Metric._sync_dist`: list states of any length, in the order of the ranks."""
+        """In place of `Metric._sync_dist`: gathers list states of any length, in the order of the ranks."""
         with self._sync.timer.waiting():
-            if self._is_users:
+            if self._has_custom_sync:
                 type(self.metric)._sync_dist(self.metric, dist_sync_fn, process_group)
             else:
                 self._gather_states(dist_sync_fn, process_group)
@@ -70,7 +70,7 @@ class _SynchronizedMetric:
         ranks = self._sync.group.gather({name: self._description(name, value) for name, value in lists.items()})
         for name, value in lists.items():
             if metric._reductions[name] is None:
-                setattr(metric, name, [])  # nothing for torchmetrics to gather
+                setattr(metric, name, [])  # torchmetrics then gathers nothing
             elif not value:
                 setattr(metric, name, self._no_samples(filter(None, (rank[name] for rank in ranks))))
         options = {"dist_sync_fn": dist_sync_fn} if dist_sync_fn is not None else {}
@@ -81,7 +81,7 @@ class _SynchronizedMetric:
                 setattr(metric, name, _to((entry for rank in ranks for entry in rank[name]), device))
 
     def _description(self, name: str, value: list[Any]) -> Any:
-        """What the other ranks need of a list state: its entries, or what they look like where torchmetrics gathers."""
+        """What other ranks need of a list state: its entries, or their type and shape where torchmetrics gathers."""
         if self.metric._reductions[name] is None:
             return _to(value, "cpu")
         if self.metric._reductions[name] is dim_zero_cat and value:
@@ -89,34 +89,34 @@ class _SynchronizedMetric:
         return None
 
     def _no_samples(self, descriptions: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
-        """No samples, of the shape and type that other ranks have."""
+        """An empty tensor of the shape and type that other ranks have."""
         return [torch.empty((0, *shape), dtype=dtype, device=self.metric.device) for dtype, shape in descriptions][:1]
 
 
 def _to(entries: Iterable[Any], device: torch.device | str) -> list[Any]:
-    """The entries of a list state on a device; tuples, as of encoded masks, are left as they are."""
+    """The entries of a list state on a device; entries that are no tensors (encoded masks) stay as they are."""
     return [entry.to(device) if isinstance(entry, Tensor) else entry for entry in entries]
 
 
-def _torchmetrics_own(metric: Metric) -> Any:
-    """What is left of a metric's own gathering in another process: torchmetrics' own."""
+def _plain_sync_dist(metric: Metric) -> Any:
+    """What a pickled metric gets in place of our synchronization: that of torchmetrics."""
     return type(metric)._sync_dist.__get__(metric)
 
 
 @dataclass
 class MetricSync:
-    """All metrics of a module; with one rank only they are left alone.
+    """Synchronizes all metrics of a module; with one rank it does nothing.
 
     In an evaluation batch, which other ranks may not have, values stay the rank's own.
     """
 
     group: RankGroup
-    timer: ComputeTimer  # of compute time, which gathering is no part of
+    timer: ComputeTimer  # stopped while ranks gather
     in_evaluation_batch: Callable[[], bool]
     _synchronized: list[_SynchronizedMetric] = field(default_factory=list, init=False)
 
     def attach(self, module: torch.nn.Module) -> None:
-        """Take over the metrics that are not yet; those that the user gathers in another way only leave the timer."""
+        """Synchronize new metrics; where the user gathers a metric's states, only stop the timer meanwhile."""
         if self.group.world_size == 1:
             return
         present = {id(metric) for metric in module.modules()}

@@ -1,5 +1,5 @@
-"""Prepares the loaders of a training, and keeps what they were given for each step."""
-# ruff: noqa: SLF001 - what is touched of a Trainer is guarded by tests
+"""Prepares the training loaders, and looks up this rank's share of each step."""
+# ruff: noqa: SLF001 - a test guards the Trainer's private names used here
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -29,16 +29,16 @@ from lightning_hetero.trainer.user_loader import (
 
 
 def epoch_of(trainer: "pl.Trainer") -> int:
-    """The epoch that is trained, or that comes next.
+    """The current epoch, or the next one.
 
-    `Trainer.current_epoch` still is the epoch before while a resumed run sets its loaders up.
+    While a resumed run sets up its loaders, `Trainer.current_epoch` is still the epoch before.
     """
     epoch: int = cast("Any", trainer.fit_loop.epoch_progress.current).processed
     return epoch
 
 
 class _HashingBatchSampler:
-    """A batch sampler that passes on what the user's draws, and keeps a hash of each of the first batches."""
+    """Wraps the user's batch sampler, and keeps a hash of each of the first batches."""
 
     def __init__(self, batch_sampler: Any) -> None:
         self._batch_sampler = batch_sampler
@@ -57,10 +57,10 @@ class _HashingBatchSampler:
 
 
 @dataclass
-class _Together:
-    """The training loaders that are trained on together."""
+class _LoaderSet:
+    """The training loaders that Lightning prepares in one go and combines."""
 
-    key: object  # tells them from those that were prepared before
+    key: object  # distinguishes them from those that were prepared before
     prepared: int = 0  # how many of them so far
     samplers: list[LocalBatchSampler | LocalBatchSizeSampler] = field(default_factory=list)  # that the strategy splits
     hashing: list[_HashingBatchSampler] = field(default_factory=list)  # of loaders that the user shards
@@ -71,11 +71,11 @@ class TrainingLoaders:
     """The training loaders of one call of a Trainer.
 
     Args:
-        trainer: whose.
+        trainer: the strategy's Trainer.
         job: of this process.
-        seed: of all passes over samplers, shared by all ranks.
-        planner_for: from a loader's global batch, and whether it is the first of those that are trained on together, to
-            the planner of its shares; all ranks ask together.
+        seed: for all passes over samplers, shared by all ranks.
+        planner_for: from a loader's global batch, and whether it is the first (or only) training loader, to the planner
+            of its shares; all ranks call it together.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class TrainingLoaders:
         self._seed = seed
         self._planner_for = planner_for
         self.user_shards = not trainer._accelerator_connector.use_distributed_sampler
-        """Whether the user said so, with `use_distributed_sampler=False`."""
+        """Whether the user shards the data, by `use_distributed_sampler=False`."""
         self.duplicate_data_sentence = USER_SHARDS if self.user_shards else NO_DATA_LOADER
-        """What is wrong where all ranks train on the same data, and what to do."""
-        self._together = _Together(key=None)
-        self._hashed = 0  # batches of which a hash was made
+        """The error where all ranks train on the same data."""
+        self._loaders = _LoaderSet(key=None)
+        self._hashed = 0  # batches that were hashed
         self._warned_inexact = False
 
     def _position(self) -> Position:
@@ -97,19 +97,19 @@ class TrainingLoaders:
 
     def prepare(self, loader: object) -> object:
         """A training loader as this rank reads it; called for every one, on all ranks alike."""
-        # Lightning prepares all of them in one go. While it does, neither its own collection of them nor the position
-        # changes; before it does so again, one has.
+        # Lightning prepares all of them in one go. During that, neither its combined loader nor the position changes;
+        # by the next time, one of them has.
         key = (id(self._trainer.fit_loop._combined_loader), self._position())
-        if self._together.key != key:
-            self._together = _Together(key)
-        together = self._together
-        together.prepared += 1
+        if self._loaders.key != key:
+            self._loaders = _LoaderSet(key)
+        loaders = self._loaders
+        loaders.prepared += 1
         if not isinstance(loader, DataLoader):
-            together.unsplit.append(together.prepared - 1)
+            loaders.unsplit.append(loaders.prepared - 1)
             return loader
         if self.user_shards and loader.batch_sampler is not None:
-            together.hashing.append(_HashingBatchSampler(loader.batch_sampler))
-            return replace_batch_sampler(loader, together.hashing[-1])
+            loaders.hashing.append(_HashingBatchSampler(loader.batch_sampler))
+            return replace_batch_sampler(loader, loaders.hashing[-1])
         if self.user_shards or is_distributed(loader):
             return loader
         if loader.batch_sampler is None:
@@ -125,7 +125,7 @@ class TrainingLoaders:
         return self._split(loader, global_batch)
 
     def _split(self, loader: DataLoader[Any], global_batch: int | None) -> object:
-        number = len(self._together.samplers)
+        number = len(self._loaders.samplers)
         batches = self._global_batches(loader, global_batch, number)
         batches.draw(self._position().epoch, 0)
         if batches.first_size == 0:
@@ -140,16 +140,16 @@ class TrainingLoaders:
             planner.schedule,
             self._group.rank,
             minimum=planner.minimum,
-            # Workers are given indices steps ahead, and what has no length is loaded one batch ahead by Lightning:
-            # putting back the random state from then would undo the steps in between.
+            # Workers get indices steps ahead, and Lightning loads one batch ahead where there is no length: restoring
+            # the random state from then would undo the steps in between.
             loads_in_process=loader.num_workers == 0 and not batches.endless,
         )
-        self._together.samplers.append(sampler)
+        self._loaders.samplers.append(sampler)
         return replace_batch_sampler(loader, sampler)
 
     def _in_lockstep(self, loader: DataLoader[Any], global_batch: int | None) -> object:
         assert global_batch is not None, "torch gives an iterable data set its own batch sampler, with a batch size"
-        number = len(self._together.samplers)
+        number = len(self._loaders.samplers)
         planner = self._planner_for(global_batch, number == 0)
         sampler = LocalBatchSizeSampler(
             planner.schedule,
@@ -158,11 +158,11 @@ class TrainingLoaders:
             minimum=planner.minimum,
             position=self._position,
         )
-        self._together.samplers.append(sampler)
+        self._loaders.samplers.append(sampler)
         return LockstepLoader(replace_batch_sampler(loader, sampler), self._job.lockstep_group(number))
 
     def _global_batch(self, loader: DataLoader[Any]) -> int | None:
-        """Samples of a step; None where only what the batch sampler draws shows it."""
+        """Samples of a step; None where that is only known once the batch sampler has drawn."""
         own = batch_size_of(loader)
         given = self._job.options.global_batch
         if given is None:
@@ -193,19 +193,19 @@ class TrainingLoaders:
     # ---- while training ----
 
     def begin_training(self) -> None:
-        """The Trainer knows at which epoch it begins: draw anew what was drawn for another one.
+        """The Trainer now knows its first epoch: draw indices again if they were drawn for another one.
 
-        A resumed run sets its loaders up before that, in the worst case before it has loaded where it stands, and reads
-        its first epoch from what was drawn then.
+        A resumed run sets its loaders up earlier, possibly before it has loaded its position from the checkpoint, and
+        would otherwise train its first epoch on the indices that were drawn then.
         """
         fetcher = self._trainer.fit_loop._data_fetcher
-        drawn = {sampler.passes.epoch for sampler in self._together.samplers if isinstance(sampler, LocalBatchSampler)}
+        drawn = {sampler.passes.epoch for sampler in self._loaders.samplers if isinstance(sampler, LocalBatchSampler)}
         if fetcher is not None and drawn - {None, self._position().epoch}:
             iter(fetcher)
 
     def take(self, step: int) -> list[Share]:
         """This rank's share of global batch `step` in every loader that is split; see `PendingShares.take`."""
-        pending = [sampler.pending_shares for sampler in self._together.samplers]
+        pending = [sampler.pending_shares for sampler in self._loaders.samplers]
         shares = [loader.take(step) for loader in pending if not loader.exhausted(step)]
         if len(shares) > 1 and not self._warned_inexact and not _proportional(shares):
             self._warned_inexact = True
@@ -219,25 +219,25 @@ class TrainingLoaders:
     @property
     def last_drawn(self) -> int:
         """The last step whose share any loader was given; -1 for none."""
-        return max((sampler.pending_shares.last_drawn for sampler in self._together.samplers), default=-1)
+        return max((sampler.pending_shares.last_drawn for sampler in self._loaders.samplers), default=-1)
 
     def content_hash(self, batch: Any) -> float:
-        """A number for ranks to compare one of the first batches by (all of it, on the CPU).
+        """A hash of one of the first batches, for ranks to compare (all of the batch, on the CPU).
 
         It is 0 for later batches, where nothing in the batch can be compared, and where the strategy splits the data.
         """
-        if self._hashed >= DuplicateDataCheck.WATCHED or not (self.user_shards or self._together.unsplit):
+        if self._hashed >= DuplicateDataCheck.WATCHED or not (self.user_shards or self._loaders.unsplit):
             return 0.0
         self._hashed += 1
-        drawn = [sampler.hashes.popleft() for sampler in self._together.hashing if sampler.hashes]
+        drawn = [sampler.hashes.popleft() for sampler in self._loaders.hashing if sampler.hashes]
         return content_hash(batch if self.user_shards else self._unsplit_parts(batch), "".join(drawn))
 
     def _unsplit_parts(self, batch: Any) -> list[Any]:
         try:
             parts: list[Any] = cast("Any", self._trainer.fit_loop._combined_loader)._spec.flatten_up_to(batch)
-        except ValueError:  # the module has made something else of it
+        except ValueError:  # a hook of the module has changed the batch's structure
             return [batch]
-        return [parts[position] for position in self._together.unsplit]
+        return [parts[position] for position in self._loaders.unsplit]
 
 
 def _proportional(shares: list[Share]) -> bool:

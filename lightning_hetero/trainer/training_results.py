@@ -1,5 +1,5 @@
-"""What training steps log: also where a rank has nothing, or nothing valid, to log, or computes a batch in parts."""
-# ruff: noqa: SLF001 - stands in for what Lightning's collection does inside; a test guards it
+"""What training steps log, also where a rank has no valid samples, borrows them, or computes a batch in parts."""
+# ruff: noqa: SLF001 - it overrides the private parts of Lightning's collection; a test guards them
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ class _PartValue(NamedTuple):
 
 
 class PartLogs:
-    """What the parts of a batch log, to be logged once for all of it; each part is the batch of `results` meanwhile."""
+    """Collects what the parts of a batch log, to log it once for the whole batch; each becomes `results.batch`."""
 
     def __init__(self, results: "TrainingResults") -> None:
         self._results = results
@@ -33,7 +33,7 @@ class PartLogs:
         self._kept: dict[str, list[_PartValue]] = {}
 
     def begin(self, batch: Any) -> None:
-        """A part begins; what one that was not kept has logged is forgotten."""
+        """A part begins; what an earlier part logged without `keep` is dropped."""
         self._part.clear()
         self._results.set_batch(batch)
 
@@ -45,8 +45,8 @@ class PartLogs:
         """The part is done.
 
         Args:
-            loss: that it returned.
-            count: what it counts for; the weight of the loss, where that was logged, and 0 leaves NaN out.
+            loss: that the part returned.
+            count: its loss count: the weight of the loss where that was logged; with 0, NaN is left out.
         """
         for key, value, batch_size in self._part:
             is_loss = value.shape == loss.shape and torch.equal(value.to(loss.dtype), loss)
@@ -61,7 +61,7 @@ class PartLogs:
             meta = self._results[key].meta
             size = sum(part.batch_size for part in parts)
             if not meta.on_epoch and all(part.batch_size == 1 for part in parts):
-                size = 1  # which Lightning says of values that it does not average
+                size = 1  # as Lightning gives for values that it does not average
             values = torch.stack([part.value for part in parts])  # (parts,)
             if meta.is_max_reduction:
                 value = values.amax(0)
@@ -93,26 +93,26 @@ class _StepValue:
 
     value: Tensor
     weight: float | Tensor  # in the mean over ranks; 0 leaves the value out of any reduction; may be on the device
-    step: int  # in which it was logged, from 1, counted alike on all ranks
+    step: int  # in which it was logged, from 1; the same numbers on all ranks
 
 
 @final
 class TrainingResults(SynchronizedResults):
-    """The training loop's collection; its values on step level become those over all ranks too.
+    """The training loop's collection; step values become those over all ranks too.
 
-    A borrowed step registers its keys but adds nothing. A step in which nothing counts adds everything but its loss and
-    what is not finite. The loss that the step returned weighs what it weighs in the loss of the global batch,
-    everything else as many samples as Lightning says.
+    A borrowed step registers its keys but adds nothing. A step without valid samples adds everything but its loss and
+    values that are not finite. The loss that the step returned has the weight that it has in the loss of the global
+    batch; everything else is weighted by Lightning's batch size.
     """
 
     def __init__(self, exchange: MetricExchange) -> None:
         super().__init__(exchange, training=True)
         self._step = self._exchanged_step = 0
         self._step_values: dict[str, _StepValue] = {}
-        self._borrowed = self._empty = self._open = False
+        self._borrowed = self._empty = self._in_step = False
         self._samples: float | Tensor | None = None
         self._count: Tensor | None = None
-        self._waiting: list[_StepLog] = []
+        self._pending: list[_StepLog] = []
         self._updated: set[str] = set()  # keys of this step
         self._parts: PartLogs | None = None
 
@@ -139,36 +139,36 @@ class TrainingResults(SynchronizedResults):
         """A training step begins, on all ranks.
 
         Args:
-            borrowed: it is on other ranks' samples.
-            empty: nothing of the rank's own samples counts.
-            samples: of this rank; None where the user shards.
-            count: what the samples count for, where only the device knows; then NaN is left out where it is 0.
+            borrowed: this rank computes other ranks' samples.
+            empty: the loss count of this rank is known to be 0.
+            samples: of this rank; None where the user shards the data.
+            count: the loss count, if it is only known on the device; NaN is left out where it is 0.
         """
         self._step += 1
-        self._open, self._borrowed, self._empty = True, borrowed, empty
+        self._in_step, self._borrowed, self._empty = True, borrowed, empty
         self._samples, self._count = samples, count
         self._updated.clear()
 
     def end_step(self, loss: Tensor | None) -> None:
-        """The training step has returned its loss; see what was logged of it."""
+        """The training step has returned its loss; find the logged values that are this loss."""
         if loss is None or loss.numel() != 1:
             return
         loss = loss.detach().reshape(())
-        for logged in self._waiting:
+        for logged in self._pending:
             if logged.value.device == loss.device:
                 equal = logged.value.to(loss.dtype) == loss
-                # Where the host may not know what counts, it need not know this either.
+                # Where the loss count stays on the device, this does too, so that the host does not wait.
                 logged.is_loss = equal if self._count is not None else bool(equal)
 
-    def batch_over(self, loss_weight: float | Tensor | None) -> None:
-        """The batch is over: add what it has logged, before hooks look at it.
+    def end_batch(self, loss_weight: float | Tensor | None) -> None:
+        """The batch ends: add what it has logged, before hooks read it.
 
         Args:
-            loss_weight: of the loss that the step returned, in samples; None: as many as the rank has.
+            loss_weight: of the loss that the step returned, in samples; None: the number of the rank's samples.
         """
-        self._open = False
-        waiting, self._waiting = self._waiting, []
-        for logged in waiting:
+        self._in_step = False
+        pending, self._pending = self._pending, []
+        for logged in pending:
             weight: float | Tensor = logged.batch_size
             if loss_weight is not None and logged.is_loss is not False and self._is_lightnings_size(logged):
                 weight = loss_weight
@@ -178,7 +178,7 @@ class TrainingResults(SynchronizedResults):
             self._add(logged.key, logged.value, weight)
 
     def _is_lightnings_size(self, logged: _StepLog) -> bool:
-        """Whether a batch size is what Lightning takes for the number of samples; another one is the user's."""
+        """Whether a batch size is Lightning's own number of samples, and not one that the user gave."""
         uncounted = logged.batch_size == 1 and not self[logged.key].meta.on_epoch
         return uncounted or self._samples is None or logged.batch_size == self._samples
 
@@ -192,11 +192,11 @@ class TrainingResults(SynchronizedResults):
         self._updated.add(key)
         if isinstance(value, Metric) or not metric.is_tensor:
             if self._borrowed:
-                metric.value = value  # the key is known; the step's value stays what it was
+                metric.value = value  # registers the key; its value stays as it was
             else:
                 metric.forward(value, batch_size)
-        elif self._open:
-            self._waiting.append(_StepLog(key, value.detach(), batch_size))
+        elif self._in_step:
+            self._pending.append(_StepLog(key, value.detach(), batch_size))
         else:
             self._add(key, value, batch_size)
 
@@ -204,7 +204,7 @@ class TrainingResults(SynchronizedResults):
         metric = self[key]
         meta = metric.meta
         if not meta.on_epoch and self._samples and not isinstance(weight, Tensor) and weight == 1:
-            weight = self._samples  # Lightning does not count them for a value that it never averages
+            weight = self._samples  # Lightning gives 1 for a value that it never averages
         if self._borrowed or (self._empty and not bool(torch.isfinite(value))):
             value, weight = torch.zeros_like(value), 0.0
         elif meta.is_mean_reduction and self._count is not None:
@@ -216,24 +216,24 @@ class TrainingResults(SynchronizedResults):
             metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
         else:
             if meta.is_mean_reduction and not isinstance(weight, int):
-                # A whole number and a fraction would be added up in single precision.
+                # An integer and a fraction would be added up in single precision.
                 metric.cumulated_batch_size = metric.cumulated_batch_size.double()
             before = metric._forward_cache
             metric.forward(value, weight)  # it only multiplies and adds
             value = metric._forward_cache
             if synchronized:
-                # What loggers and callbacks see is the value over all ranks, which the next exchange brings.
+                # Loggers and callbacks see the value over all ranks only, which the next exchange sets.
                 metric._forward_cache = before
         if synchronized and meta.on_step:
             self._step_values[key] = _StepValue(value, weight, self._step)
 
     def exchange_steps(self) -> None:
-        """Values on step level become those over all ranks, until the next exchange."""
+        """Step values become those over all ranks, until the next exchange."""
         self._exchanged_step = self._step
         for key, rows in self._exchange_rows(lambda key: key.meta.on_step and key.is_tensor, self._step_row):  # (W, 4)
             if not rows[:, 1].any():
                 continue
-            # A key that is logged now and then keeps its last value, and only those who logged it last have that one.
+            # A key that is not logged in every step keeps its last value, which only ranks that logged it last have.
             latest = rows[rows[:, 0] == rows[:, 0].max()]
             latest = latest[latest[:, 3] > 0]  # (n, 4)
             metric = self._registered(key)
@@ -253,7 +253,7 @@ class TrainingResults(SynchronizedResults):
         return metrics
 
     def _step_row(self, key: LoggedKey) -> list[Tensor | float]:
-        """The step in which it was logged last, from 1; bytes of a number, 0 for none; sum; weight."""
+        """A row of: the step in which it was last logged, from 1; bytes of its type, 0 if not logged; sum; weight."""
         own = self._step_values.get(key.key)
         if own is None or self[key.key].has_reset:
             return [0.0] * COLUMNS

@@ -4,7 +4,7 @@ from lightning.pytorch.utilities.exceptions import _augment_message
 
 
 def explain_unused_parameters(exception: BaseException) -> None:
-    """Add to DDP's error that it misses gradients of unused parameters what to do; other errors stay as they are."""
+    """Add advice to DDP's error about unused parameters, on what to do; other errors stay as they are."""
     _augment_message(
         exception,
         pattern=".*Expected to have finished reduction in the prior iteration.*",

@@ -1,4 +1,4 @@
-"""A user's DataLoader: what it is made of, what ranks agree on about it, and a copy with another batch sampler."""
+"""A user's DataLoader: what it contains, checks that ranks agree on it, and a copy with another batch sampler."""
 
 import copy
 import math
@@ -14,52 +14,52 @@ from lightning_hetero.exchange.consistency import require
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, Index, index_hash
 
-_USERS = "_lightning_hetero_users_loader"  # where a prepared loader keeps the one that it was made from
+_ORIGINAL = "_lightning_hetero_users_loader"  # attribute of a copy: the user's loader
 
 
 def replace_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
     """A loader like `loader` in everything but its batch sampler; the user's own stays untouched.
 
-    Its batches come in the order in which they were drawn, also with ``in_order=False``: they go by number.
+    Its batches come in the order in which they were drawn, even with ``in_order=False``: shares are matched by order.
     """
     clone = copy.copy(loader)
     clone.in_order = True
-    # DataLoader forbids to set it after construction, and rebuilding one needs arguments that can only be guessed.
+    # DataLoader forbids setting it after construction, and building a new one would need guessed arguments.
     object.__setattr__(clone, "batch_sampler", batch_sampler)
     clone._iterator = None  # noqa: SLF001 - guarded by a test
-    vars(clone)[_USERS] = loader
+    vars(clone)[_ORIGINAL] = loader
     return clone
 
 
 def users_loader(loader: object) -> object:
-    """The user's loader behind one that was prepared; Lightning puts prepared ones into the user's CombinedLoader."""
-    return getattr(loader, _USERS, loader)
+    """The user's loader that a loader was copied from; Lightning puts the copies into the user's CombinedLoader."""
+    return getattr(loader, _ORIGINAL, loader)
 
 
-def name_of(thing: object) -> str:
-    """The name of its class, which errors call it by."""
-    return type(thing).__name__
+def name_of(instance: object) -> str:
+    """The name of its class, for errors."""
+    return type(instance).__name__
 
 
 def has_plain_batches(loader: DataLoader[Any]) -> bool:
-    """Whether batches are just the sampler's next `batch_size` indices, as torch makes them."""
+    """Whether batches are the sampler's next `batch_size` indices, as torch makes them by default."""
     return type(loader.batch_sampler) is BatchSampler
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int | None:
-    """Samples in one of the loader's own batches, where its batch sampler says so."""
+    """Samples in one of the loader's own batches; None where its batch sampler does not say."""
     size = getattr(loader.batch_sampler, "batch_size", None)
     return size if isinstance(size, int) and size > 0 else None
 
 
 def is_distributed(loader: DataLoader[Any]) -> bool:
-    """Whether the user's own sampler gives each rank its part."""
+    """Whether the user's own sampler splits the data over the ranks."""
     samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
 
 
 def lost_geographic_sampler(loader: DataLoader[Any]) -> bool:
-    """Whether a geographic data set is to be indexed with plain numbers, which it can't be."""
+    """Whether a geographic data set would be indexed with integers, which it can't be."""
     classes = type(loader.dataset).__mro__
     return (
         any(cls.__name__ == "GeoDataset" and cls.__module__.startswith("torchgeo.") for cls in classes)
@@ -128,7 +128,7 @@ def _require_tiles(sampler: object) -> None:
         return
     space = getattr(sampler, "spatial_sampler", sampler)
     areas = getattr(space, "areas", None)  # of tiles that are large enough
-    inner = getattr(space, "series", None)  # where centres of patches may lie, from 0.10 on
+    inner = getattr(space, "series", None)  # where centers of patches may lie, from 0.10 on
     if (isinstance(areas, torch.Tensor) and not areas.numel()) or (inner is not None and bool(inner.is_empty.all())):
         height, width = getattr(space, "size", (math.nan, math.nan))
         raise ValueError(

@@ -173,7 +173,7 @@ def words(text: str) -> str:
 
 
 BORING = "model: {class_path: BoringModel}"
-KNOBS = ("shares", "global_batch", "loss_count", "memory_limit", "granularity", "gradient_as_bucket_view")
+OPTIONS = ("shares", "global_batch", "loss_count", "memory_limit", "granularity", "gradient_as_bucket_view")
 
 
 def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,25 +181,25 @@ def test_the_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None
     assert all(f"    {name} " in out for name in ("fit", "validate", "test", "predict", "demo"))
 
 
-def test_the_help_of_a_command_shows_the_knobs_and_their_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_a_command_shows_the_options_and_their_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = says(capsys, "fit", "--help")
     assert status == 0
-    assert all(f"--trainer.strategy.{knob} " in out for knob in KNOBS)
-    assert "local batches are multiples of it, but for the last of an epoch." in words(out)
+    assert all(f"--trainer.strategy.{option} " in out for option in OPTIONS)
+    assert "local batches are multiples of it, except in the last global batch of an epoch." in words(out)
     assert "--trainer.max_epochs" in out
 
 
 def test_the_strategys_own_help_shows_ddps_options(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = says(capsys, "fit", "--trainer.strategy.help", "lightning_hetero.HeteroStrategy")
-    assert all(f"--trainer.strategy.{knob} " in out for knob in (*KNOBS, "timeout", "find_unused_parameters"))
+    assert all(f"--trainer.strategy.{option} " in out for option in (*OPTIONS, "timeout", "find_unused_parameters"))
     assert "Traverse the autograd graph" in words(out)
 
 
-def test_the_printed_configuration_has_the_knobs_and_their_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_configuration_has_the_options_and_their_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
     import yaml
 
     _, out, _ = says(capsys, "fit", "--print_config=comments")
-    assert "# local batches are multiples of it, but for the last of an epoch." in words(out)
+    assert "# local batches are multiples of it, except in the last global batch of an epoch." in words(out)
     strategy = yaml.safe_load(out)["trainer"]["strategy"]
     assert strategy["class_path"] == "lightning_hetero.HeteroStrategy"
     assert strategy["init_args"].items() >= {"shares": "auto", "gradient_as_bucket_view": True}.items()

@@ -4,7 +4,7 @@
 
 SOURCE holds `image/*.tif` (13 bands, digital numbers of Sentinel-2) and `mask/*.tif` (classes 0 to 8). The image is
 packed again without loss: band by band and with a predictor it takes 2.6 MB instead of 4.5. In the mask, grass (1.5% of
-the labels) becomes meadow, the classes behind it move up, and the file gets the colours of the picture's legend.
+the labels) becomes meadow, the classes behind it move up, and the file gets the colors of the picture's legend.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def pack_mask(source: Path, target: Path) -> None:
         labels[labels > GRASS] -= 1
         with rasterio.open(target, "w", **(original.profile | PACKED | {"nodata": None})) as packed:
             packed.write(labels, 1)
-            packed.write_colormap(1, {value: (*bytes.fromhex(c.colour[1:]), 255) for value, c in enumerate(CLASSES)})
+            packed.write_colormap(1, {value: (*bytes.fromhex(c.color[1:]), 255) for value, c in enumerate(CLASSES)})
             packed.set_band_description(1, ", ".join(f"{value} {c.name}" for value, c in enumerate(CLASSES)))
 
 

@@ -32,13 +32,13 @@ def test_the_data_is_small_and_says_whose_it_is():
         assert name in attribution
 
 
-def test_the_mask_has_the_classes_and_colours_of_the_legend():
+def test_the_mask_has_the_classes_and_colors_of_the_legend():
     (path,) = rasters("mask")
     with rasterio.open(path) as source:
-        colours = source.colormap(1)
+        colors = source.colormap(1)
         assert set(np.unique(source.read(1))) == set(range(len(CLASSES)))
-    assert ["#{:02x}{:02x}{:02x}".format(*colours[value][:3]) for value in range(len(CLASSES))] == [
-        land_cover.colour for land_cover in CLASSES
+    assert ["#{:02x}{:02x}{:02x}".format(*colors[value][:3]) for value in range(len(CLASSES))] == [
+        land_cover.color for land_cover in CLASSES
     ]
 
 

@@ -1,4 +1,4 @@
-"""The command `lightning-hetero demo`, as a stranger runs it, but short."""
+"""The command `lightning-hetero demo`, as a user runs it, but shorter."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_a_short_demo_leaves_all_that_it_promises(start, tmp_path):
     assert summary["speedup"] == pytest.approx(rates[1] / rates[0])
     assert 0.3 < summary["majority_accuracy"] < 0.33
     assert 0 <= summary["miou"] <= summary["val_accuracy"] <= 1
-    # the heart of it: two ranks train on the global batches of one, plain DDP does not
+    # what matters most: two ranks train on the global batches of one, which plain DDP does not
     assert summary["same_global_batches"]
     assert not summary["ddp_same_global_batches"]
     assert summary["sides"]["hetero"]["weights"] < 0.01 * summary["sides"]["plain DDP"]["weights"]
@@ -115,33 +115,33 @@ FAILS_THEN_WAITS = """
 import time
 from lightning_hetero.demo.processes import competing, run_ranks
 
-def fails(rank, ask):
+def fails(rank, request):
     if rank == 1:
         raise ValueError("no such band")
-    ask("anything")
+    request("anything")
     time.sleep(600)
 
-def waits(rank, ask):
+def waits(rank, request):
     print("rank", rank, flush=True)
     time.sleep(600)
 
 try:
-    run_ranks(fails, 2, lambda question: None, spawn=False)
+    run_ranks(fails, 2, lambda content: None, spawn=False)
 except RuntimeError as error:
     print(repr(str(error)), flush=True)
 with competing(1, -1):
-    run_ranks(waits, 2, lambda question: None, spawn=False)
+    run_ranks(waits, 2, lambda content: None, spawn=False)
 """
 
 
 def test_nothing_outlives_a_rank_that_fails_nor_a_demo_that_is_killed(start):
-    """Where the demo itself is killed, nobody is left to tell the others, so the kernel has to."""
+    """Where the demo itself is killed, only the kernel is left to end the others."""
     process = start([sys.executable, "-c", FAILS_THEN_WAITS])
     failure = process.stdout.readline()
     assert "rank 1 failed" in failure
     assert "no such band" in failure
     assert {process.stdout.readline() for _ in range(2)} == {"rank 0\n", "rank 1\n"}
-    assert len(processes_of(process.pid)) == 4  # of the first two ranks none is left
+    assert len(processes_of(process.pid)) == 4  # none of the first two ranks is left
 
     os.kill(process.pid, signal.SIGKILL)
     assert wait_until(lambda: not processes_of(process.pid), 10), processes_of(process.pid)

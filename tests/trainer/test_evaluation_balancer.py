@@ -13,8 +13,8 @@ from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.eval_sampler import Scope
 from lightning_hetero.trainer.evaluation import (
+    BroadcastCache,
     EvaluationBalancer,
-    RememberedBroadcasts,
     batch_hook,
     exchange_error,
 )
@@ -100,7 +100,7 @@ def test_the_sentence_says_who_calls_what_where_and_what_to_do(hook: str, end: s
 
 
 def test_only_what_is_recorded_is_remembered() -> None:
-    remembered = RememberedBroadcasts()
+    remembered = BroadcastCache()
     remembered.add("before", "x")
     with remembered.recording():
         for own, result in (("mine", "rank 0's"), (Path("a"), Path("b")), (None, None)):
@@ -116,7 +116,7 @@ def test_only_what_is_recorded_is_remembered() -> None:
 
 
 def test_the_next_recording_forgets_the_last_one() -> None:
-    remembered = RememberedBroadcasts()
+    remembered = BroadcastCache()
     with remembered.recording():
         remembered.add("a", "b")
     with pytest.raises(ArithmeticError), remembered.recording():

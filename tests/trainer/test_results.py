@@ -127,7 +127,7 @@ def step(
     results.log("training_step", "loss", value, on_step=True, sync_dist=True, sync_dist_fn=no_reduction)
     results.log("training_step", "samples", torch.tensor(float(samples)), reduce_fx=torch.sum)
     results.end_step(value)
-    results.batch_over(weight)
+    results.end_batch(weight)
 
 
 def logged(results: TrainingResults, *, on_step: bool) -> dict[str, float]:
@@ -153,7 +153,7 @@ def test_nothing_is_read_before_the_batch_is_over(weight: float | Tensor) -> Non
     results.log("training_step", "loss", torch.tensor(7.0))
     assert float(results["training_step.loss"].cumulated_batch_size) == 0
     results.end_step(torch.tensor(7.0))
-    results.batch_over(weight)
+    results.end_batch(weight)
     assert float(results["training_step.loss"].cumulated_batch_size) == 5
 
 
@@ -190,7 +190,7 @@ def in_parts(results: TrainingResults, sizes: list[int], values: Tensor) -> None
             results.log("training_step", "sum", part.sum(), reduce_fx=torch.sum)
             parts.keep(part.mean(), float(len(part)))
     results.end_step(values.mean())
-    results.batch_over(None)
+    results.end_batch(None)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
@@ -216,7 +216,7 @@ def test_a_part_in_which_nothing_counts_is_left_out() -> None:
             parts.begin(torch.zeros(2))
             results.log("training_step", "loss", torch.tensor(loss))
             parts.keep(torch.tensor(loss), count)
-    results.batch_over(None)
+    results.end_batch(None)
     assert logged(results, on_step=False)["loss"] == 3.0
 
 
@@ -243,7 +243,7 @@ def training_on_ranks() -> Any:
         seen.append((before, logged(results, on_step=True)))
     results.begin_step(borrowed=False, empty=False, samples=3, count=None)
     results.log("training_step", "bar", torch.tensor(1.0 + rank), prog_bar=True, on_step=True, on_epoch=False)
-    results.batch_over(None)
+    results.end_batch(None)
     shown = results.metrics(on_step=True)["pbar"]
     unknown = logged(results, on_step=False)
     results.exchange_epoch()
@@ -279,7 +279,7 @@ def evaluation_on_ranks() -> Any:
             results.batch = torch.full((3,), -1.0)  # nothing counts
             results.batch_size = None
             results.log("validation_step", "loss", torch.tensor(math.nan), sync_dist=True, sync_dist_fn=no_reduction)
-            results.loader_over()
+            results.end_loader()
             module.mean.reset()
     before = logged_evaluation(results)
     module.mean.update(77.0)  # of what comes later

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-# One competitor leaves the second rank half of its core. With more, plain DDP would look worse still, but at a quarter of
-# a core the second rank hardly pays, and training without it would be as good.
+# One competitor leaves the second rank half of its core. With more, plain DDP would look even worse, but at a quarter
+# of a core the second rank hardly pays, and training without it would be as good.
 COMPETITORS = 1
 
 

@@ -40,7 +40,7 @@ class Clock(Protocol):
         """The current point in time."""
 
     def step(self, began: Any, gradients: Any, exchanged: Any, ended: Any, patches: tuple[Patch, ...]) -> StepTime:
-        """The step from `began` to `ended`; between them this rank's `gradients` were ready, then those of all ranks."""
+        """The step from `began` to `ended`; in between, this rank's `gradients` were ready, then those of all ranks."""
 
 
 class SchedulerClock:
@@ -54,7 +54,7 @@ class SchedulerClock:
         running, ready, _ = SCHEDULER.read_text().split()
         return perf_counter(), int(running) / 1e9, int(ready) / 1e9
 
-    def step(self, began: Any, gradients: Any, exchanged: Any, ended: Any, patches: tuple[Patch, ...]) -> StepTime:  # noqa: ARG002 - as `Clock` has it
+    def step(self, began: Any, gradients: Any, exchanged: Any, ended: Any, patches: tuple[Patch, ...]) -> StepTime:  # noqa: ARG002 - of `Clock`
         """See `Clock`; the marks in between are not needed."""
         seconds, running, ready = (after - before for before, after in zip(began, ended, strict=True))
         return StepTime(seconds, max(0.0, seconds - running - ready), patches, running)

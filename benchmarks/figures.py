@@ -187,7 +187,7 @@ def whole_run(turns: Sequence[Sequence[float]], fixed: Sequence[Sequence[float]]
     Args:
         turns: step times of all turns of the run, nothing left out.
         fixed: step times of the fixed split in the turn beside each, without warm-up.
-        first_step: whether the run's first step counts, which also initialises the process.
+        first_step: whether the run's first step counts, which also initializes the process.
     """
     skipped = 0 if first_step else 1
     counted = [list(turn) for turn in turns]

@@ -14,7 +14,7 @@ _START = 1.5
 
 _LOOK = 2  # steps of a split that show whether more of them are worth their time
 _HOPELESS = 1.3  # a split whose step takes this many times the best one's is not looked at again
-_BETTER = 0.995  # below this part of the best time, a neighbour is better
+_BETTER = 0.995  # below this part of the best time, a neighbor is better
 
 
 def grid(
@@ -27,7 +27,7 @@ def grid(
     return list(dict.fromkeys(splits))
 
 
-def neighbours(split: Split, samples: int, minimum: int = LEAST) -> list[Split]:
+def neighbors(split: Split, samples: int, minimum: int = LEAST) -> list[Split]:
     """The splits that come from moving `samples` from one rank to another."""
     found = []
     for giver in range(len(split)):
@@ -96,7 +96,7 @@ class Search:
                     break
 
     def refine(self, samples: int, finest: int = 1) -> None:
-        """Move samples between ranks, ever fewer of them, until no neighbour of the best split is better.
+        """Move samples between ranks, ever fewer of them, until no neighbor of the best split is better.
 
         Args:
             samples: to begin with.
@@ -104,7 +104,7 @@ class Search:
         """
         while True:
             best = self.best
-            for split in neighbours(best, samples, self._minimum):
+            for split in neighbors(best, samples, self._minimum):
                 if split not in self.seconds and self.look_at(split) < _BETTER * self.seconds[best]:
                     break
             if self.best == best:
@@ -113,7 +113,7 @@ class Search:
                 samples = max(finest, samples // 2)
 
     def run(self, rates: Sequence[float], global_batch: int, finest: int | None = None) -> None:
-        """The whole search: a grid, then the neighbours.
+        """The whole search: a grid, then the neighbors.
 
         Args:
             rates: of each rank alone, in any unit.

@@ -322,7 +322,7 @@ class Side:
             connection.send(("train", (steps, mark if number == 0 else None)))
         answers = self._receive("done", on_mark)
         elapsed = time.perf_counter() - began
-        # Idle cores of the comparison too: neighbours share caches, memory and often a physical core.
+        # Idle cores of the comparison too: neighbors share caches, memory and often a physical core.
         foreign = {
             core: elapsed - seconds + idle[core] for core, seconds in idle_seconds().items() if core in self._watched
         }

@@ -3,7 +3,7 @@
 Each rank is a process with one thread, pinned to a core and held to a part of it. All sides live side by side and take
 turns within one run, so that whatever else the machine does hits all of them. Everything is a real `Trainer.fit`.
 
-The best fixed split is searched for: a grid from equal to far beyond proportional, then the neighbours of the best of
+The best fixed split is searched for: a grid from equal to far beyond proportional, then the neighbors of the best of
 these. The fastest take turns in the first rounds, and the winner of those is measured in the others. Since it comes
 close to `hetero`, the two then take some more turns by themselves, together with the split of `hetero` as a fixed one.
 """
@@ -94,7 +94,7 @@ class Comparison:
         return [self._options.global_batch / seconds for seconds in self._solo]
 
     def find_best(self) -> None:
-        """Measure fixed splits until the neighbours of the best one are no better."""
+        """Measure fixed splits until the neighbors of the best one are no better."""
         if self._options.splits is None:
             self._search.run(self._rates(), self._options.global_batch, self._options.finest)
         for split in self._options.splits or ():

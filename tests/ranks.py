@@ -1,4 +1,4 @@
-"""Real ranks for tests: W processes with a gloo group, met through a file, with a deadline and every traceback."""
+"""Real ranks for tests: W processes in a gloo group, connected by a file, with a deadline and every traceback."""
 
 import faulthandler
 import multiprocessing
@@ -57,7 +57,7 @@ def _child(rank: int, world_size: int, folder: str, function: Callable[..., Any]
         (out / f"result{rank}.part").rename(out / f"result{rank}")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # without the group's goodbye, which waits for ranks that failed
+        os._exit(0)  # without destroying the group, which would wait for ranks that failed
 
 
 def _tolerated() -> list[str]:

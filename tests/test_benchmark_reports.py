@@ -82,7 +82,7 @@ def a_drift_report():
     }
 
 
-def test_a_drift_is_told_and_drawn(tmp_path):
+def test_a_drift_is_shown_and_drawn(tmp_path):
     drift = load("drift")
     path = tmp_path / "drift-x.json"
     load("reports").write(a_drift_report(), path)
@@ -92,7 +92,7 @@ def test_a_drift_is_told_and_drawn(tmp_path):
     assert load("plot_drift").draw(path).stat().st_size > 5000
 
 
-def test_the_tax_and_the_gain_of_the_setting_are_told_apart():
+def test_the_tax_and_the_gain_of_the_setting_are_distinguished():
     rounds = {"ddp_default": [[2.4], [2.4]], "ddp": [[1.2], [1.2]], "hetero": [[1.26], [1.26]]}
     ratios = load("tax").ratios(rounds)
     assert ratios["hetero_over_ddp"]["median"] == pytest.approx(1.05)
@@ -101,7 +101,7 @@ def test_the_tax_and_the_gain_of_the_setting_are_told_apart():
     assert load("tax").ratios({"ddp": [[1.0]], "hetero": [[1.0]]}).keys() == {"hetero_over_ddp"}
 
 
-def test_what_a_split_loses_is_taken_apart():
+def test_what_a_split_loses_is_broken_down():
     """60 samples a second alone and 20: 80 together. The last rank ends a step."""
     round_ = {"solo": [1.0, 3.0], "apart": [0.8, 0.75], "together": [0.8, 1.0], "averaged": [1.2]}
     script = load("limit")

@@ -124,11 +124,11 @@ def test_the_grid_goes_from_equal_to_beyond_proportional():
     assert all(sum(split) == 64 for split in splits)
 
 
-def test_neighbours_keep_the_sum_and_the_minimum():
-    neighbours = load("searching").neighbours
-    assert neighbours((61, 3), 1, 2) == [(60, 4), (62, 2)]
-    assert neighbours((62, 2), 1, 2) == [(61, 3)]
-    assert len(neighbours((10, 10, 10), 1, 2)) == 6
+def test_neighbors_keep_the_sum_and_the_minimum():
+    neighbors = load("searching").neighbors
+    assert neighbors((61, 3), 1, 2) == [(60, 4), (62, 2)]
+    assert neighbors((62, 2), 1, 2) == [(61, 3)]
+    assert len(neighbors((10, 10, 10), 1, 2)) == 6
 
 
 class Machine:
@@ -164,10 +164,10 @@ def test_the_search_finds_the_best_split_of_two_ranks(pair, global_batch):
 
 
 @given(st.lists(devices, min_size=3, max_size=3))
-def test_the_search_stops_where_no_neighbour_of_three_ranks_is_better(triple):
+def test_the_search_stops_where_no_neighbor_of_three_ranks_is_better(triple):
     machine = Machine(*zip(*triple, strict=True))
     best = machine.run(96, finest=1)
-    around = load("searching").neighbours(best, 1)
+    around = load("searching").neighbors(best, 1)
     assert all(split in machine.steps for split in around)
     assert all(machine.seconds(split) >= machine.seconds(best) for split in around)
 

@@ -112,15 +112,15 @@ def test_with_the_allocator_as_it_is_the_strategy_leaves_it_alone_too(monkeypatc
     """Also where a module has imported the function by its name."""
     from lightning_hetero.device import allocator
 
-    told = allocator.keep_freed_memory
-    user = SimpleNamespace(keep_freed_memory=told)
+    original = allocator.keep_freed_memory
+    user = SimpleNamespace(keep_freed_memory=original)
     monkeypatch.setitem(sys.modules, "lightning_hetero.some_user", user)
     for name, module in list(sys.modules.items()):
-        if name.startswith("lightning_hetero") and getattr(module, "keep_freed_memory", None) is told:
-            monkeypatch.setattr(module, "keep_freed_memory", told)  # to be put back
+        if name.startswith("lightning_hetero") and getattr(module, "keep_freed_memory", None) is original:
+            monkeypatch.setattr(module, "keep_freed_memory", original)  # to be put back
     assert load("sides").set_allocator("default") is False
     assert user.keep_freed_memory() is False
-    assert allocator.keep_freed_memory is not told
+    assert allocator.keep_freed_memory is not original
 
 
 # ---- quotas ----

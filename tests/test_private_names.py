@@ -198,7 +198,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         ],
     ),
 }
-"""Owners are new, so that they have what a run finds; where only a class can be had, its source tells."""
+"""Owners are new, so that they have what a run finds; where only a class is available, its source is searched."""
 
 
 BEHIND_PRIVATE = [

@@ -120,7 +120,7 @@ def test_parameters_end_as_in_one_process(world_size: int, strategy: dict[str, A
             assert outs[number]["step"] == plain["step"], name
 
 
-NORMALISED = {
+NORMALIZED = {
     "short last batch": Recipe(module=Normal, loader=partial(sized, 46), batch_size=4, sync_batchnorm=True),
     "empty ranks whose gradients are NaN": Recipe(
         module=NormalMasked, loader=partial(sized, 24), batch_size=2, sync_batchnorm=True
@@ -128,18 +128,18 @@ NORMALISED = {
 }
 
 
-def fit_normalised() -> list[Any]:
+def fit_normalized() -> list[Any]:
     warnings.filterwarnings("ignore", message="nothing in a global batch")
     outs = []
-    for recipe in NORMALISED.values():
+    for recipe in NORMALIZED.values():
         recipe.trainer |= on_gpu(2)
         outs.append(hetero_fit(recipe, {"shares": [3, 1]})["seen"])
     return outs
 
 
-def test_synchronised_batch_norm_ends_as_in_one_process() -> None:
-    ranks = run_ranks(2, fit_normalised)
-    for number, (name, recipe) in enumerate(NORMALISED.items()):
+def test_synchronized_batch_norm_ends_as_in_one_process() -> None:
+    ranks = run_ranks(2, fit_normalized)
+    for number, (name, recipe) in enumerate(NORMALIZED.items()):
         recipe.trainer.pop("sync_batchnorm", None)
         plain = alone_on_gpu(recipe, 2 * recipe.batch_size)["seen"]
         for outs in ranks:
@@ -349,5 +349,5 @@ def test_no_step_waits_for_the_device_where_plain_ddp_does_not(tmp_path: Path) -
     calls = {kind: run_ranks(1, count_calls, kind, str(tmp_path))[0] for kind in ("ddp", "hetero")}
     assert calls["ddp"]["cudaLaunchKernel"] > Counted.STEPS, "the profiler sees what the host asks CUDA for"
     for name in WAITS:
-        # The profiler itself synchronises when it stops; the same on both sides.
+        # The profiler itself synchronizes when it stops; the same on both sides.
         assert calls["hetero"].get(name, 0) <= calls["ddp"].get(name, 0), (name, calls)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Joined(ClusterEnvironment):
-    """A cluster environment for ranks that have met already."""
+    """A cluster environment for ranks whose process group exists already."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -178,5 +178,5 @@ def plain_fit(recipe: Recipe, global_batch: int) -> dict[str, Any]:
 
 
 def merged(seen: Iterable[Sequence[Sequence[int]]]) -> list[list[int]]:
-    """What all ranks trained on, step by step; borrowed samples are the caller's business."""
+    """What all ranks trained on, step by step; the caller accounts for borrowed samples."""
     return [[index for part in parts for index in part] for parts in zip(*seen, strict=True)]

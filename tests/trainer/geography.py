@@ -32,7 +32,7 @@ def has(name: str) -> bool:
 
 
 def tolerate_torchgeo() -> None:
-    """Its warnings, and those of what it stands on, are none of the tests' business."""
+    """Ignore warnings of TorchGeo and of its dependencies."""
     for package in ("torchgeo", "rasterio", "kornia", "pyproj", "geopandas", "shapely"):
         warnings.filterwarnings("ignore", module=package)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -41,7 +41,7 @@ def tolerate_torchgeo() -> None:
 
 
 def make_chips(folder: str) -> None:
-    """Files whose bands tell row, column and month, each counted from 1."""
+    """Files whose bands hold row, column and month, each counted from 1."""
     import rasterio
     from rasterio.transform import from_origin
 
@@ -67,7 +67,7 @@ def make_chips(folder: str) -> None:
 
 
 def place(image: torch.Tensor) -> tuple[float, ...]:
-    """Row, column and month of a patch of these chips: the least of each; turning it over changes nothing."""
+    """Row, column and month of a patch of these chips: the smallest of each, which flips don't change."""
     return tuple(image.movedim(-3, 0).flatten(1).amin(1).tolist())
 
 

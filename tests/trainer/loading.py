@@ -25,7 +25,7 @@ SIZE, BATCH = 61, 12
 
 
 def once(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Several tests look at one launch of ranks; if it failed, all of them say so without another try."""
+    """Several tests check one launch of ranks; if it failed, all of them fail without launching again."""
     outcomes: dict[Any, tuple[Any, BaseException | None]] = {}
 
     @wraps(launch)
@@ -84,7 +84,7 @@ class UnsizedSampler(Sampler[int]):
 
 
 class OwnBatches(Sampler[list[int]]):
-    """Batches of neighbours, in a random order: each is drawn as one."""
+    """Batches of neighbors, in a random order: each is drawn as one."""
 
     def __init__(self, size: int, batch: int) -> None:
         self.size, self._batch = size, batch

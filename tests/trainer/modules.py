@@ -105,7 +105,7 @@ class Pairs(Regression):
         return sum(F.mse_loss(self.net(batch[k]["x"]).squeeze(-1), batch[k]["y"]) for k in ("a", "b"))
 
 
-class Normalised(Regression):
+class Normalized(Regression):
     """Has BatchNorm, so that statistics and the smallest local batch matter."""
 
     def __init__(self) -> None:

@@ -58,7 +58,7 @@ def test_arguments_are_checked_against_the_devices(options: dict[str, Any], sent
 
 
 def test_a_strategy_belongs_to_one_trainer() -> None:
-    """Fit and then test with the same Trainer works; a second Trainer is told."""
+    """Fit and then test with the same Trainer works; a second Trainer is refused."""
     from lightning_hetero import HeteroStrategy
 
     strategy = HeteroStrategy()
@@ -90,7 +90,7 @@ class Frozen(Regression):
 
 
 class Fetching(Regression):
-    """Fetches its batches by itself, which Lightning has advice on."""
+    """Fetches its batches by itself, which Lightning warns about."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def no_batch_size(batch_size: int) -> DataLoader[Any]:
         (Recipe(module=Frozen), {}, r"Frozen has no trainable parameters"),
     ],
 )
-def test_what_only_the_run_can_tell(recipe: Recipe, strategy: dict[str, Any], sentence: str) -> None:
+def test_what_is_only_found_in_the_run(recipe: Recipe, strategy: dict[str, Any], sentence: str) -> None:
     """Every rank raises the same sentence."""
     errors = fails_on_ranks(2, hetero_fit, recipe, strategy)
     assert len(errors) == 2
@@ -251,7 +251,7 @@ def ready_batches(batch_size: int) -> Any:
 
 
 def test_a_loader_that_ends_on_one_rank() -> None:
-    """Batches that are not split by the strategy have to be as many on every rank; a hang would be the alternative."""
+    """Loaders that the strategy does not split need equally many batches on every rank; otherwise ranks would hang."""
     errors = fails_on_ranks(2, hetero_fit, Recipe(loader=ready_batches), {})
     assert "rank 1 left the epoch" in errors[0]
 

@@ -1,4 +1,4 @@
-"""What counts as a rank's own work in real fits, on a clock that only the work itself moves.
+"""What counts as a rank's compute time in real fits, by a clock that only this work advances.
 
 Each rank's clock is replaced by a counter: loading a sample, training on it, an optimizer step, validating, saving, and
 waiting for the other rank advance it by known amounts. So what is measured can be compared exactly.
@@ -106,7 +106,7 @@ class Reports(Callback):
     """Keeps what all ranks report of their compute time."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[list[float], list[float]]] = []
+        self.reported: list[tuple[list[float], list[float]]] = []
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         planner = trainer.strategy.job.planners.current
@@ -114,7 +114,7 @@ class Reports(Callback):
 
         def observed(reports: StepReports) -> PlanUpdate:
             if reports.measured_steps.max() >= 0:
-                self.heard.append((reports.measured_steps.tolist(), reports.compute_seconds.tolist()))
+                self.reported.append((reports.measured_steps.tolist(), reports.compute_seconds.tolist()))
             return update(reports)
 
         planner.update = observed
@@ -163,7 +163,7 @@ def fit_all() -> dict[str, Any]:
     DistributedDataParallel._sync_buffers = takes_long(DistributedDataParallel._sync_buffers)
     RankGroup.gather = takes_long(RankGroup.gather)
     torch.distributed.all_gather = takes_long(torch.distributed.all_gather)
-    heard = {}
+    reported = {}
     for name, (module, options) in FITS.items():
         of_ddp = {key: value for key, value in options.items() if key in ("ddp_comm_hook", "broadcast_buffers")}
         strategy = HeteroStrategy(shares=[3, 1], global_batch=8, bucket_cap_mb=1e-4, **of_ddp)
@@ -175,12 +175,12 @@ def fit_all() -> dict[str, Any]:
         if "val_check_interval" in options:
             loaders["val_dataloaders"] = DataLoader(Numbers(4), batch_size=2)
         trainer.fit(module(), **loaders)
-        heard[name] = reports.heard
-    return heard
+        reported[name] = reports.reported
+    return reported
 
 
 @pytest.fixture(scope="module")
-def heard() -> list[dict[str, Any]]:
+def reported() -> list[dict[str, Any]]:
     return run_ranks(2, fit_all)
 
 
@@ -197,15 +197,17 @@ def heard() -> list[dict[str, Any]]:
         ("metrics in every step", 1.0),
     ],
 )
-def test_own_work_is_loading_training_and_the_optimizer(heard: list[dict[str, Any]], name: str, steps: float) -> None:
+def test_compute_time_is_loading_training_and_the_optimizer(
+    reported: list[dict[str, Any]], name: str, steps: float
+) -> None:
     """Per micro-batch; nothing of what lies between batches, and nothing of the other rank."""
     expected = [
         6 * (LOAD + TRAIN) + steps * STEP,
         2 * (LOAD + 1.5 * TRAIN) + steps * STEP,
     ]
-    told = heard[0][name]
-    assert len(told) >= 2
-    for steps_told, seconds in told:
-        assert min(steps_told) == max(steps_told)
+    measured = reported[0][name]
+    assert len(measured) >= 2
+    for measured_steps, seconds in measured:
+        assert min(measured_steps) == max(measured_steps)
         assert seconds == pytest.approx(expected)
-    assert heard[1][name] == told
+    assert reported[1][name] == measured

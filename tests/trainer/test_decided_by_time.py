@@ -55,7 +55,7 @@ def validate_by_time() -> list[int]:
 
 
 def test_validation_comes_when_rank_0_says_so() -> None:
-    """Fails, by a rank that waits in validation for another that trains on, if each goes by its own clock."""
+    """Fails if each rank goes by its own clock: one then waits in validation for another that trains on."""
     assert run_ranks(2, validate_by_time) == [[3], [3]]
 
 
@@ -76,7 +76,7 @@ def save_on_ranks() -> list[float]:
 
 
 def test_checkpoints_by_time_see_the_values_of_their_step() -> None:
-    """Loggers look at every fiftieth step only; at what a checkpoint is ranked by, all ranks look in every step."""
+    """Loggers use every fiftieth step only; the value that a checkpoint monitors is exchanged in every step."""
     alone = save_by_time("auto", 1, 6)
     assert len(alone) == 10
     for values in run_ranks(2, save_on_ranks):

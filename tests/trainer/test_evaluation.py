@@ -124,7 +124,7 @@ def test_batches_stay_whole_where_that_costs_nothing():
     assert len(batches) <= -(-SIZE // 8) + 2
 
 
-def test_drop_last_is_the_users_word():
+def test_drop_last_is_respected():
     parts = [result["drop_last"] for result in evaluated()]
     assert sorted(chain.from_iterable(chain.from_iterable(parts))) == list(range(56))
 
@@ -263,7 +263,7 @@ def test_an_exchange_in_an_evaluation_step_is_an_error_and_no_hang(call):
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ learning
+# ----------------------------------------------------------------------------------------------------------- measuring
 
 
 class Ticks:
@@ -283,7 +283,7 @@ class Ticks:
         return end - start
 
 
-def learning(shares: Any) -> list[int]:
+def measuring(shares: Any) -> list[int]:
     from lightning_hetero import HeteroStrategy
     from lightning_hetero.trainer import job
 
@@ -313,9 +313,9 @@ def learning(shares: Any) -> list[int]:
     [("auto", ([20, 32, 20, 3, 32], [20, 8, 20, 0, 8])), ("equal", ([20, 20, 20, 2, 20], [20, 20, 20, 1, 20]))],
     ids=str,
 )
-def test_the_next_evaluation_goes_by_the_times_of_the_last(shares, expected):
-    """For each stage by itself, and a rank may have nothing to do; fixed shares stay."""
-    assert tuple(run_ranks(2, learning, shares)) == expected
+def test_the_next_evaluation_is_split_by_the_times_of_the_last(shares, expected):
+    """For each stage separately, and a rank may get nothing to do; fixed shares stay."""
+    assert tuple(run_ranks(2, measuring, shares)) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- plain DDP
@@ -345,7 +345,7 @@ def counting(strategy: str) -> tuple[list[int], list[int]]:
     return list(chain.from_iterable(module.evaluated)), module.matrix.diagonal().tolist()
 
 
-def test_plain_ddp_pads_and_this_does_not():
+def test_plain_ddp_pads_and_hetero_does_not():
     truth = torch.bincount(Numbers(61).label, minlength=4).tolist()
     padded = run_ranks(2, counting, "ddp")
     assert sorted(chain.from_iterable(indices for indices, _ in padded)) == sorted([*range(61), 0])

@@ -100,30 +100,30 @@ def test_the_sentence_says_who_calls_what_where_and_what_to_do(hook: str, end: s
 
 
 def test_only_what_is_recorded_is_remembered() -> None:
-    remembered = BroadcastCache()
-    remembered.add("before", "x")
-    with remembered.recording():
+    cache = BroadcastCache()
+    cache.add("before", "x")
+    with cache.recording():
         for own, result in (("mine", "rank 0's"), (Path("a"), Path("b")), (None, None)):
-            remembered.add(own, result)
-        remembered.add(["no", "path"], "x")
-        remembered.add(7, "x")
-    remembered.add("after", "x")
-    assert [own in remembered for own in ("before", "mine", Path("a"), None, ["no", "path"], 7, "after")] == [
+            cache.add(own, result)
+        cache.add(["no", "path"], "x")
+        cache.add(7, "x")
+    cache.add("after", "x")
+    assert [own in cache for own in ("before", "mine", Path("a"), None, ["no", "path"], 7, "after")] == [
         *(False, True, True, True),
         *(False, False, False),
     ]
-    assert (remembered["mine"], remembered[Path("a")], remembered[None]) == ("rank 0's", Path("b"), None)
+    assert (cache["mine"], cache[Path("a")], cache[None]) == ("rank 0's", Path("b"), None)
 
 
 def test_the_next_recording_forgets_the_last_one() -> None:
-    remembered = BroadcastCache()
-    with remembered.recording():
-        remembered.add("a", "b")
-    with pytest.raises(ArithmeticError), remembered.recording():
+    cache = BroadcastCache()
+    with cache.recording():
+        cache.add("a", "b")
+    with pytest.raises(ArithmeticError), cache.recording():
         raise ArithmeticError
-    remembered.add("c", "d")
-    assert "a" not in remembered
-    assert "c" not in remembered
+    cache.add("c", "d")
+    assert "a" not in cache
+    assert "c" not in cache
 
 
 # ---- times ----

@@ -16,7 +16,7 @@ from tests.trainer.loading import borrows
 
 
 def make_scene(folder: str) -> None:
-    """Two tiles side by side whose pixels tell where they are."""
+    """Two tiles side by side whose pixels encode their position."""
     import rasterio
     from rasterio.transform import from_origin
 
@@ -185,8 +185,8 @@ def geo_refused(folder: str) -> Any:
     return geo_fit(folder, "batches", 6, HeteroStrategy(), use_distributed_sampler=False)
 
 
-def test_plain_ddp_dies_of_a_geographic_batch_sampler(scene):
-    """And the way out that its message recommends gives all devices the same patches."""
+def test_plain_ddp_fails_with_a_geographic_batch_sampler(scene):
+    """And the option that its message recommends gives all devices the same patches."""
     errors = fails_on_ranks(2, geo_ddp, scene, {})
     assert all(
         "TypeError:  Lightning can't inject a (distributed) sampler into your batch sampler" in error
@@ -211,7 +211,7 @@ def test_overfitting_on_geographic_data_is_refused(scene):
 
 
 class Places(BasePredictionWriter):
-    """What a writer hears: the places that patches were asked for at, and what was predicted there."""
+    """What a writer receives: the positions of the patches, and what was predicted there."""
 
     def __init__(self) -> None:
         super().__init__("batch")
@@ -247,8 +247,8 @@ def places_on_ranks(folder: str) -> list[tuple[str, Any]]:
     return places_predicted(folder, HeteroStrategy(shares=[3, 1]), 2)
 
 
-def test_a_writer_hears_each_place_once_with_its_prediction(scene):
-    """All ranks together have what one process has; each some of it."""
+def test_a_writer_receives_each_position_once_with_its_prediction(scene):
+    """All ranks together receive what one process does; each receives some of it."""
     alone = places_predicted(scene, "auto", 1)
     first, second = run_ranks(2, places_on_ranks, scene)
     assert len(first) > len(second) > 0

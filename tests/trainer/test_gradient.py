@@ -68,7 +68,7 @@ RECIPES = {
 
 
 def quiet_fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
-    """A fit that may come across a global batch of ignored targets only, of which a warning tells."""
+    """A fit that may come across a global batch of ignored targets only, which causes a warning."""
     warnings.filterwarnings("ignore", message="nothing in global batch .* counts")
     return hetero_fit(recipe, strategy)
 

@@ -1,4 +1,4 @@
-"""What a strategy has to say before, during and after the runs of its Trainer."""
+"""What a strategy offers before, during and after the runs of its Trainer."""
 
 from collections.abc import Callable
 from typing import Any

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, make_trainer, plain_fit
-from tests.trainer.modules import Classifier, Normalised
+from tests.trainer.modules import Classifier, Normalized
 
 
 def sized(size: int, batch_size: int) -> DataLoader[Any]:
@@ -203,7 +203,7 @@ def batch_norm_fit(size: int) -> Any:
     from lightning_hetero import HeteroStrategy
 
     strategy = HeteroStrategy(shares=[20, 1, 1])
-    module = Normalised()
+    module = Normalized()
     make_trainer(strategy, 3, max_epochs=1).fit(module, sized(size, 6))
     return strategy.plan.local_batches, [len(s) for s in module.seen]
 

@@ -1,4 +1,4 @@
-"""What callbacks, schedulers and loggers look at is the same on all ranks, and what one process would have."""
+"""What callbacks, schedulers and loggers read is the same on all ranks, and what one process would have."""
 
 import csv
 import math
@@ -26,7 +26,7 @@ BATCH = 8  # of a rank; 24 is the global one
 
 
 class Everything(Regression):
-    """Logs in all ways and places, nothing of it with `sync_dist` but where it says so."""
+    """Logs in all ways and places, without `sync_dist` unless the name of the value says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ def test_callbacks_see_the_same_on_all_ranks(runs: Any) -> None:
             batch += 1
             if batch % 2:
                 continue
-        # What is logged in this hook itself, or after it, is seen when ranks have met again.
+        # What is logged in this hook itself, or after it, is seen after the next exchange.
         later = {"late", "from_callback"} if when == "epoch" else {"late"}
         close({k: v for k, v in ours.items() if k not in later}, {k: v for k, v in theirs.items() if k not in later})
 
@@ -248,7 +248,7 @@ def test_plain_ddps_learning_rates_drift_apart_and_ours_do_not() -> None:
 
 
 class Uneven(Regression):
-    """Ranks log different keys, at different times; rank 2 has nothing to say of validation."""
+    """Ranks log different keys, at different times; rank 2 logs nothing in validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -415,7 +415,7 @@ def stepped_on_ranks() -> tuple[list[dict[str, float]], int]:
 
 
 def test_schedulers_by_step_and_manual_optimization() -> None:
-    """A scheduler by steps gets each step's global value; steps at which nobody looks cost no exchange."""
+    """A scheduler by steps gets each step's global value; steps whose values nobody uses cost no exchange."""
     plain = [stepped("auto", 1, 12, module(), **options) for module, options in SCENARIOS]
     assert plain[0]["lr"] < 0.05, "the scheduler acted"
     for outs, exchanges in run_ranks(2, stepped_on_ranks):

@@ -1,4 +1,4 @@
-"""A user who moves a batch to the device by himself: it is none of the training loop's."""
+"""A module that moves a batch of its own to the device: the training loop does not count it."""
 
 from functools import partial
 from typing import Any

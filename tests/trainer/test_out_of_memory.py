@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, Recipe, Regression, make_trainer, merged, parameters_of, relative_error
-from tests.trainer.modules import Classifier, Manual, MaskedMean, Newton, Normalised, Unused
+from tests.trainer.modules import Classifier, Manual, MaskedMean, Newton, Normalized, Unused
 
 EXACT = 1e-12
 HUGE = 2**60
@@ -36,7 +36,7 @@ class _Breaks(torch.autograd.Function):
         return gradient + torch.empty(HUGE, dtype=torch.uint8)[0]
 
 
-class Mouth(nn.Module):
+class LimitedMemory(nn.Module):
     """Runs out of memory with more than `fits` samples on rank 1, in the step `at` or always."""
 
     def __init__(self, fits: int, where: str, at: int | None, ranks: tuple[int, ...]) -> None:
@@ -55,7 +55,7 @@ class Mouth(nn.Module):
         return _Breaks.apply(x)
 
 
-def hungry(
+def memory_limited(
     make: Callable[[], Any] = Regression,
     *,
     fits: int = 4,
@@ -68,8 +68,8 @@ def hungry(
     A layer at its front breaks last on the way back: the gradients of the others are there already.
     """
     module = make()
-    module.mouth = Mouth(fits, where, at, ranks)
-    module.net = nn.Sequential(*module.net[:1], module.mouth, *module.net[1:])
+    module.limited = LimitedMemory(fits, where, at, ranks)
+    module.net = nn.Sequential(*module.net[:1], module.limited, *module.net[1:])
     return module
 
 
@@ -80,7 +80,7 @@ class Held(Callback):
         self.indices: list[list[int]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        pl_module.mouth.step = len(self.indices)
+        pl_module.limited.step = len(self.indices)
         self.indices.append(batch["index"].tolist())
 
 
@@ -94,7 +94,7 @@ def fit_here(recipe: Recipe, strategy: Any, devices: int, batch_size: int) -> di
         "parameters": parameters_of(module),
         "buffers": {name: buffer.clone() for name, buffer in module.named_buffers()},
         "held": held.indices,
-        "tries": module.mouth.tries,
+        "tries": module.limited.tries,
         "warned": [str(w.message) for w in caught if "memory" in str(w.message)],
         "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
         "step": trainer.global_step,
@@ -136,11 +136,11 @@ class Weighted(Classifier):
 
 RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
     f"{name}, {where}": (
-        Recipe(module=partial(hungry, make, where=where, **mouth), loader=partial(sized, 64), **trainer),
+        Recipe(module=partial(memory_limited, make, where=where, **limited), loader=partial(sized, 64), **trainer),
         options,
     )
     for where in ("forward", "backward")
-    for name, make, mouth, trainer, options in (
+    for name, make, limited, trainer, options in (
         ("mean", Regression, {}, {}, {}),
         ("down to one sample, ignored ones among them", Ignoring, {"fits": 1}, {}, {"shares": [3, 1]}),
         ("class weights", Weighted, {"fits": 2}, {}, {}),
@@ -179,7 +179,7 @@ def test_parameters_end_as_in_one_process_and_every_sample_is_trained_on_once() 
 
 
 def test_the_share_is_capped_at_once_and_the_others_take_the_surplus() -> None:
-    recipe = Recipe(module=partial(hungry, fits=5), loader=partial(sized, 200), batch_size=12)
+    recipe = Recipe(module=partial(memory_limited, fits=5), loader=partial(sized, 200), batch_size=12)
     ranks = run_ranks(3, fit, recipe, {"shares": [1, 1, 1]})
     plans = ranks[0]["plans"]
     assert plans[0] == (0, (12, 12, 12), "shares")
@@ -195,14 +195,14 @@ def test_the_share_is_capped_at_once_and_the_others_take_the_surplus() -> None:
 
 def test_what_fits_is_not_forgotten_where_a_smaller_batch_is_cut() -> None:
     """Step 1 was drawn already: its 5 may fit, and are cut in 3 and 2, which shows nothing new about the 4."""
-    recipe = Recipe(module=hungry, loader=partial(sized, 26), batch_size=8)
+    recipe = Recipe(module=memory_limited, loader=partial(sized, 26), batch_size=8)
     ranks = run_ranks(2, fit, recipe, {"shares": [1, 1]})
     assert [size for step, size in ranks[1]["tries"] if step <= 1] == [8, 4, 4, 5, 3, 2]
     assert [plan[1] for plan in ranks[0]["plans"]] == [(8, 8), (12, 4)]
     assert len(ranks[0]["warned"]) == 1
 
 
-class Lopsided(Mouth):
+class Lopsided(LimitedMemory):
     """Rank 0 holds 5 samples, and rank 1 holds 7."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -212,8 +212,8 @@ class Lopsided(Mouth):
 
 
 def lopsided() -> Any:
-    module = hungry(ranks=(0, 1))
-    module.mouth.__class__ = Lopsided
+    module = memory_limited(ranks=(0, 1))
+    module.limited.__class__ = Lopsided
     return module
 
 
@@ -227,9 +227,9 @@ def test_what_just_fits_is_found() -> None:
         assert relative_error(out["parameters"], plain["parameters"]) <= EXACT
 
 
-def test_learning_never_goes_beyond_what_memory_allows() -> None:
+def test_exploration_never_goes_beyond_what_memory_allows() -> None:
     """Rank 1 is as fast as rank 0 and would soon be given more."""
-    recipe = Recipe(module=partial(hungry, fits=8), loader=partial(sized, 400), batch_size=16, max_epochs=1)
+    recipe = Recipe(module=partial(memory_limited, fits=8), loader=partial(sized, 400), batch_size=16, max_epochs=1)
     ranks = run_ranks(2, fit, recipe, {"shares": "auto"})
     assert all(plan[1][1] <= 8 for plan in ranks[0]["plans"] if plan[0] > 0)
 
@@ -266,7 +266,9 @@ class Logging(Regression):
 def log_all() -> Any:
     outs = []
     for where in ("forward", "backward"):
-        recipe = Recipe(module=partial(hungry, Logging, fits=4, where=where), loader=partial(sized, 60), max_epochs=1)
+        recipe = Recipe(
+            module=partial(memory_limited, Logging, fits=4, where=where), loader=partial(sized, 60), max_epochs=1
+        )
         outs.append(fit(recipe, {"shares": [1, 1]}))
     return outs
 
@@ -274,7 +276,7 @@ def log_all() -> Any:
 def test_what_is_logged_counts_every_sample_once() -> None:
     """Fails if parts are logged one by one, twice, or with an exchange each, which the others would not make."""
     ranks = run_ranks(2, log_all)
-    recipe = Recipe(module=partial(hungry, Logging), loader=partial(sized, 60), max_epochs=1)
+    recipe = Recipe(module=partial(memory_limited, Logging), loader=partial(sized, 60), max_epochs=1)
     plain = fit_here(recipe, "auto", 1, 12)
     for out in (*ranks[0], *ranks[1]):
         assert set(out["metrics"]) == set(plain["metrics"])
@@ -283,7 +285,9 @@ def test_what_is_logged_counts_every_sample_once() -> None:
 
 
 def buffers_after(where: str, fits: int) -> Any:
-    recipe = Recipe(module=partial(hungry, Logging, fits=fits, where=where), loader=partial(sized, 12), max_epochs=1)
+    recipe = Recipe(
+        module=partial(memory_limited, Logging, fits=fits, where=where), loader=partial(sized, 12), max_epochs=1
+    )
     return fit(recipe, {"shares": [1, 1], "broadcast_buffers": False})["buffers"]
 
 
@@ -297,11 +301,13 @@ def test_a_backward_pass_in_parts_leaves_no_trace_in_buffers() -> None:
 
 def test_parts_of_a_batch_norm_have_two_samples() -> None:
     """4 samples are cut in 2 and 2, and then no further."""
-    recipe = Recipe(module=partial(hungry, Normalised, fits=2), loader=partial(sized, 40), batch_size=4, max_epochs=1)
+    recipe = Recipe(
+        module=partial(memory_limited, Normalized, fits=2), loader=partial(sized, 40), batch_size=4, max_epochs=1
+    )
     ranks = run_ranks(2, fit, recipe, {"shares": [1, 1]})
     assert [size for step, size in ranks[1]["tries"] if step == 0] == [4, 2, 2]
     assert ranks[0]["plans"][-1][1] == (6, 2)
-    recipe.module = partial(hungry, Normalised, fits=1)
+    recipe.module = partial(memory_limited, Normalized, fits=1)
     errors = fails_on_ranks(2, fit, recipe, {"shares": [1, 1]})
     assert "rank 1 (cpu) ran out of memory at a local batch of 4, and 2 of its samples alone do not fit" in errors[1]
 
@@ -323,7 +329,9 @@ class Filling(Regression):
         return F.mse_loss(out + much.mean(-1), batch["y"])
 
 
-FILLING = Recipe(module=partial(hungry, Filling, fits=100), loader=partial(sized, 72), batch_size=12, max_epochs=1)
+FILLING = Recipe(
+    module=partial(memory_limited, Filling, fits=100), loader=partial(sized, 72), batch_size=12, max_epochs=1
+)
 
 
 def test_a_rank_whose_system_gives_it_no_more_memory() -> None:
@@ -341,25 +349,25 @@ def test_a_rank_whose_system_gives_it_no_more_memory() -> None:
 
 def test_a_global_batch_that_fits_nowhere() -> None:
     """Both ranks can hold 3: the sum is known after two steps, and both raise the same error."""
-    errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, fits=3, ranks=(0, 1))), {})
+    errors = fails_on_ranks(2, fit, Recipe(module=partial(memory_limited, fits=3, ranks=(0, 1))), {})
     for rank in (0, 1):
         assert "ValueError: a global batch of 12 does not fit into memory: 6 samples too many" in errors[rank]
         assert "use a global batch of at most 6" in errors[rank]
 
 
 def test_one_rank_alone_has_nobody_to_take_the_rest() -> None:
-    errors = fails_on_ranks(1, fit, Recipe(module=partial(hungry, fits=3, ranks=(0,))), {})
+    errors = fails_on_ranks(1, fit, Recipe(module=partial(memory_limited, fits=3, ranks=(0,))), {})
     assert "a global batch of 6 does not fit into memory: 3 samples too many" in errors[0]
 
 
-def test_a_limit_that_leaves_no_room() -> None:
-    errors = fails_on_ranks(2, fit, Recipe(module=hungry), {"shares": "auto", "memory_limit": 2.0**20})
+def test_a_limit_below_what_a_process_holds_already() -> None:
+    errors = fails_on_ranks(2, fit, Recipe(module=memory_limited), {"shares": "auto", "memory_limit": 2.0**20})
     for rank in (0, 1):
         assert "does not fit into memory" in errors[rank] or "does not hold the smallest local batch" in errors[rank]
 
 
 def test_one_sample_that_does_not_fit() -> None:
-    errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, fits=0)), {})
+    errors = fails_on_ranks(2, fit, Recipe(module=partial(memory_limited, fits=0)), {})
     assert (
         "RankOutOfMemoryError: rank 1 (cpu) ran out of memory at a local batch of 6, and 1 of its samples alone do not "
         "fit; use a smaller global_batch"
@@ -375,12 +383,12 @@ class Changing(Regression):
 
 
 def test_a_batch_that_can_not_be_cut() -> None:
-    errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, Changing)), {})
+    errors = fails_on_ranks(2, fit, Recipe(module=partial(memory_limited, Changing)), {})
     assert "its batch can't be cut into parts: a tensor of shape (3,) is in it, and not 6 entries long" in errors[1]
 
 
 def test_manual_optimization_is_named() -> None:
-    errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, Manual)), {})
+    errors = fails_on_ranks(2, fit, Recipe(module=partial(memory_limited, Manual)), {})
     assert (
         "rank 1 (cpu) ran out of memory at a local batch of 6, and in manual optimization a step can't be" in errors[1]
     )
@@ -388,13 +396,13 @@ def test_manual_optimization_is_named() -> None:
 
 def test_unused_parameters_are_named() -> None:
     """DDP counts what is used also in passes that go past its wrapper, and would expect it in the next step."""
-    errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, Unused)), {"find_unused_parameters": True})
+    errors = fails_on_ranks(2, fit, Recipe(module=partial(memory_limited, Unused)), {"find_unused_parameters": True})
     assert "ran out of memory at a local batch of 6, and with find_unused_parameters a step can't be" in errors[1]
 
 
 def test_memory_that_others_take_later_ends_the_run() -> None:
     """In step 3 the local batch is no larger than before: no rank is prepared to wait."""
-    errors = fails_on_ranks(2, fit, Recipe(module=partial(hungry, at=3)), {"shares": [1, 1]})
+    errors = fails_on_ranks(2, fit, Recipe(module=partial(memory_limited, at=3)), {"shares": [1, 1]})
     assert (
         "ran out of memory at a local batch of 6, and it has computed as many samples in an earlier step" in errors[1]
     )

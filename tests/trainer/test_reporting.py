@@ -74,12 +74,12 @@ def test_a_table_is_shown_for_more_than_noise(split, shown, worth):
         (120, "120 s"),
     ],
 )
-def test_durations_have_three_figures(seconds, text):
+def test_durations_have_three_digits(seconds, text):
     assert duration(seconds) == text
 
 
 class Messages(logging.Handler):
-    """What is said on this rank."""
+    """What is logged on this rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ DEVICES = ["cpu", "cpu", "NVIDIA X"]
         ),
     ],
 )
-def test_who_does_not_pay_is_said_in_one_sentence(pays_from, who, them, when):
+def test_ranks_that_do_not_pay_are_reported_in_one_sentence(pays_from, who, them, when):
     event = {
         "global_batch": 64,
         "predicted_seconds": 0.4312,
@@ -220,17 +220,17 @@ class TestRunReporter:
         assert (end["fraction_of_limit"] is not None) is fitted
         assert sum("a step took" in text for text in said) == fitted
 
-    def test_who_stays_at_its_first_split_has_gained_nothing(self, tmp_path, said):
+    def test_a_run_at_its_first_split_has_gained_nothing(self, tmp_path, said):
         *_, end = self.reported(StandInPlanner(0.1), tmp_path, [(32, 32)] * 5)
         assert (end["first_step_seconds"], end["measured_gain"]) == (None, None)
 
-    def test_without_a_folder_only_words_are_said(self, said, tmp_path, monkeypatch):
+    def test_without_a_folder_there_are_only_log_messages(self, said, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert self.reported(StandInPlanner(0.1), None, [(32, 32)] * 5) == []
         assert len(said) == 2
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_folder_that_can_not_be_written_to_is_said_once(self, tmp_path, said):
+    def test_a_folder_that_can_not_be_written_to_is_one_warning(self, tmp_path, said):
         """Training is worth more than the list of its plans."""
         (tmp_path / "hetero").write_text("a file stands where the folder should be")
         with pytest.warns(UserWarning, match="the plans of this run are not written down") as caught:
@@ -344,7 +344,7 @@ def test_a_rank_that_does_not_pay_is_named_once(tmp_path):
     assert event["predicted_seconds"] > 1.02 * event["predicted_seconds_without"]
     (entry,) = event["not_paying"]
     assert entry["rank"] == 1
-    if entry["pays_from"] is None:  # where something else held the rank up while it was measured
+    if entry["pays_from"] is None:  # where other load slowed the rank down while it was measured
         assert sentences[0].endswith("rank 1 would not at any up to 1024")
     else:
         assert 16 < entry["pays_from"] <= 64 * 16
@@ -354,7 +354,7 @@ def test_a_rank_that_does_not_pay_is_named_once(tmp_path):
 
 def test_the_end_says_what_was_gained(tmp_path):
     first, _ = run_ranks(2, observed, str(tmp_path), Slow, 32, 40, {})
-    # Whether a rank pays in steps of a few milliseconds is the machine's business; it is said where it is written.
+    # Whether a rank pays in steps of a few milliseconds depends on the machine; if it is in the file, it is logged too.
     (paying,) = [event for event in first["events"] if event["event"] == "paying"]
     assert len(paying["not_paying"]) == sum("does not pay" in text for text in first["said"])
     end = first["events"][-1]
@@ -393,7 +393,7 @@ def test_tables_are_shown_for_plans_that_matter(tmp_path):
     assert len(tables) == expected >= 2
 
 
-def test_who_stays_at_fixed_shares_has_only_measured_what_it_is(tmp_path):
+def test_fixed_shares_report_what_was_measured_only(tmp_path):
     first, _ = run_ranks(2, observed, str(tmp_path), Slow, 16, 20, {"strategy": {"shares": [3, 1]}})
     assert [event["event"] for event in first["events"]] == ["plan", "end"]
     end = first["events"][-1]
@@ -442,7 +442,7 @@ def test_without_a_logger_nothing_is_computed_for_one(tmp_path):
 
 
 def timed(folder: str) -> Any:
-    """The clock of the reporter is moved on by what happens: 1 s a training step, more for what is none."""
+    """The reporter's clock advances by 1 s per training step, and by more for everything else."""
     time = {"now": 0.0}
 
     class Moves(Regression):

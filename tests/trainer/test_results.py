@@ -28,7 +28,7 @@ ranks = st.lists(st.tuples(st.floats(-100, 100), st.integers(0, 50)), min_size=1
 
 @given(ranks, st.sampled_from(sorted(REDUCTIONS)))
 def test_ranks_together_are_one_process(of_ranks: list[tuple[float, int]], reduction: str) -> None:
-    """A mean over all samples, or the sum, least or most of all values, wherever they were logged."""
+    """A mean over all samples, or the sum, minimum or maximum of all values, wherever they were logged."""
     values, weights = np.array([v for v, _ in of_ranks]), np.array([float(n) for _, n in of_ranks])
     found = combined(reduction, values * weights if reduction == "mean" else values, weights)
     if reduction == "mean" and not weights.any():
@@ -94,7 +94,7 @@ def test_numbers_are_read_in_order() -> None:
 
 
 def exchange(module: nn.Module | None = None) -> MetricExchange:
-    """Between all ranks of this test, or with nobody."""
+    """Between all ranks of this test, or on one rank only."""
     import torch.distributed as dist
 
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -134,7 +134,7 @@ def logged(results: TrainingResults, *, on_step: bool) -> dict[str, float]:
     return {name: float(value) for name, value in results.metrics(on_step)["callback"].items()}
 
 
-def test_a_loss_weighs_what_it_weighs_in_the_global_batch() -> None:
+def test_a_loss_has_its_weight_in_the_global_batch() -> None:
     """In the mean of an epoch; everything else counts as often as Lightning says."""
     results = training_results()
     step(results, 2.0, samples=4, weight=1.0)
@@ -322,7 +322,7 @@ def lacking() -> None:
     results.exchange_epoch()
 
 
-def test_a_metric_that_a_rank_has_not_got() -> None:
+def test_a_metric_that_a_rank_lacks() -> None:
     """One sentence that names the rank and the metric."""
     errors = fails_on_ranks(2, lacking)
     assert "rank 1 (cpu) has to compute the metric 'total'" in errors[1]

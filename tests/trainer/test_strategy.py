@@ -118,7 +118,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step() -> None:
     assert outs[0][0] in (4, 5)
 
 
-class Normalised(Regression):
+class Normalized(Regression):
     """Needs two samples a rank."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def two_modules() -> Any:
     strategy = HeteroStrategy(shares=[15, 1], global_batch=16)
     trainer = make_trainer(strategy, 2, max_epochs=1)
     smallest = []
-    for module in (Regression(), Normalised()):
+    for module in (Regression(), Normalized()):
         trainer.fit_loop.max_epochs = trainer.current_epoch + 1
         trainer.fit(module, DataLoader(Numbers(48), batch_size=8))
         smallest.append(min(strategy.plan.local_batches))

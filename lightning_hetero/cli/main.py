@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     demo = commands.add_parser(
         "demo",
-        help="train a land-cover model on two unequal devices, beside plain DDP",
+        help="train a land-cover model on two unequal devices, compared with plain DDP",
         description=(
             "Train TorchGeo's SemanticSegmentationTask on a Sentinel-2 scene that the package carries, on unequal GPUs "
             "where there are any, else on two CPU cores of which one is shared with competing processes. Compares "

@@ -13,7 +13,8 @@ class Planners:
     """Holds the planner of the training data that was set up last."""
 
     def __init__(self) -> None:
-        self._key: object = None
+        self.facts: dict[str, Any] = {}
+        """What the planner holds for, and what is measured for it; empty before there is one."""
         self._planner: Planner = UserSharded()
 
     @property
@@ -21,16 +22,16 @@ class Planners:
         """The planner in force; one that never plans before the training data is set up, and where the user shards."""
         return self._planner
 
-    def get(self, key: dict[str, Any], make: Callable[[], SplitPlanner], *, first: bool) -> SplitPlanner:
+    def get(self, facts: dict[str, Any], make: Callable[[], SplitPlanner], *, first: bool) -> SplitPlanner:
         """The planner of a job, made where the current one is of another job.
 
         Args:
-            key: what a planner holds for.
+            facts: what a planner holds for.
             make: a planner for it.
-            first: it is for the first of several training loaders; later ones use the same planner, whatever the key.
+            first: it is for the first of several training loaders; later ones use its planner, whatever their facts.
         """
-        if not isinstance(self._planner, SplitPlanner) or (first and self._key != key):
-            self._key, planner = key, make()
+        if not isinstance(self._planner, SplitPlanner) or (first and self.facts != facts):
+            self.facts, planner = facts, make()
             self._planner = planner
             return planner
         return self._planner

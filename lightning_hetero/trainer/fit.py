@@ -44,6 +44,7 @@ class Fit:
         self._module = module
         self._recovery = recovery
         self._buffers = buffers
+        run.loaders.begin_training()
         counter = loss_count.find(module, job.options.loss_count)
         if counter.advice:
             rank_zero_warn(counter.advice)
@@ -61,7 +62,6 @@ class Fit:
         self._times = ComputeTimes()
         self._memory = MemoryUse(PeakMemory(job.device), job.group.rank, job.group.world_size)
         self._duplicates = DuplicateDataCheck()
-        run.loaders.begin_training()
         self._folder = run_folder(run.trainer)
         self._planner = job.planners.current
         if isinstance(self._planner, SplitPlanner):
@@ -223,8 +223,8 @@ class Fit:
         """Training is over: report what was gained, and save what was measured for the next run."""
         self._reporter.end_run()
         if isinstance(self._planner, SplitPlanner):
-            state = self._planner.state_dict()
-            self._job.profiles.save(self._folder, self._run.job_facts, state, self._input_shape)
+            planners, state = self._job.planners, self._planner.state_dict()
+            self._job.profiles.save(self._folder, planners.facts, state, self._input_shape)
 
     def close(self) -> None:
         """Stop monitoring, also after an error."""
@@ -329,9 +329,9 @@ class Fit:
 
     def _compare_with_profile(self, messages: StepMessages) -> None:
         """Discard a profile of samples of another shape than rank 0's first batch has; the same on all ranks."""
-        profile, self._profile = self._profile, None
-        if profile is None or not isinstance(self._planner, SplitPlanner):
+        if self._profile is None or not self._input_shape or not isinstance(self._planner, SplitPlanner):
             return
+        profile, self._profile = self._profile, None
         if int(messages.column("input_shape")[0]) != shape_number(profile.input_shape):
             self._planner.discard_profile()
             rank_zero_warn(

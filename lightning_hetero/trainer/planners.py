@@ -13,7 +13,8 @@ class Planners:
     """Holds the planner of the training data that was set up last."""
 
     def __init__(self) -> None:
-        self._key: object = None
+        self.facts: dict[str, Any] = {}
+        """Identify the job of the planner and of its measurements; empty before there is one."""
         self._planner: Planner = UserSharded()
 
     @property
@@ -21,16 +22,16 @@ class Planners:
         """The current planner; `UserSharded` before the training data is set up, and where the user shards it."""
         return self._planner
 
-    def get(self, key: dict[str, Any], make: Callable[[], SplitPlanner], *, first: bool) -> SplitPlanner:
+    def get(self, facts: dict[str, Any], make: Callable[[], SplitPlanner], *, first: bool) -> SplitPlanner:
         """The planner of a job; a new one is made where the current one belongs to another job.
 
         Args:
-            key: identifies the job.
+            facts: identify the job.
             make: makes a planner for it.
             first: whether it is for the first of several training loaders; the others use its planner in any case.
         """
-        if not isinstance(self._planner, SplitPlanner) or (first and self._key != key):
-            self._key, planner = key, make()
+        if not isinstance(self._planner, SplitPlanner) or (first and self.facts != facts):
+            self.facts, planner = facts, make()
             self._planner = planner
             return planner
         return self._planner

@@ -2,7 +2,6 @@
 
 import os
 from functools import partial
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -35,7 +34,6 @@ class Run:
     Attributes:
         number: of this run, the same on all ranks.
         profile: the profile of an earlier run that the planner began with, if any.
-        job_facts: what another run has to share to use this run's profile; empty before the training data is set up.
         stop: handles SIGTERM.
         log_dirs: the broadcast values of `Trainer.log_dir`, for hooks of evaluation batches.
         loaders: the training loaders.
@@ -48,7 +46,6 @@ class Run:
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed()) % 2**32
         seed, self.number = job.group.broadcast((seed, failures.new_run()))
         self.profile: Profile | None = None
-        self.job_facts: dict[str, Any] = {}
         self.stop = StopRequest(trainer)
         self.log_dirs = BroadcastCache()
         self.loaders = TrainingLoaders(trainer, job, seed, self.planner_for)
@@ -86,11 +83,11 @@ class Run:
             first: whether it is for the first training loader, or the only one.
         """
         job, options, module = self.job, self.job.options, self.trainer.lightning_module
-        facts = {**consistency.job(module, self.trainer.precision), "global batch": global_batch}
         minimum = smallest_local_batch(module, synchronized=job.batch_norm_group is not None)
+        facts = consistency.job(module, self.trainer.precision)
+        facts |= {"global batch": global_batch, "minimum": minimum}
 
         def make() -> SplitPlanner:
-            self.job_facts = facts
             self.profile = job.profiles.load(options.shares, run_folder(self.trainer), facts)
             split = partial(
                 SplitPlanner,
@@ -110,7 +107,7 @@ class Run:
             tests_speed = options.shares.adaptive and job.on_cpus and job.group.world_size > 1
             return split(speeds=job.group.gather(speed()) if tests_speed else None)
 
-        return job.planners.get({**facts, "minimum": minimum}, make, first=first)
+        return job.planners.get(facts, make, first=first)
 
     def begin_evaluation(self) -> None:
         """An evaluation begins, on all ranks together."""

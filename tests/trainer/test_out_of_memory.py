@@ -315,11 +315,11 @@ def test_parts_of_a_batch_norm_have_two_samples() -> None:
 class Filling(Regression):
     """Really allocates: 16 MiB a sample twice in the forward pass, and more on the way back.
 
-    Rank 1 may have 512 MiB of addresses more than it has at the start; its 18 samples need 576 to go forward.
+    Rank 1 may have 512 MiB of addresses more than it has at its first batch; its 18 samples need 576 to go forward.
     """
 
-    def on_train_start(self) -> None:
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
             now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (now + 512 * 2**20, resource.RLIM_INFINITY))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -63,3 +64,24 @@ def test_the_next_run_of_a_job_begins_with_what_was_measured(tmp_path: Path) -> 
     assert others == []
     profile = json.loads((tmp_path / "run" / "version_0" / "hetero" / "profile.json").read_text())
     assert profile["input_shape"] == "float64 (5,), float64 (), int64 ()"
+
+
+def again_and_with_a_finder(folder: str) -> list[Any]:
+    """Two fits of one strategy; then another run of the same job, which first looks for a learning rate."""
+    strategy = HeteroStrategy(global_batch=32)
+    trainer = make_trainer(strategy, 2, max_epochs=1, default_root_dir=folder)
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(Uneven(), DataLoader(Numbers(32 * 8), batch_size=16))
+    finder = LearningRateFinder(num_training_steps=6, early_stop_threshold=None)
+    strategy = HeteroStrategy(global_batch=32)
+    trainer = make_trainer(strategy, 2, max_epochs=1, default_root_dir=folder, callbacks=[finder])
+    trainer.fit(Uneven(), DataLoader(Numbers(32 * 8), batch_size=16))
+    return [plan.reason for plan in strategy.job.planners.current.schedule.plans]
+
+
+def test_a_second_fit_writes_a_profile_that_holds_for_the_next_run(tmp_path: Path) -> None:
+    """Whose shares are not measured anew before its first batch, where a learning rate is looked for first."""
+    for reasons in run_ranks(2, again_and_with_a_finder, str(tmp_path)):
+        assert reasons[0] == "profile"
+        assert "equal" not in reasons

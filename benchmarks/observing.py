@@ -66,7 +66,7 @@ def observer_of(trainer: pl.Trainer) -> Observer | None:
     strategy = trainer.strategy
     if not isinstance(strategy, HeteroStrategy):
         return None
-    planner = strategy.job.planners.current
+    planner = strategy.job.planner_cache.current
     assert isinstance(planner, SplitPlanner)
     log = Path(trainer.default_root_dir) / "hetero" / "plan.jsonl"
     return Observer(planner, strategy.job.batches.next_step, log)
@@ -74,6 +74,6 @@ def observer_of(trainer: pl.Trainer) -> Observer | None:
 
 def change_split(strategy: Any, split: Split) -> None:
     """Another fixed split from the next step on; one run for all of them saves starting a new one for each."""
-    schedule = strategy.job.planners.current.schedule
+    schedule = strategy.job.planner_cache.current.schedule
     first = max(strategy.run.loaders.last_drawn + 1, schedule.newest.first_step)
     schedule.append(Plan(first, split, reason="shares"))

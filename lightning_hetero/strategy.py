@@ -24,14 +24,14 @@ from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
 from lightning_hetero.step.gradients import averaging_hook, masked, until_last_bucket
-from lightning_hetero.trainer.evaluation import batch_hook, exchange_error
+from lightning_hetero.trainer.evaluation_exchanges import batch_hook, exchange_error
 from lightning_hetero.trainer.fit import Fit
 from lightning_hetero.trainer.hooks import TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.trainer.options import Options, check_devices, check_trainable
 from lightning_hetero.trainer.passes import make_recovery
-from lightning_hetero.trainer.planners import NO_PLAN
+from lightning_hetero.trainer.planner_cache import NO_PLAN
 from lightning_hetero.trainer.run import Run
 from lightning_hetero.trainer.unused_parameters import explain_unused_parameters
 
@@ -86,7 +86,7 @@ class HeteroStrategy(DDPStrategy):
         Raises:
             RuntimeError: the training loader is not set up yet, or the user shards the data.
         """
-        return self.job.planners.plan_at(max(0, self.job.batches.next_step() - 1))
+        return self.job.planner_cache.plan_at(max(0, self.job.batches.next_step() - 1))
 
     @property
     def job(self) -> Job:

@@ -1,13 +1,13 @@
 """Chooses the devices that the demo trains on, and prepares the processes of CPU ranks."""
 
-import ctypes
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from lightning_hetero.device.allocator import keep_freed_memory
 
 # One competitor leaves the second rank half of its core. With more, plain DDP would look even worse, but at a quarter
 # of a core the second rank hardly pays, and training without it would be as good.
@@ -80,20 +80,4 @@ def prepare_process(devices: Devices, rank: int) -> None:
     if devices.cores:
         os.sched_setaffinity(0, {devices.cores[rank]})
     torch.set_num_threads(1)
-    keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Set glibc's allocator to reuse what was freed instead of asking the kernel for fresh pages for each activation.
-
-    Otherwise the time of a step jumps where its activations pass 32 MiB, whatever the strategy.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # a C library other than glibc
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # as malloc.h numbers them
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 * 2**20)
+    keep_freed_memory()  # for every side of the comparison: `hetero` does it in any case

@@ -1,16 +1,9 @@
-"""Validation, test and prediction: how fast each rank evaluates, and where ranks must not exchange.
+"""Validation, test and prediction: how fast each rank evaluates, and so how the next evaluation is split."""
 
-Every rank evaluates its part of a loader by itself, in any number of batches; ranks exchange before and after.
-"""
-# ruff: noqa: SLF001 - what is read of a Trainer's loops is guarded by `tests/test_private_names.py`
-
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import RunningStage
 
 from lightning_hetero.device.step_timer import DeviceClock
@@ -18,76 +11,7 @@ from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.evaluation_split import BatchTimes, EvaluationTimes
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.eval_sampler import Scope
-from lightning_hetero.trainer.planners import Planners
-
-_TRANSFER_HOOKS = frozenset(
-    {"batch_to_device", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"}
-)
-
-
-def batch_hook(module: "pl.LightningModule | None") -> str | None:
-    """The hook of an evaluation batch that is running; None outside of one.
-
-    Ranks evaluate different numbers of batches, so an exchange in such a hook may wait for a rank that never joins.
-    """
-    if module is None or module._trainer is None:
-        return None
-    stage, hook = module._trainer.state.stage, module._current_fx_name
-    if stage is None or hook is None or not (stage.evaluating or stage == RunningStage.PREDICTING):
-        return None
-    is_of_a_batch = hook.endswith(("_step", "_batch_start", "_batch_end")) or hook in _TRANSFER_HOOKS
-    return hook if is_of_a_batch else None
-
-
-class UnmatchedExchangeError(RuntimeError):
-    """One rank alone would exchange with the others; its cause is never another rank, so it has a type of its own."""
-
-
-def exchange_error(call: str, hook: str, place: str) -> UnmatchedExchangeError:
-    """The error where one rank alone would exchange with the others.
-
-    Args:
-        call: the name of the call, such as "all_gather".
-        hook: the hook of an evaluation batch that makes it.
-        place: rank and device.
-    """
-    stage = next((stage for stage in ("test", "predict") if stage in hook), "validation")
-    return UnmatchedExchangeError(
-        f"{place} calls {call} in {hook}, but ranks evaluate different numbers of batches, so the others may never "
-        f"join: exchange at the end, such as in on_{stage}_epoch_end, or let self.log do it"
-    )
-
-
-class BroadcastCache:
-    """Paths that rank 0 has broadcast to all ranks, for hooks in which ranks can't exchange.
-
-    `Trainer.log_dir` is such a broadcast, needed to save images in any batch. It is None for a logger without a folder.
-    """
-
-    def __init__(self) -> None:
-        self._results: dict[str | Path | None, Any] = {}
-        self._is_recording = False
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep what is broadcast inside, and forget everything before."""
-        self._results.clear()
-        self._is_recording = True
-        try:
-            yield
-        finally:
-            self._is_recording = False
-
-    def add(self, own: object, result: Any) -> None:
-        """Keep the result of a broadcast, under the value that this rank passed to it."""
-        if self._is_recording and isinstance(own, str | Path | None):
-            self._results[own] = result
-
-    def __contains__(self, own: object) -> bool:
-        return isinstance(own, str | Path | None) and own in self._results
-
-    def __getitem__(self, own: str | Path | None) -> Any:
-        return self._results[own]
+from lightning_hetero.trainer.planner_cache import PlannerCache
 
 
 @dataclass
@@ -112,20 +36,20 @@ class EvaluationBalancer:
         group: of all ranks.
         clock: of this rank's device.
         shares: those of the user.
-        planners: has the plan of training, whose shares are used until evaluations have been measured.
+        planner_cache: has the plan of training, whose shares are used until evaluations have been measured.
     """
 
-    def __init__(self, group: RankGroup, clock: DeviceClock, shares: Shares, planners: Planners) -> None:
+    def __init__(self, group: RankGroup, clock: DeviceClock, shares: Shares, planner_cache: PlannerCache) -> None:
         self._group = group
         self._clock = clock
         self._shares = shares
-        self._planners = planners
+        self._planner_cache = planner_cache
         self._times = EvaluationTimes(group.world_size, adaptive=shares.adaptive)
         self._loaders: list[_EvaluatedLoader] = []
 
     def seconds(self, mode: RunningStage, scope: Scope, batch: int) -> tuple[float, ...]:
         """Seconds that a batch of the loader takes on each rank: W numbers, of which only the ratios matter."""
-        training = self._planners.newest_split() if self._shares.adaptive else None
+        training = self._planner_cache.newest_split() if self._shares.adaptive else None
         proportions = training or self._shares.proportions_for(self._group.world_size)
         return self._times.seconds((mode.dataloader_prefix or "", scope.number), batch, proportions)
 

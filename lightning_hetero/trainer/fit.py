@@ -48,6 +48,15 @@ class Fit:
         counter = loss_count.find(module, job.options.loss_count)
         if counter.advice:
             rank_zero_warn(counter.advice)
+        self._times = ComputeTimes()
+        self._memory = MemoryUse(PeakMemory(job.device), job.group.rank, job.group.world_size)
+        self._duplicates = DuplicateDataCheck()
+        self._folder = run_folder(run.trainer)
+        self._planner = job.planner_cache.current
+        if isinstance(self._planner, SplitPlanner):
+            self._planner.forget_memory()
+        self._reporter = make_reporter(run.trainer, self._planner, job.devices, self._folder)
+        # Last, since a thread begins with it.
         self._context = StepContext(
             module=module,
             counter=counter,
@@ -59,14 +68,6 @@ class Fit:
             zero_counts=ZeroCountWarning(counter.rule, job.group.rank),
             batch_norm_group=job.batch_norm_group,
         )
-        self._times = ComputeTimes()
-        self._memory = MemoryUse(PeakMemory(job.device), job.group.rank, job.group.world_size)
-        self._duplicates = DuplicateDataCheck()
-        self._folder = run_folder(run.trainer)
-        self._planner = job.planners.current
-        if isinstance(self._planner, SplitPlanner):
-            self._planner.forget_memory()
-        self._reporter = make_reporter(run.trainer, self._planner, job.devices, self._folder)
         self._input_shape = ""  # of the first batch
         self._profile = run.profile  # None once its input shape was compared with this run's
         self._content_hash = 0.0
@@ -106,7 +107,7 @@ class Fit:
         self._step = self._in_parts = None
         self._loaded = loaded = LoadedBatch(step, share, job.group.rank, self._module)
         if job.batch_norm_group is not None:
-            job.batch_norm_group.begin_step(borrowed=loaded.borrowed)
+            job.batch_norm_group.begin_step(borrowed=self.borrowed)
         self._memory.start(loaded.local_batch or 0)
         self._risky = share is not None and self._is_risky(share.counts)
         if self._buffers is not None:
@@ -128,7 +129,7 @@ class Fit:
             )
         step, logging = self._begin(args[0]), self._run.metrics.training_results
         logging.begin_step(
-            borrowed=step.loaded.borrowed,
+            borrowed=self.borrowed,
             empty=step.count.is_zero,
             samples=step.loaded.local_batch,
             count=step.count.on_device,
@@ -223,8 +224,8 @@ class Fit:
         """Training is over: report what was gained, and save what was measured for the next run."""
         self._reporter.end_run()
         if isinstance(self._planner, SplitPlanner):
-            planners, state = self._job.planners, self._planner.state_dict()
-            self._job.profiles.save(self._folder, planners.facts, state, self._input_shape)
+            facts, state = self._job.planner_cache.facts, self._planner.state_dict()
+            self._job.profiles.save(self._folder, facts, state, self._input_shape)
 
     def close(self) -> None:
         """Stop monitoring, also after an error."""
@@ -314,8 +315,8 @@ class Fit:
         self._stop_if_requested(messages)
         loaders, steps = self._run.loaders, self._run.trainer.num_training_batches
         self._duplicates.check(messages, steps, loaders.duplicate_data_sentence)
-        if self._job.planners.current is not self._planner:  # the training data was set up anew, and differs
-            self._planner = self._job.planners.current
+        if self._job.planner_cache.current is not self._planner:  # the training data was set up anew, and differs
+            self._planner, self._profile = self._job.planner_cache.current, self._run.profile
             self._reporter = make_reporter(self._run.trainer, self._planner, self._job.devices, self._folder)
         self._compare_with_profile(messages)
         update = self._planner.update(messages.reports())

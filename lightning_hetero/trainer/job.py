@@ -18,7 +18,7 @@ from lightning_hetero.step.gradients import GradientMask
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
 from lightning_hetero.trainer.evaluation import EvaluationBalancer
 from lightning_hetero.trainer.options import Options
-from lightning_hetero.trainer.planners import Planners
+from lightning_hetero.trainer.planner_cache import PlannerCache
 from lightning_hetero.trainer.profiles import ProfileStore
 
 
@@ -52,7 +52,7 @@ class Job:
         gradient_errors: errors of the collectives that average gradients.
         memory: the bytes that each rank may use.
         profiles: loads and saves profiles.
-        planners: keeps the planner of the training data.
+        planner_cache: keeps the planner of the training data.
         evaluation: decides how evaluations are split.
         lockstep_group: the process group for the training loader of an iterable data set, by the loader's position.
             A group takes sockets and threads, so each is made once; all ranks have to call this together.
@@ -69,7 +69,7 @@ class Job:
     gradient_errors: CollectiveErrors
     memory: MemoryLimits
     profiles: ProfileStore
-    planners: Planners
+    planner_cache: PlannerCache
     evaluation: EvaluationBalancer
     lockstep_group: Callable[[int], RankGroup]
     batch_norm_group: BatchNormGroup | None
@@ -92,7 +92,7 @@ class Job:
         timer = ComputeTimer(device_clock(device))
         group = RankGroup(rank, world_size, timeout)
         devices = tuple(group.gather(device_name(device)))
-        planners = Planners()
+        planner_cache = PlannerCache()
         batch_norm_group = None
         if sync_batch_norm and world_size > 1:
             batch_norm_group = BatchNormGroup(rank, world_size, own_total(timeout), timer.waiting)
@@ -107,8 +107,8 @@ class Job:
             gradient_errors=CollectiveErrors(),
             memory=MemoryLimits(memory_limits(capacities, options.memory_limit), devices),
             profiles=ProfileStore(group, device),
-            planners=planners,
-            evaluation=EvaluationBalancer(group, device_clock(device), options.shares, planners),
+            planner_cache=planner_cache,
+            evaluation=EvaluationBalancer(group, device_clock(device), options.shares, planner_cache),
             lockstep_group=cache(lambda _position: RankGroup(rank, world_size, timeout)),
             batch_norm_group=batch_norm_group,
             batches=BatchCounter(),

@@ -13,7 +13,7 @@ from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
-from lightning_hetero.trainer.evaluation import BroadcastCache, batch_hook
+from lightning_hetero.trainer.evaluation_exchanges import BroadcastCache, batch_hook
 from lightning_hetero.trainer.hooks import HookCallback, TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
@@ -107,7 +107,7 @@ class Run:
             tests_speed = options.shares.adaptive and job.on_cpus and job.group.world_size > 1
             return split(speeds=job.group.gather(speed()) if tests_speed else None)
 
-        return job.planners.get(facts, make, first=first)
+        return job.planner_cache.get(facts, make, first=first)
 
     def begin_evaluation(self) -> None:
         """An evaluation begins, on all ranks together."""

@@ -211,7 +211,7 @@ def fit_filling() -> Any:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, FILLING.loader(12))
-    plans = [plan.local_batches for plan in chosen.job.planners.current.schedule.plans]
+    plans = [plan.local_batches for plan in chosen.job.planner_cache.current.schedule.plans]
     return parameters_of(module), plans, [str(w.message) for w in caught if "memory" in str(w.message)]
 
 
@@ -249,7 +249,7 @@ def fit_heavy() -> Any:
     trainer = make_trainer(chosen, **on_gpu(2), max_epochs=1)
     trainer.fit(Heavy(), sized(64 * 60, 32, torch.float32))
     values = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    return [plan.local_batches for plan in chosen.job.planners.current.schedule.plans], values
+    return [plan.local_batches for plan in chosen.job.planner_cache.current.schedule.plans], values
 
 
 def test_the_plan_follows_what_the_device_measures() -> None:

@@ -151,7 +151,7 @@ def hetero_fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
     return {
         "parameters": parameters_of(module),
         "seen": getattr(module, "seen", None),
-        "plan": chosen.job.planners.newest_split(),
+        "plan": chosen.job.planner_cache.newest_split(),
         "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
         "step": trainer.global_step,
     }

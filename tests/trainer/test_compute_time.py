@@ -109,7 +109,7 @@ class Reports(Callback):
         self.reported: list[tuple[list[float], list[float]]] = []
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
-        planner = trainer.strategy.job.planners.current
+        planner = trainer.strategy.job.planner_cache.current
         update = planner.update
 
         def observed(reports: StepReports) -> PlanUpdate:

@@ -12,13 +12,9 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.eval_sampler import Scope
-from lightning_hetero.trainer.evaluation import (
-    BroadcastCache,
-    EvaluationBalancer,
-    batch_hook,
-    exchange_error,
-)
-from lightning_hetero.trainer.planners import Planners
+from lightning_hetero.trainer.evaluation import EvaluationBalancer
+from lightning_hetero.trainer.evaluation_exchanges import BroadcastCache, batch_hook, exchange_error
+from lightning_hetero.trainer.planner_cache import PlannerCache
 
 # ---- hooks ----
 
@@ -147,10 +143,10 @@ class Clock:
 
 
 def balancer_of(
-    clock: Clock | None = None, shares: Any = "auto", planners: Planners | None = None
+    clock: Clock | None = None, shares: Any = "auto", planners: PlannerCache | None = None
 ) -> EvaluationBalancer:
     group = SimpleNamespace(rank=0, world_size=2)
-    return EvaluationBalancer(group, clock or Clock(), Shares.parse(shares), planners or Planners())  # type: ignore[arg-type]
+    return EvaluationBalancer(group, clock or Clock(), Shares.parse(shares), planners or PlannerCache())  # type: ignore[arg-type]
 
 
 def evaluate(
@@ -210,7 +206,7 @@ def test_batches_that_took_no_time_and_ends_without_a_begin_measure_nothing() ->
 
 
 def test_before_a_measurement_the_shares_of_training_hold_where_they_adapt() -> None:
-    planners = Planners()
+    planners = PlannerCache()
     adaptive, fixed, equal = (balancer_of(None, shares, planners) for shares in ("auto", [1, 4], "equal"))
     for balancer, expected in ((adaptive, 1.0), (fixed, 4.0), (equal, 1.0)):
         assert ratio(balancer.seconds(RunningStage.VALIDATING, Scope(), 8)) == pytest.approx(expected)

@@ -107,7 +107,9 @@ def fit(recipe: Recipe, strategy: dict[str, Any]) -> dict[str, Any]:
 
     chosen = HeteroStrategy(**({"shares": "equal"} | strategy))
     out = fit_here(recipe, chosen, torch.distributed.get_world_size(), recipe.batch_size)
-    plans = [(plan.first_step, plan.local_batches, plan.reason) for plan in chosen.job.planners.current.schedule.plans]
+    plans = [
+        (plan.first_step, plan.local_batches, plan.reason) for plan in chosen.job.planner_cache.current.schedule.plans
+    ]
     return out | {"plans": plans}
 
 

@@ -77,7 +77,7 @@ def again_and_with_a_finder(folder: str) -> list[Any]:
     strategy = HeteroStrategy(global_batch=32)
     trainer = make_trainer(strategy, 2, max_epochs=1, default_root_dir=folder, callbacks=[finder])
     trainer.fit(Uneven(), DataLoader(Numbers(32 * 8), batch_size=16))
-    return [plan.reason for plan in strategy.job.planners.current.schedule.plans]
+    return [plan.reason for plan in strategy.job.planner_cache.current.schedule.plans]
 
 
 def test_a_second_fit_writes_a_profile_that_holds_for_the_next_run(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from lightning_hetero.planning.planner import Planner, SplitPlanner, UserSharded
 NO_PLAN = "there is no plan: it is made with the training loader, and stays in the process that trains"
 
 
-class Planners:
+class PlannerCache:
     """Holds the planner of the training data that was set up last."""
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ class Fit:
         self._module = module
         self._recovery = recovery
         self._buffers = buffers
-        counter = loss_count.find(module, job.options.loss_count)
+        counter = loss_count.find_loss_counter(module, job.options.loss_count)
         if counter.advice:
             rank_zero_warn(counter.advice)
         self._context = StepContext(
@@ -186,14 +186,14 @@ class Fit:
         step, job = self._running_step(), self._job
         stepped = not (self._module.automatic_optimization and self._run.trainer.fit_loop._should_accumulate())
         self._receive(step)  # a module in manual optimization may have had nothing to go backward from
-        found = self._in_parts.found if self._in_parts is not None else None
-        self._memory.end(step.loaded.local_batch or 0, found)
+        bounds = self._in_parts.memory_bounds if self._in_parts is not None else None
+        self._memory.end(step.loaded.local_batch or 0, bounds)
         self._times.add(
             job.timer.stop(),
             step.loaded.share,
             self._planner.global_batch or 0,  # where the user shards, nothing is compared
             stepped=stepped,
-            in_parts=found is not None,
+            in_parts=bounds is not None,
             averaged_after_backward=self._in_parts is not None,
         )
         step.loaded.undo_borrowed()

@@ -86,7 +86,7 @@ class Run:
             first: it is for the first of the loaders that are trained on together, or the only one.
         """
         job, options, module = self.job, self.job.options, self.trainer.lightning_module
-        facts = {**consistency.job(module, self.trainer.precision), "global batch": global_batch}
+        facts = {**consistency.job_facts(module, self.trainer.precision), "global batch": global_batch}
         minimum = smallest_local_batch(module, synchronized=job.batch_norm_group is not None)
 
         def make() -> SplitPlanner:

@@ -23,7 +23,7 @@ from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
-from lightning_hetero.step.gradients import averaging_hook, masked, until_last_bucket
+from lightning_hetero.step.gradients import averaging_hook, masked_hook, timed_hook
 from lightning_hetero.trainer.evaluation_exchanges import batch_hook, exchange_error
 from lightning_hetero.trainer.fit import Fit
 from lightning_hetero.trainer.hooks import TrainingHooks
@@ -161,7 +161,7 @@ class HeteroStrategy(DDPStrategy):
     def setup(self, trainer: "pl.Trainer") -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             check_trainable(trainer.lightning_module)
-            consistency.require(
+            consistency.require_equal(
                 self.job.group, consistency.facts(trainer.lightning_module, trainer.precision), "the job"
             )
         super().setup(trainer)
@@ -186,8 +186,8 @@ class HeteroStrategy(DDPStrategy):
         hook = self._ddp_comm_hook or averaging_hook(self.job.gradient_errors)
         if self._ddp_comm_wrapper is not None:
             hook = self._ddp_comm_wrapper(hook)
-        hook = masked(hook, self.job.mask.current)
-        hook = until_last_bucket(hook, self.job.timer, may_wait=self._has_custom_hook)
+        hook = masked_hook(hook, self.job.mask.current)
+        hook = timed_hook(hook, self.job.timer, may_wait=self._has_custom_hook)
         self.model.register_comm_hook(self._ddp_comm_state, hook)
 
     @property

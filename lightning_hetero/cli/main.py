@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_hetero.exchange.consistency import release
+from lightning_hetero.exchange.consistency import package_version
 
 _TRAINER = {
     "fit": "train",
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "lightning-hetero", description="Train on devices of unequal speed with Lightning."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {release()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {package_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command, what in _TRAINER.items():
         commands.add_parser(command, add_help=False, help=f"{what}, as a configuration says (LightningCLI)")

@@ -1,4 +1,4 @@
-"""What Linux says of memory, in `/proc` and in the control groups."""
+"""What Linux reports about memory, in `/proc` and in control groups."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def machine_id(proc: Path = PROC) -> str:
-    """Differs between machines, and between starts of one; empty if not known."""
+    """An identifier that differs between machines and between boots; empty if not known."""
     return _read(proc / "sys/kernel/random/boot_id") or ""
 
 
@@ -16,23 +16,23 @@ def total_bytes(proc: Path = PROC) -> float:
 
 
 def resident_bytes(proc: Path = PROC, *, peak: bool = False) -> float:
-    """What this process has in main memory, without the pages of files, which the system can take back.
+    """Resident bytes of this process, without pages of files, which the kernel can reclaim.
 
-    The peak is the most that it had since `forget_peak`, or since it started.
+    The peak is since `forget_peak`, or since the process started.
     """
     text = _read(proc / "self/status") or ""
     return max(0.0, _entry(text, "VmHWM" if peak else "VmRSS") - _entry(text, "RssFile"))
 
 
 def forget_peak(proc: Path = PROC) -> None:
-    """Begin with a new peak of resident memory; an OSError if this process may not do so."""
+    """Reset the peak of resident memory; raises an OSError if this process lacks the permission."""
     (proc / "self/clear_refs").write_text("5")
 
 
 def control_group_limits(proc: Path = PROC, cgroups: Path = CGROUPS) -> dict[str, float]:
-    """The bytes that this process's control groups and their parents allow, version 1 and 2; unlimited ones left out.
+    """The bytes that this process's control groups (version 1 or 2) and their parents allow, without unlimited ones.
 
-    In a container, the path of a group may be that of the machine outside; then the container's own root counts.
+    In a container, the path of a group may be the one on the host; then the container's own root group is used.
     """
     found: dict[str, float] = {}
     for line in (_read(proc / "self/cgroup") or "").splitlines():
@@ -47,14 +47,14 @@ def control_group_limits(proc: Path = PROC, cgroups: Path = CGROUPS) -> dict[str
         for root in roots:
             for folder in [root / inside, *(root / parent for parent in inside.parents)]:
                 text = _read(folder / name)
-                # Version 1 writes the largest number of pages there is for no limit, version 2 "max".
+                # For no limit, version 1 has a number near 2**63, and version 2 "max".
                 if text is not None and text.isdigit() and int(text) < 2**60:
                     found[str(folder)] = float(text)
     return found
 
 
 def _entry(text: str, name: str) -> float:
-    """Bytes behind a name in the system's tables, which give KiB; 0 if it is not there."""
+    """The bytes of a named entry, given in KiB by the kernel; 0 if there is none."""
     start = text.find(f"{name}:")
     return float(text[start + len(name) + 1 :].split(maxsplit=1)[0]) * 1024 if start >= 0 else 0.0
 

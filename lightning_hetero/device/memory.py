@@ -1,4 +1,4 @@
-"""How much memory each rank may hold: what its device has, divided by the ranks that share it."""
+"""How much memory each rank may use: what its device has, divided by the ranks that share it."""
 
 import platform
 from collections import Counter
@@ -16,14 +16,14 @@ from lightning_hetero.device.linux_memory import CGROUPS, PROC
 class MemoryCapacity:
     """The memory that a rank's device has."""
 
-    on_host: bool  # the rank computes in the machine's main memory, which it shares with others
-    machine: str  # an identifier; ranks on the same machine have the same
+    on_host: bool  # the rank uses the machine's main memory, which it shares with others
+    machine: str  # an identifier, equal for ranks on the same machine
     total: float  # bytes of the device, or of the machine; infinity if not known
-    groups: Mapping[str, float] = field(default_factory=dict)  # bytes that control groups allow for all their processes
+    groups: Mapping[str, float] = field(default_factory=dict)  # bytes that each control group allows all its processes
 
 
 def memory_capacity(device: torch.device, proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryCapacity:
-    """What there is on this machine for a rank on `device`."""
+    """The memory on this machine for a rank on `device`."""
     machine = f"{platform.node()}/{linux_memory.machine_id(proc)}"
     if device.type == "cuda":
         return MemoryCapacity(False, machine, float(torch.cuda.get_device_properties(device).total_memory))
@@ -32,14 +32,14 @@ def memory_capacity(device: torch.device, proc: Path = PROC, cgroups: Path = CGR
 
 
 def memory_limits(capacities: Sequence[MemoryCapacity], memory_limit: float) -> tuple[float, ...]:
-    """The bytes that each of W ranks may hold.
+    """The bytes that each of W ranks may use.
 
-    A machine's memory is divided by the ranks that compute in it, and that of a control group by those that are in it.
-    A user who gives bytes may know better: ranks may share pages, each of which counts for all of them.
+    A machine's memory is divided by the number of ranks that use it, a control group's by the number of ranks in it. A
+    number of bytes is not divided: the user may know better, since ranks may share pages that count for each of them.
 
     Args:
         capacities: of W ranks.
-        memory_limit: up to 1 the part of a rank's share of what there is; above it bytes, but no more than there are.
+        memory_limit: up to 1, a fraction of each rank's share of the memory; above 1, bytes, capped at what there is.
     """
     hosts = [capacity for capacity in capacities if capacity.on_host]
     on_machine = Counter(capacity.machine for capacity in hosts)

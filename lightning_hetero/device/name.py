@@ -1,4 +1,4 @@
-"""What a device is called, and what distinguishes it from those of other ranks."""
+"""The name of a device, and what distinguishes it from the devices of other ranks."""
 
 import platform
 from typing import Any
@@ -11,6 +11,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def machine(device: torch.device) -> list[Any]:
-    """What distinguishes a rank's device from others."""
+def device_identity(device: torch.device) -> list[Any]:
+    """What distinguishes a rank's device: host, name, number of threads."""
     return [platform.node(), device_name(device), torch.get_num_threads()]

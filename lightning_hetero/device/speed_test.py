@@ -1,6 +1,6 @@
-"""How fast a CPU rank is before any of the user's code has run on it: just enough to guess a first split from.
+"""The speed of a CPU rank before any of the user's code has run on it, just accurate enough for a first split.
 
-Where ranks are very unequal, a step of an equal split takes as long as several steps of the best one, and loaders with
+If ranks are very unequal, a step with an equal split takes as long as several steps with the best one, and loaders with
 workers may have drawn a dozen batches before the first measurement.
 """
 
@@ -10,17 +10,17 @@ import torch
 from torch.nn.functional import conv2d
 
 SECONDS = 0.1
-"""How long it takes: Linux gives a throttled CPU its time anew after each such period, by default."""
+"""Duration of the test: the default period after which Linux renews the CPU quota of a throttled process."""
 
 
 def speed() -> float:
-    """Images a second that this process convolves, 64 x 64 pixels of 64 channels.
+    """Images of 64 x 64 pixels and 64 channels that this process convolves per second.
 
     Takes `SECONDS` and the process's first convolution. Draws no random numbers.
     """
     image, kernel = torch.ones(1, 64, 64, 64), torch.ones(64, 64, 3, 3)
     with torch.inference_mode():
-        conv2d(image, kernel, padding=1)  # the first one sets things up
+        conv2d(image, kernel, padding=1)  # the first call initializes
         images, begin = 0, perf_counter()
         while (seconds := perf_counter() - begin) < SECONDS:
             conv2d(image, kernel, padding=1)

@@ -1,4 +1,4 @@
-"""How long a rank computes in a step: never the time that it waits for other ranks."""
+"""How long a rank computes in a step, without the time that it waits for other ranks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,23 +10,23 @@ import torch
 
 
 class HostClock:
-    """Points in time of a device that works while the host calls: the CPU."""
+    """Points in time of a device that is synchronous with the host: the CPU."""
 
     def now(self) -> float:
-        """The end of what the device has been given to do so far."""
+        """The point at which the device will have finished all work submitted so far."""
         return perf_counter()
 
-    def has_passed(self, point: float) -> bool:  # noqa: ARG002 - the host is always past its own points
-        """Whether the device has come to that point; does not wait."""
+    def has_passed(self, point: float) -> bool:  # noqa: ARG002 - the host has always passed its own points
+        """Whether the device has reached that point; does not wait."""
         return True
 
     def seconds(self, start: float, end: float) -> float:
-        """Between two points that the device has passed."""
+        """Seconds between two points that the device has passed."""
         return end - start
 
 
 class CudaClock:
-    """The same in a CUDA stream: the host runs ahead of it, so points are read when the device has passed them."""
+    """The same for a CUDA stream: the host runs ahead of it, so points are read once the device has passed them."""
 
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -53,18 +53,18 @@ class StepTiming:
     """What a rank has measured in one step, as pairs of points in time."""
 
     clock: DeviceClock
-    compute: Sequence[tuple[Any, Any]]  # the stretches between the rank's waits, in order
+    compute: Sequence[tuple[Any, Any]]  # the intervals in which the rank computed, in order
     sync: Sequence[tuple[Any, Any]] = ()  # from the last local gradient to the averaged ones, for each backward pass
 
     def has_passed(self) -> bool:
-        """Whether the device has come to the end of the step; only then can seconds be asked for."""
+        """Whether the device has reached the end of the step; only then can the seconds be read."""
         return self.clock.has_passed(self.compute[-1][1])
 
     def compute_seconds(self) -> float:
         return self._sum(self.compute)
 
     def sync_seconds(self) -> float:
-        """Seconds between this rank's last gradient and the averaged ones: it waits for others, and communicates."""
+        """Seconds from this rank's last local gradient to the averaged ones: it waits for others, and communicates."""
         return self._sum(self.sync)
 
     def _sum(self, pairs: Sequence[tuple[Any, Any]]) -> float:
@@ -75,7 +75,7 @@ class StepTiming:
 
 
 class ComputeTimer:
-    """Measures a rank's compute time; it is stopped wherever the rank waits for others."""
+    """Measures a rank's compute time; paused whenever the rank waits for others."""
 
     def __init__(self, clock: DeviceClock) -> None:
         self._clock = clock
@@ -86,12 +86,12 @@ class ComputeTimer:
         self._ready: Any = None
 
     def start(self) -> None:
-        """Begin a step, with data loading; a step that was not finished is dropped."""
+        """Begin a step, at its data loading; an unfinished step is dropped."""
         self._compute, self._sync, self._ready = [], [], None
         self._since, self._in_step = self._clock.now(), True
 
     def stop(self) -> StepTiming | None:
-        """The step is over; None where none was begun."""
+        """End the step; returns None if none was begun."""
         if not self._in_step:
             return None
         self._pause()
@@ -100,7 +100,7 @@ class ComputeTimer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Leave out what happens inside; nests."""
+        """Exclude the time spent inside; can be nested."""
         was_running = self._since is not None
         self._pause()
         try:
@@ -110,13 +110,13 @@ class ComputeTimer:
                 self._resume()
 
     def gradients_ready(self) -> None:
-        """The last local gradient of a backward pass is there: from now on the rank waits, or communicates."""
+        """Called when the last local gradient of a backward pass is ready: now the rank waits, or communicates."""
         self._pause()
         if self._in_step:
             self._ready = self._compute[-1][1]
 
     def backward_over(self) -> None:
-        """The backward pass has ended, with averaged gradients where they were to be averaged."""
+        """Called when the backward pass has ended, including the averaging of its gradients if there is any."""
         self._resume()
         if self._ready is not None:
             self._sync.append((self._ready, self._since))

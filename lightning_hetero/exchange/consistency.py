@@ -1,4 +1,4 @@
-"""Checks at the start that all ranks agree on the job, and lists what differs: otherwise ranks would hang later."""
+"""Checks at the start that all ranks agree on the job, and lists the differences, which would make ranks hang later."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from torch import nn
 from lightning_hetero.exchange.groups import RankGroup
 
 
-def release() -> str:
-    """The version of this package; "(not installed)" in a source tree that was not installed."""
+def package_version() -> str:
+    """The version of this package; "(not installed)" if it runs from a source tree."""
     try:
         return version("lightning-hetero")
     except PackageNotFoundError:
@@ -20,9 +20,9 @@ def release() -> str:
 
 
 def facts(module: nn.Module, precision: str) -> dict[str, Any]:
-    """What has to be the same on all ranks before the first step."""
+    """What must be the same on all ranks before the first step."""
     return {
-        "version of lightning-hetero": release(),
+        "version of lightning-hetero": package_version(),
         "version of torch": version("torch"),
         "precision": precision,
         "module": type(module).__name__,
@@ -30,14 +30,14 @@ def facts(module: nn.Module, precision: str) -> dict[str, Any]:
     }
 
 
-def job(module: nn.Module, precision: str) -> dict[str, Any]:
-    """What has to be the same for another run's step times to be valid here, besides devices and the global batch."""
+def job_facts(module: nn.Module, precision: str) -> dict[str, Any]:
+    """What must be equal for another run's step times to be valid in this one, besides devices and the global batch."""
     shapes = repr([(name, tuple(parameter.shape)) for name, parameter in module.named_parameters()])
     return {"module": type(module).__name__, "parameters": crc32(shapes.encode()), "precision": precision}
 
 
 def differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each of the ranks' facts in which they differ, with the values and the ranks that hold them."""
+    """One line for each fact that differs between ranks, with its values and the ranks that have them."""
     lines = []
     for name in dict.fromkeys(name for mapping in facts for name in mapping):
         holders = defaultdict[str, list[int]](list)
@@ -53,11 +53,11 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def require(group: RankGroup, facts: Mapping[str, Any], topic: str) -> None:
-    """Compare `facts`, from what is compared to this rank's value; all ranks have to call this together.
+def require_equal(group: RankGroup, facts: Mapping[str, Any], topic: str) -> None:
+    """Check that `facts`, this rank's values by name, are equal on all ranks; all ranks must call this together.
 
     Raises:
-        ValueError: they differ, with `topic` saying what they are about; the same sentence on every rank.
+        ValueError: they differ; `topic` says what they are about. The message is the same on every rank.
     """
     lines = differences(group.gather(dict(facts)))
     if lines:

@@ -1,4 +1,4 @@
-"""Finds out whether all ranks train on the same data, where the strategy doesn't split it."""
+"""Detects that all ranks train on the same data, if the strategy doesn't split it."""
 
 import hashlib
 from typing import Any
@@ -13,28 +13,28 @@ USER_SHARDS = (
     "each rank its own share"
 )
 NO_DATA_LOADER = (
-    "all ranks train on the same data: the training data is an iterable that is no DataLoader, which the strategy "
-    "can't split; give it as a DataLoader, or let the iterable of each rank yield other data than those of the others"
+    "all ranks train on the same data: the training data is an iterable that is not a DataLoader, which the strategy "
+    "can't split; pass a DataLoader, or make each rank's iterable yield different data"
 )
-"""The errors where the user has chosen to shard, and where the training data can't be split."""
+"""The error messages if the user has chosen to shard, and if the training data can't be split."""
 
-_CONTENT = 2**16
-"""Numbers of each tensor that are hashed: enough to distinguish data, in well under a millisecond."""
+_HASHED = 2**16
+"""Numbers of each tensor that are hashed. Chosen: enough to distinguish data, in well under a millisecond."""
 
 
 def content_hash(batch: Any, index_hash: str = "") -> float:
-    """A number above 0 that stands for a batch, exact as a float; equal for equal batches on all ranks.
+    """A hash of a batch, above 0 and exact as a float; equal batches have equal hashes on all ranks.
 
-    It is 0 where the batch holds nothing that is compared: no tensors, arrays, numbers or texts. `index_hash` is that
-    of the indices that it was drawn by, where they are known.
+    It is 0 if the batch contains nothing comparable: no tensors, arrays, numbers or strings. `index_hash` is that of
+    the batch's indices, if they are known.
     """
     digest = hashlib.blake2b(index_hash.encode(), digest_size=6)  # a float holds 53 bits exactly
     comparable = False
-    for leaf in torch.utils._pytree.tree_leaves(batch):  # noqa: SLF001 - there is no public one
+    for leaf in torch.utils._pytree.tree_leaves(batch):  # noqa: SLF001 - there is no public function
         if isinstance(leaf, torch.Tensor):
-            digest.update(leaf.detach().cpu().flatten()[:_CONTENT].contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(leaf.detach().cpu().flatten()[:_HASHED].contiguous().view(torch.uint8).numpy().tobytes())
         elif isinstance(leaf, np.ndarray) and leaf.dtype != object:
-            digest.update(leaf.reshape(-1)[:_CONTENT].tobytes())
+            digest.update(leaf.reshape(-1)[:_HASHED].tobytes())
         elif isinstance(leaf, int | float | str | bytes):
             digest.update(repr(leaf).encode())
         else:
@@ -44,10 +44,10 @@ def content_hash(batch: Any, index_hash: str = "") -> float:
 
 
 class DuplicateDataCheck:
-    """Compares the first batches of all ranks in one fit."""
+    """Compares the first batches of all ranks in a fit."""
 
-    WATCHED = 3
-    """Steps that are compared: where there are few samples, one batch may be the same by chance."""
+    COMPARED_STEPS = 3
+    """Steps that are compared. Chosen: with few samples, a single batch may be the same by chance."""
 
     def __init__(self) -> None:
         self._duplicates = 0
@@ -56,16 +56,16 @@ class DuplicateDataCheck:
         """Compare the batches of a step.
 
         Args:
-            messages: of all ranks; hashes of 0 are not compared, and those of all later steps are 0.
-            steps_in_epoch: where they are fewer than `WATCHED`, they are enough; infinity where not known.
-            sentence: of the error.
+            messages: of all ranks; a hash of 0 is not compared, and all hashes are 0 once enough steps were compared.
+            steps_in_epoch: if fewer than `COMPARED_STEPS`, comparing these is enough; infinity if not known.
+            sentence: the error message.
 
         Raises:
-            ValueError: the batches of all steps so far were the same on all ranks, and they were enough.
+            ValueError: the batches of enough steps were the same on all ranks.
         """
         hashes = messages.column("content_hash")  # (W,)
         if len(hashes) == 1 or not hashes.all():
             return
         self._duplicates += len(set(hashes)) == 1
-        if self._duplicates == min(self.WATCHED, steps_in_epoch):
+        if self._duplicates == min(self.COMPARED_STEPS, steps_in_epoch):
             raise ValueError(sentence)

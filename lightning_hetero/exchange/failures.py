@@ -1,16 +1,15 @@
 """A rank that fails publishes why, so that the errors of the other ranks name the cause.
 
-An error that only follows from another rank's end is known by where it comes from, never by its words: a path or a
-user's sentence may contain any of them. The errors of a lost connection surface, on gloo, in these places:
+An error that is only a consequence of another rank's exit is recognized by where it is raised, never by its text: a
+path or a user's own message may contain any words. With gloo, errors of a lost connection are raised in these places:
 
 - A blocking call (`all_gather`, `broadcast`, `barrier`, …) raises a plain RuntimeError within `torch.distributed`, also
-  where a user makes the call, and within the backward pass of a synchronized layer. NCCL and the store have types of
-  their own, all of them `DistError`.
+  if the user makes the call, or the backward pass of a synchronized layer does. NCCL and the store have exception types
+  of their own, all of them `DistError`s.
 - DDP's copying of buffers calls C++ from `torch.nn.parallel.distributed`.
-- Waiting for a call that was started earlier raises where the waiting is done: in `PendingRows.wait`, which gives the
-  error a type of its own.
-- The gradients' all-reduce is waited for in C++ by autograd's engine, as all errors of a backward pass are raised
-  there. So the averaging hook notes the errors of its calls.
+- Asynchronous calls raise where they are waited for: in `PendingRows.wait`, which raises a type of its own.
+- The gradients' all-reduce is waited for in C++ by autograd's engine, which raises all errors of a backward pass. So
+  the averaging hook records the errors of its calls.
 """
 
 import contextlib
@@ -29,22 +28,22 @@ T = TypeVar("T")
 _RUNS = "lightning_hetero/runs"
 _FAILURE = "lightning_hetero/failure/{}"
 
-_LATEST = timedelta(seconds=2)
-"""How long a cause is waited for. A rank publishes it before its connections close, so it is rarely waited for at all;
-on a busy machine the order may be the other one."""
+_CAUSE_TIMEOUT = timedelta(seconds=2)
+"""How long to wait for the cause of a lost connection. Chosen: a rank publishes it before its connections close, so it
+is usually there already; on a busy machine it may arrive later."""
 
 
 def default_store() -> Store | None:
-    """The key-value store through which ranks met, which answers also after a failure; None where there is none."""
+    """The key-value store of the rendezvous, which still works after a failure; None if there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    # There is no public way to it; without it, only the explanation of a failure is lost.
+    # There is no public access to it; without it, only the explanation of a failure is lost.
     get = getattr(dist.distributed_c10d, "_get_default_store", None)
     return get() if get is not None else None
 
 
 def _ask_store(call: Callable[[Store], T]) -> T | None:
-    """What `call` makes of the store; None if that fails, as where the store has ended with rank 0."""
+    """The result of `call` on the store; None if that fails, for instance after rank 0, which hosts it, has exited."""
     with contextlib.suppress(Exception):
         if (store := default_store()) is not None:
             return call(store)
@@ -52,59 +51,59 @@ def _ask_store(call: Callable[[Store], T]) -> T | None:
 
 
 def new_run() -> int:
-    """A number that no run of this job has had, so that a later run never sees an earlier one's failure.
+    """A number that no earlier run of this job has had, so that a later run never sees an earlier one's failure.
 
-    It differs from rank to rank; rank 0's is the one to agree on.
+    It differs between ranks; all of them must use rank 0's.
     """
     return _ask_store(lambda store: store.add(_RUNS, 1)) or 0  # without the store nothing can be published either
 
 
 class CollectiveErrors:
-    """Errors of collective calls that surface elsewhere, in a traceback that doesn't show the call."""
+    """Errors of collective calls that are raised elsewhere, with a traceback that doesn't show the call."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
 
     def add(self, error: BaseException) -> None:
-        """A collective call has failed; called from any thread, before the error surfaces."""
+        """Record that a collective call has failed; called from any thread, before the error is raised."""
         self._texts.append(str(error))
 
     def include(self, exception: BaseException) -> bool:
-        """Whether an exception is one of them; C++ adds its own words around the text on the way."""
+        """Whether an exception is one of them; C++ may have added text around the message."""
         return any(text in str(exception) for text in self._texts)
 
 
 def is_secondary_failure(exception: BaseException, averaging: CollectiveErrors) -> bool:
-    """Whether an exception is what a rank sees when another one has ended: a broken or timed-out connection."""
+    """Whether an exception is only a consequence of another rank's exit: a broken or timed-out connection."""
     if isinstance(exception, dist.DistError | LostConnectionError):
         return True
-    if type(exception) is not RuntimeError:  # subclasses, such as running out of memory, say what they are
+    if type(exception) is not RuntimeError:  # subclasses, such as OutOfMemoryError, have causes of their own
         return False
     return _is_from_collective_call(exception) or averaging.include(exception)
 
 
 def _is_from_collective_call(exception: BaseException) -> bool:
-    """Whether the Python code that raised, or that called the C++ code that did, calls other ranks."""
+    """Whether the Python code that raised, or that called the C++ code that did, makes collective calls."""
     frames = [frame for frame, _ in traceback.walk_tb(exception.__traceback__)]
     if not frames:
         return False
     module = f"{frames[-1].f_globals.get('__name__', '')}."
-    if module == "torch.nn.parallel.distributed.":  # the rest of it checks what the user does
+    if module == "torch.nn.parallel.distributed.":  # the rest of it raises errors about misuse
         return frames[-1].f_code.co_name == "_distributed_broadcast_coalesced"
     return module.startswith("torch.distributed.")
 
 
 def explain(exception: BaseException, *, run: int, rank: int, device: str, averaging: CollectiveErrors) -> None:
-    """Publish why this rank fails; or, if it fails because another one has, say so in the exception's message.
+    """Publish why this rank fails; or, if it fails because another rank has, say so in the exception's message.
 
-    What the exception says itself is never lost. A RuntimeError that is not known to follow from another rank's end may
-    still do so, as gloo raises this type everywhere: where another rank has failed before, a note names its failure.
+    The exception's own text is never lost. A RuntimeError that is not recognized as a consequence of another rank's
+    exit may still be one, since gloo raises this type everywhere: if another rank has failed before, a note says so.
 
     Args:
-        exception: that ends the run on this rank, with its traceback.
-        run: on which all ranks have agreed; see `new_run`.
+        exception: the exception that ends the run on this rank, with its traceback.
+        run: the number of the run, the same on all ranks; see `new_run`.
         rank: this rank.
-        device: its name.
+        device: name of its device.
         averaging: errors of the gradients' collective calls.
     """
     key = _FAILURE.format(run)
@@ -114,7 +113,7 @@ def explain(exception: BaseException, *, run: int, rank: int, device: str, avera
         if type(exception) is RuntimeError and str(exception) not in first:  # all ranks may raise the same
             exception.add_note(first)
         return
-    text = " ".join(str(exception).split())  # in one line, which shows the cause too
+    text = " ".join(str(exception).split())  # on one line, together with the cause
     if (cause := _ask_store(lambda store: _awaited(store, key))) is not None:
         message = f"{cause} (rank {rank} then lost the connection: {text})"
     else:
@@ -124,5 +123,5 @@ def explain(exception: BaseException, *, run: int, rank: int, device: str, avera
 
 
 def _awaited(store: Store, key: str) -> str:
-    store.wait([key], _LATEST)
+    store.wait([key], _CAUSE_TIMEOUT)
     return store.get(key).decode()

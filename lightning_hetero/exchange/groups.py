@@ -1,7 +1,7 @@
-"""Collective calls between all ranks, over a gloo group of their own.
+"""Collective calls between all ranks, over a separate gloo process group.
 
-They never share a group with the gradients: a rank that has lost step with the others meets them here, in a call whose
-rows say where each of them is, instead of in a gradient bucket that waits forever.
+They never share a group with the gradients: a rank that is out of step with the others joins them here, in a call whose
+rows say where each rank is, instead of in a gradient bucket that waits forever.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,66 +19,66 @@ T = TypeVar("T")
 
 
 class LostConnectionError(RuntimeError):
-    """A call to the other ranks has failed: one of them has ended, or does not answer within the timeout."""
+    """A collective call has failed: another rank has exited, or does not answer within the timeout."""
 
 
 def _row_in_table(row: Tensor, rank: int, world_size: int) -> Tensor:
-    """A table of zeros but for the row of `rank`, (W, columns): the sum of all ranks' tables gathers all rows."""
+    """A table, (W, columns), of zeros except for the row of `rank`: the sum of all ranks' tables has all rows."""
     table = row.new_zeros((world_size, len(row)))  # (W, columns)
     table[rank] = row
     return table
 
 
-def gather_rows(row: Tensor, rank: int, world_size: int, total: Callable[[Tensor], None]) -> Tensor:
-    """The rows of all ranks, (W, columns), from each rank's, (columns,); `total` adds up over all ranks, in place."""
+def gather_rows(row: Tensor, rank: int, world_size: int, all_reduce_sum: Callable[[Tensor], None]) -> Tensor:
+    """The rows of all ranks, (W, columns), from this rank's, (columns,); `all_reduce_sum` works in place."""
     table = _row_in_table(row, rank, world_size)
-    total(table)
+    all_reduce_sum(table)
     return table
 
 
 class PendingRows:
-    """Rows that are on their way; see `RankGroup.start`."""
+    """Rows of all ranks that are still being exchanged; see `RankGroup.start`."""
 
-    PATIENCE = timedelta(seconds=5)
-    """How long to wait before asking whether to go on waiting; far longer than the waiting of a usual step."""
+    CHECK_INTERVAL = timedelta(seconds=5)
+    """How long to wait before each `check_others`. Chosen: far longer than the wait in a normal step."""
 
     def __init__(self, table: Tensor, work: dist.Work | None) -> None:
         self._table = table
         self._work = work
 
     def wait(self, check_others: Callable[[], None] = lambda: None) -> npt.NDArray[np.float64]:
-        """Rows of all ranks, (W, columns); blocks until the slowest rank has sent its own.
+        """The rows of all ranks, (W, columns); blocks until the slowest rank has sent its row.
 
         Args:
-            check_others: called now and then while waiting; raises where the others will never send theirs.
+            check_others: called every `CHECK_INTERVAL` while waiting; raises if another rank will never send its row.
 
         Raises:
-            LostConnectionError: a rank has ended, or has not sent its row within the group's timeout.
+            LostConnectionError: a rank has exited, or has not sent its row within the group's timeout.
         """
         work, self._work = self._work, None
-        while work is not None and not _is_over(work, self.PATIENCE):
+        while work is not None and not _completes_within(work, self.CHECK_INTERVAL):
             check_others()
         return self._table.numpy()
 
 
-def _is_over(work: dist.Work, patience: timedelta) -> bool:
-    """Wait for a call to the other ranks, but not for longer than `patience`; whether it has ended well."""
+def _completes_within(work: dist.Work, timeout: timedelta) -> bool:
+    """Wait for a collective call for at most `timeout`; returns whether it has succeeded by then."""
     try:
-        work.wait(patience)
+        work.wait(timeout)
     except RuntimeError:
         if not work.is_completed():
             return False
         try:
-            work.wait()  # it has failed, or has ended just after the time was up
+            work.wait()  # it has failed, or has succeeded just after the timeout
         except RuntimeError as error:
             raise LostConnectionError(str(error)) from None
     return True
 
 
 class RankGroup:
-    """All ranks, as they exchange numbers and small objects with each other.
+    """Collective calls by which all ranks exchange numbers and small objects.
 
-    All ranks have to make it, and to call its methods in the same order. A call waits for a rank for up to `timeout`.
+    All ranks must construct it, and call its methods in the same order. A call waits up to `timeout` for other ranks.
     """
 
     def __init__(self, rank: int, world_size: int, timeout: timedelta | None) -> None:
@@ -87,13 +87,13 @@ class RankGroup:
         self._group: dist.ProcessGroup | None = _new_group("gloo", timeout) if world_size > 1 else None
 
     def start(self, row: Sequence[float]) -> PendingRows:
-        """Send this rank's row and receive those of all ranks, without waiting; all ranks give equally many numbers."""
+        """Start to exchange this rank's row for those of all ranks, without waiting; rows must be equally long."""
         table = _row_in_table(torch.tensor(row, dtype=torch.float64), self.rank, self.world_size)
         work = dist.all_reduce(table, group=self._group, async_op=True) if self._group is not None else None
         return PendingRows(table, work)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order."""
+        """The values of all ranks, in rank order."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -101,12 +101,12 @@ class RankGroup:
         return values
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
-        """Which of the flags are set on any rank; all ranks give equally many."""
+        """For each flag, whether any rank has set it; all ranks must pass equally many."""
         table = self.start(flags).wait()  # (W, flags)
         return [bool(column.any()) for column in table.T]
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value."""
+        """Rank 0's value, on all ranks."""
         if self._group is None:
             return value
         values: list[Any] = [value]
@@ -115,11 +115,11 @@ class RankGroup:
         return result
 
     def from_rank_zero(self, call: Callable[[], T]) -> T:
-        """What `call` returns on rank 0, on all ranks; it runs there only.
+        """Run `call` on rank 0 only, and return its result on all ranks.
 
         Raises:
-            Exception: what it raised there. On the other ranks one of the same type and text, where the type is one of
-                Python's own that is made of a text; otherwise a RuntimeError that names the type.
+            Exception: what it raised on rank 0. On the other ranks an exception of the same type and text, if that is a
+                builtin type that takes only a message; otherwise a RuntimeError that names the type.
         """
         if self.rank:
             result, error = self.broadcast(cast("tuple[T, tuple[str, str] | None]", None))
@@ -136,7 +136,7 @@ class RankGroup:
 
 
 _RELAYED = (ValueError, TypeError, RuntimeError, OSError, FileNotFoundError, PermissionError, NotADirectoryError)
-"""Exceptions that are the same again when they are made from their text alone."""
+"""Exception types that can be rebuilt from their message alone."""
 
 
 def _rebuilt(name: str, text: str) -> Exception:
@@ -145,17 +145,17 @@ def _rebuilt(name: str, text: str) -> Exception:
     return relayed(text) if relayed is not None else RuntimeError(f"{name}: {text}")
 
 
-def total(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Add a tensor up over all ranks, in place; by default over the group of the gradients, which knows the device."""
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Sum a tensor over all ranks, in place; by default in the default group, whose backend supports its device."""
     dist.all_reduce(tensor, group=group)
 
 
-def own_total(timeout: timedelta | None) -> Callable[[Tensor], None]:
-    """A `total` over a group of its own, so that its calls need no order among those of gradients.
+def all_reduce_in_own_group(timeout: timedelta | None) -> Callable[[Tensor], None]:
+    """An `all_reduce_sum` over a group of its own, so that its calls need not be ordered with those of gradients.
 
-    All ranks have to call this; the group has the backend of the default one.
+    All ranks must call this; the group has the same backend as the default one.
     """
-    return partial(total, group=_new_group(None, timeout))
+    return partial(all_reduce_sum, group=_new_group(None, timeout))
 
 
 def _new_group(backend: str | None, timeout: timedelta | None) -> dist.ProcessGroup:

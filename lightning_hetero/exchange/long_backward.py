@@ -1,4 +1,4 @@
-"""Finds out that a rank waits in a backward pass which another rank has skipped, so that neither waits forever."""
+"""Detects that a rank waits in a backward pass that another rank has skipped, so that neither waits forever."""
 
 import contextlib
 import threading
@@ -9,15 +9,15 @@ from torch.distributed.distributed_c10d import Store
 _KEY = "lightning_hetero/long_backward/{}"
 
 _LONG = 5.0
-"""Seconds: longer than most backward passes, so the store is rarely written to; short for who waits for the error."""
+"""Seconds. Chosen: longer than most backward passes, so the store is rarely written to; short for a user who waits."""
 
 
 class LongBackwardMonitor:
     """Publishes that this rank has been in a backward pass for long, and looks for other ranks that have.
 
-    A backward pass ends when all ranks have made theirs. So a rank that is at a later step while another is still in
-    one has skipped it. The main thread can't publish anything while it is in a backward pass; a second thread does so
-    in the store that all ranks share, after so many seconds. There is no store where there is only this rank.
+    A backward pass ends only once all ranks have run theirs. So if a rank is at a later step while another is still in
+    the backward pass, it has skipped that pass. The main thread is blocked during a backward pass, so a second thread
+    publishes it after `seconds`, in the store that all ranks share. With a single rank there is no store.
     """
 
     def __init__(self, rank: int, world_size: int, store: Store | None, seconds: float = _LONG) -> None:
@@ -25,7 +25,7 @@ class LongBackwardMonitor:
         self._world_size = world_size
         self._store = store
         self._seconds = seconds
-        # Held while the store is written to as well: so what `leave` clears can't be published after it.
+        # Held also while writing to the store, so that nothing is published after `leave` has cleared it.
         self._lock = threading.Lock()
         self._inside: tuple[int, float] | None = None  # step, and since when
         self._is_published = False
@@ -35,29 +35,29 @@ class LongBackwardMonitor:
             self._thread.start()
 
     def enter(self, step: int) -> None:
-        """A backward pass that is averaged over all ranks begins."""
+        """Called when a backward pass begins whose gradients are averaged over all ranks."""
         with self._lock:
             self._inside = (step, monotonic())
 
     def leave(self) -> None:
-        """It has ended, or there was none."""
+        """Called when it has ended; does nothing if there was none."""
         with self._lock:
             self._inside = None
             if self._is_published:
                 self._set("")
 
     def stop(self) -> None:
-        """The run is over."""
+        """Stop the thread at the end of the run."""
         self._stopped.set()
         if self._store is not None:
             self._thread.join()
-        self.leave()  # a backward pass that was broken off does not belong to the next run
+        self.leave()  # an interrupted backward pass must not be seen by the next run
 
     def check_others(self, step: int) -> None:
-        """See that no other rank is in the backward pass of an earlier step than `step`, at which this rank is.
+        """Check that no other rank is still in the backward pass of a step before `step`, at which this rank is.
 
         Raises:
-            RuntimeError: one is, so this rank has skipped a backward pass that the others made.
+            RuntimeError: one is, so this rank has skipped a backward pass that the other rank runs.
         """
         if self._store is None:
             return
@@ -69,8 +69,8 @@ class LongBackwardMonitor:
             if text and int(text) < step:
                 raise RuntimeError(
                     f"rank {self._rank} is at global batch {step} while rank {other} waits in the backward pass of "
-                    f"global batch {text}: rank {self._rank} has skipped a backward pass that rank {other} made. Let "
-                    "all ranks make the same."
+                    f"global batch {text}: rank {self._rank} has skipped a backward pass that rank {other} made. Make "
+                    "all ranks run the same backward passes."
                 )
 
     def _run(self) -> None:

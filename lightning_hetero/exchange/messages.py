@@ -8,30 +8,30 @@ from numpy.typing import NDArray
 from lightning_hetero.planning.reports import MemoryReports, StepReports
 
 TRAINS, LEFT_EPOCH, FETCHES = 0, 1, 2
-"""What a rank is about to do when it sends its message."""
+"""Kinds of messages: what a rank is about to do, or has done, when it sends its message."""
 
 
 @dataclass(frozen=True)
 class StepMessage:
-    """One rank's message in a step; all numbers, so that it travels as a row of one table."""
+    """One rank's message in a step; all fields are numbers, so that messages are exchanged as rows of one table."""
 
-    kind: float  # `TRAINS`, `LEFT_EPOCH`, or `FETCHES` where ranks report measurements before they fetch a batch
-    step: float  # the global batch that the rank is at
-    loss_count: float = 1.0  # of its batch; not known to the host on CUDA, where 1 stands for it
+    kind: float  # `TRAINS`, `LEFT_EPOCH`, or `FETCHES` if ranks report measurements before they fetch a batch
+    step: float  # the global batch at which the rank is
+    loss_count: float = 1.0  # of its batch; 1 on CUDA, where the host does not know it
     plan_checksum: float = 0.0  # of the plan in force
-    last_drawn: float = -1.0  # the last step that its loaders have handed out
-    measured_step: float = -1.0  # the step that the next three belong to; -1 for none
+    last_drawn: float = -1.0  # the last step that its loaders have drawn
+    measured_step: float = -1.0  # the step that the next three fields belong to; -1 for none
     compute_seconds: float = 0.0
     sync_seconds: float = 0.0  # from its last local gradient to the averaged ones; 0 for unknown
     averaged_after_backward: float = 0.0  # whether gradients were averaged after the backward pass, not during it
-    peak_memory: float = 0.0  # most bytes that the rank held in its last step; 0 for unknown
-    content_hash: float = 0.0  # stands for the data of one of the first batches; 0 where that is not compared
+    peak_memory: float = 0.0  # peak bytes in the rank's last step; 0 for unknown
+    content_hash: float = 0.0  # of the data of one of the first batches; 0 if it is not compared
     stop_requested: float = 0.0  # whether the rank has been asked to stop
     local_batch: float = 0.0  # of its last step, if that was computed in one piece; else 0
-    resting_memory: float = 0.0  # bytes that it held before its first step
-    fits: float = 0.0  # the largest local batch that is known to fit, after memory has run out; 0 if it never did
-    fails: float = 0.0  # the smallest one that is known not to fit; 0 if memory never ran out
-    input_shape: float = 0.0  # stands for the shape of its samples; 0 for unknown
+    resting_memory: float = 0.0  # bytes held before the rank's first step
+    fits: float = 0.0  # the largest local batch known to fit, once memory has run out; 0 if it never did
+    fails: float = 0.0  # the smallest local batch known not to fit; 0 if memory never ran out
+    input_shape: float = 0.0  # checksum of the shape of its samples; 0 for unknown
 
     def row(self) -> tuple[float, ...]:
         return tuple(map(float, astuple(self)))
@@ -53,11 +53,11 @@ class StepMessages:
 
     @property
     def step(self) -> int:
-        """The global batch that the ranks are at, once `check` has found it to be the same on all."""
+        """The global batch at which the ranks are; valid once `check` has found it to be the same on all ranks."""
         return int(self.column("step")[0])
 
     def reports(self) -> StepReports:
-        """What plans are made of."""
+        """The part of the messages that planning uses."""
         return StepReports(
             step=self.step,
             last_drawn=int(self.column("last_drawn").max()),
@@ -75,21 +75,21 @@ class StepMessages:
         )
 
     def check(self) -> None:
-        """See that all ranks are at the same place with the same plan, and have counts that can be weighted.
+        """Check that all ranks are at the same step with the same plan, and that their loss counts are valid.
 
         Raises:
-            RuntimeError: a rank left the epoch or skipped a batch by itself, or its plan is another one.
+            RuntimeError: a rank alone has left the epoch or skipped a batch, or has a different plan.
             ValueError: a loss count is negative or not finite.
         """
         positions = list(zip(self.column("kind"), self.column("step"), strict=True))
         if len(set(positions)) > 1:
             places = "; ".join(_place(rank, *position) for rank, position in enumerate(positions))
             raise RuntimeError(
-                f"the ranks went different ways: {places}. Every rank has to train on every global batch: let "
-                "on_train_batch_start, the loader and should_stop decide alike on all ranks."
+                f"the ranks went different ways: {places}. Every rank has to train on every global batch: make "
+                "on_train_batch_start, the loader and should_stop decide the same on all ranks."
             )
         if len(set(self.column("plan_checksum"))) > 1:
-            raise RuntimeError(f"the ranks split global batch {self.step} differently; this is a fault of the plan")
+            raise RuntimeError(f"the ranks split global batch {self.step} differently; this is a bug in planning")
         counts = enumerate(self.column("loss_count"))
         wrong = ", ".join(f"{count:g} on rank {rank}" for rank, count in counts if not 0 <= count < np.inf)
         if wrong:

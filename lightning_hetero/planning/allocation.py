@@ -34,20 +34,20 @@ def allocate(
     samples comes first, then the lower rank.
 
     The samples are not handed out one by one: the makespan is found by bisection over all ranks at once, and only the
-    last few samples of each rank are compared singly.
+    last few samples of each rank are compared one by one.
 
     Args:
-        models: one a rank.
+        models: one per rank.
         global_batch: samples to hand out; a multiple of ``granularity``.
-        minimum: least local batch, for all ranks or one a rank; rounded up to ``granularity``. It may be 0.
+        minimum: smallest local batch, for all ranks or one per rank; rounded up to ``granularity``. It may be 0.
         maximum: largest local batch, likewise; rounded down. None: no limit.
         granularity: local batches are multiples of it.
 
     Returns:
-        Local batches, one a rank; they add up to ``global_batch``.
+        Local batches, one per rank; they add up to ``global_batch``.
 
     Raises:
-        ValueError: there is no such split; the message says by how much.
+        ValueError: there is no such split; the message says by how many samples.
     """
     world_size = len(models)
     low, total = _lower_limits(world_size, global_batch, minimum, granularity)
@@ -61,13 +61,13 @@ def expected_maximum(means: Sequence[float], deviations: Sequence[float]) -> flo
     """Mean of the largest of W independent normal variables: how long a step takes when its ranks' times vary.
 
     The integral over the product of their distribution functions, by the trapezoidal rule; the normal distribution
-    function is approximated by a hyperbolic tangent (E. Page, Applied Statistics 26, 1977), good to 2e-4. Deviations
-    are standard deviations, at least 0.
+    function is approximated by a hyperbolic tangent (E. Page, Applied Statistics 26, 1977), accurate to 2e-4.
+    Deviations are standard deviations, at least 0.
     """
     mean = np.asarray(means, dtype=np.float64)  # (W,)
-    deviation = np.maximum(np.asarray(deviations, dtype=np.float64), 1e-9 * np.abs(mean).max())
+    deviation = np.maximum(np.asarray(deviations, dtype=np.float64), 1e-9 * np.abs(mean).max())  # (W,)
     low, high = (mean - 5 * deviation).max(), (mean + 5 * deviation).max()
-    x = np.linspace(low, high, 200)
+    x = np.linspace(low, high, 200)  # (200,); the number and the 5 deviations are chosen for that accuracy
     z = (x[:, None] - mean) / deviation  # (200, W)
     below = (0.5 * (1 + np.tanh(0.7978845608 * z * (1 + 0.044715 * z * z)))).prod(axis=1)  # (200,)
     # Trapezoidal rule; numpy's own function for it had another name before 2.0.
@@ -85,10 +85,10 @@ def proportional(
     """Split a global batch in proportion to ``shares``, by largest remainders (Hamilton's method).
 
     A rank whose share comes to less than its minimum gets the minimum, one whose share comes to more than its maximum
-    gets the maximum, and the rest is shared by the others in proportion. What they can't take goes to ranks without a
-    share, in equal parts. Of equal remainders, that of the lower rank comes first.
+    gets the maximum, and the rest is split among the others in proportion. What they can't take goes to ranks whose
+    share is 0, in equal parts. Among equal remainders, the lower rank comes first.
 
-    Of the shares, one non-negative number a rank, such as ``[4, 1]``, only the ratios matter. The other arguments, the
+    Shares are one non-negative number per rank, such as ``[4, 1]``; only their ratios matter. The other arguments, the
     result and the errors are those of `allocate`.
     """
     for rank, share in enumerate(shares):
@@ -103,10 +103,10 @@ def proportional(
     weights = weights / weights.max()  # sums of huge or tiny shares stay finite and above 0
     units, least = total // granularity, low // granularity
     most = _upper_limits(low, total, maximum, granularity) // granularity
-    quota = _filled(units, weights, least, most)
-    # Ranks at a limit, and ranks without a share, have no remainder: none of what is missing goes to them.
+    quota = _filled(units, weights, least, most)  # (W,)
+    # Ranks at a limit, and ranks with a share of 0, have no remainder, so none of the missing units go to them.
     result = np.floor(quota).astype(np.int64)  # (W,)
-    order = np.argsort(result - quota, kind="stable")
+    order = np.argsort(result - quota, kind="stable")  # (W,) ranks, the largest remainder first
     order = order[(result < most)[order]]
     result[order[: units - int(result.sum())]] += 1
     return tuple((result * granularity).tolist())
@@ -116,16 +116,16 @@ def _filled(units: int, weights: _Floats, least: _Ints, most: _Ints) -> _Floats:
     """(W,) quotas between the limits that add up to ``units``, in proportion to the weights where no limit holds."""
     free, quota = np.ones(len(weights), dtype=bool), least.astype(np.float64)  # (W,) each
     while free.any():
-        rest = units - int(quota[~free].sum())  # quotas that are no longer free are whole numbers
+        rest = units - int(quota[~free].sum())  # quotas fixed at a limit are whole numbers
         scale = weights[free].sum()
-        if scale == 0:  # equal parts of what the ranks with a share leave; nothing, if they take all
+        if scale == 0:  # equal parts of what the ranks with a share leave, if anything
             if rest <= int(least[free].sum()):
                 return np.where(free, least, quota)
             weights = np.where(free, 1.0, weights)
             continue
         quota = np.where(free, rest * weights / scale, quota)
         kept = np.clip(quota, least, most)
-        # Where limits take more than they give, the lower ones hold in any case, and the other way round.
+        # If clipping adds samples in all, the lower limits hold in any case; if it removes some, the upper ones do.
         too_much = float((kept - quota)[free].sum())
         held = free & (quota < least if too_much > 0 else quota > most if too_much < 0 else kept != quota)
         if not held.any():
@@ -135,10 +135,10 @@ def _filled(units: int, weights: _Floats, least: _Ints, most: _Ints) -> _Floats:
 
 
 def _per_rank(name: str, limit: int | Sequence[int], world_size: int) -> _Ints:
-    """(W,) samples of a limit that is given for all ranks or one a rank."""
+    """(W,) samples, from a limit given as one number for all ranks or one per rank."""
     values = np.asarray(limit)
     if values.dtype.kind not in "iu" or values.shape not in ((), (world_size,)):
-        raise ValueError(f"{name} must be an int, or one a rank for {world_size} ranks, got {limit!r}")
+        raise ValueError(f"{name} must be an int, or one per rank for {world_size} ranks, got {limit!r}")
     if (values < 0).any():
         raise ValueError(f"{name} must not be negative, got {int(values.min())}")
     return np.broadcast_to(values.astype(np.int64), (world_size,))
@@ -147,7 +147,7 @@ def _per_rank(name: str, limit: int | Sequence[int], world_size: int) -> _Ints:
 def _lower_limits(
     world_size: int, global_batch: int, minimum: int | Sequence[int], granularity: int
 ) -> tuple[_Ints, int]:
-    """(W,) least local batches, and the global batch as an int; checks what both ways to split have in common."""
+    """(W,) smallest local batches, and the global batch as an int; checks arguments for both ways to split."""
     if world_size < 1:
         raise ValueError("there must be at least one rank")
     if (step := index(granularity)) < 1:
@@ -172,7 +172,7 @@ def _lower_limits(
 
 def _upper_limits(low: _Ints, total: int, maximum: int | Sequence[int] | None, granularity: int) -> _Ints:
     """(W,) largest local batches."""
-    high: _Ints = low + (total - int(low.sum()))  # no rank can get more than what the others' minimum leaves
+    high: _Ints = low + (total - int(low.sum()))  # no rank can get more than the others' minimums leave
     if maximum is None:
         return high
     caps = _per_rank("maximum", maximum, len(low)) // granularity * granularity
@@ -180,7 +180,7 @@ def _upper_limits(low: _Ints, total: int, maximum: int | Sequence[int] | None, g
         rank = int(np.argmax(caps < low))
         raise ValueError(
             f"rank {rank}: no multiple of granularity {granularity} lies between its minimum and its maximum"
-            f" ({low[rank] - caps[rank]} samples between them, rounded to the granularity)"
+            f" (rounded to the granularity, the maximum is {low[rank] - caps[rank]} samples below the minimum)"
         )
     if (most := int(caps.sum())) < total:
         short = f"{total - most} short of the global batch {total}"
@@ -196,13 +196,13 @@ class Curves:
         # (K,) each, for the K breakpoints of all models: local batches, seconds, seconds a sample from there on.
         self._batches, self._times, self._slopes = np.ascontiguousarray(table.T)
         rows = np.fromiter(map(len, packed), dtype=np.int64, count=len(packed)) // 24
-        self._ends = np.cumsum(rows) - 1  # (W,) where each model ends
-        self._starts = self._ends + 1 - rows  # and begins
+        self._ends = np.cumsum(rows) - 1  # (W,) the last row of each model
+        self._starts = self._ends + 1 - rows  # (W,) and its first row
         self._most = int(rows.max())
 
     def seconds(self, ranks: _Ints, local_batches: _Ints) -> _Floats:
-        """(N,) seconds of (N,) ranks and their local batches, bit for bit those of `StepTimeModel.seconds`."""
-        at = self._starts.take(ranks)
+        """(N,) seconds for (N,) ranks and local batches, bit for bit those of `StepTimeModel.seconds`."""
+        at = self._starts.take(ranks)  # (N,) rows
         for _ in range(self._most):
             further = self._batches.take(at + 1) <= local_batches  # never past a model's end, which lies at infinity
             if not further.any():
@@ -214,17 +214,17 @@ class Curves:
 
     def within(self, time: float, low: _Ints, high: _Ints, step: int) -> _Ints:
         """(W,) largest multiples of ``step``, between the limits, that each rank finishes within ``time``."""
-        counted = np.cumsum(self._times <= time, dtype=np.int64)  # (K,), twice as fast as `np.add.reduceat`
+        counted = np.cumsum(self._times <= time, dtype=np.int64)  # (K,); twice as fast as `np.add.reduceat`
         reached = np.diff(counted.take(self._ends), prepend=0)  # (W,) breakpoints within the time
-        piece = self._starts + np.maximum(reached - 1, 0)  # (W,), as all that follows
+        piece = self._starts + np.maximum(reached - 1, 0)  # (W,), like all arrays below
         x, t, slope = self._batches.take(piece), self._times.take(piece), self._slopes.take(piece)
         x_next, t_next = self._batches.take(piece + 1), self._times.take(piece + 1)
-        last = np.minimum(x_next - 1, high)  # in this piece
+        last = np.minimum(x_next - 1, high)  # largest local batch in this piece
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             inverse = np.where(slope > 0, np.floor(x + (time - t) / slope), last)
         inverse = np.clip(inverse, np.minimum(x, last), last)
         inverse[t > time] = 0  # less than the fixed cost
-        # The division may be off by a rounding error, so the curve itself decides, one sample to each side.
+        # The division may be off by a rounding error, so the curve itself is checked one sample to each side.
         inverse -= np.minimum(t + slope * (inverse - x), t_next) > time
         inverse += (inverse < last) & (np.minimum(t + slope * (inverse + 1 - x), t_next) <= time)
         whole = inverse.astype(np.int64)
@@ -235,20 +235,20 @@ class Curves:
 def _by_makespan(curves: Curves, total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
     """Find where handing out samples one by one would stop, without doing so."""
     world_size, ranks = len(low), np.arange(len(low))
-    # Always sum(below) < total <= sum(at_most): what ranks finish within the shortest and the longest time.
-    parts = np.clip(-(-total // world_size), low, high)  # (W,), as `below` and `at_most`
+    # Always sum(below) < total <= sum(at_most): what the ranks finish within `shortest` and within `longest`.
+    parts = np.clip(-(-total // world_size), low, high)  # (W,), like `below` and `at_most`
     times = curves.seconds(ranks, parts)
     tries = [float(times.min())]  # with equal parts the makespan lies in between
     shortest, longest = 0.0, float(times.max())
     below, at_most = low, curves.within(longest, low, high, step)
-    if int(at_most.sum()) < total:  # limits are in the way of equal parts
+    if int(at_most.sum()) < total:  # limits forbid equal parts
         shortest, longest = longest, float(curves.seconds(ranks, high).max())
         below, at_most = at_most, high
     few = max(2 * world_size, 64) * step
     turn = 0
     while (gap := int(at_most.sum() - below.sum())) > few and math.nextafter(shortest, longest) < longest:
-        # Aim a little to both sides of the global batch in turn, so that both ends come close; halve in between, so
-        # that no curve can make this slow. The steps were tuned on `benchmarks/allocation.py`.
+        # Aim slightly to alternate sides of the global batch, so that both ends come close; bisect in between, so that
+        # no curve can make this slow. The constants were tuned on `benchmarks/allocation.py`.
         aim = (total - int(below.sum()) + (0.3, -0.3)[turn % 2] * few) / gap
         time = tries.pop() if tries else shortest + (longest - shortest) * (aim if turn % 4 and 0 < aim < 1 else 0.5)
         turn += 1
@@ -260,11 +260,11 @@ def _by_makespan(curves: Curves, total: int, low: _Ints, high: _Ints, step: int)
         else:
             longest, at_most = time, given
     if gap <= few:
-        # (N,) what is still undecided, one for each step of a rank above `below`. One of these times is the makespan.
-        more = (at_most - below) // step
-        rank = np.repeat(ranks, more)
-        nth = np.arange(1, len(rank) + 1) - np.repeat(np.cumsum(more) - more, more)
-        times = curves.seconds(rank, below[rank] + nth * step)
+        # N candidates, one for each `step` of a rank above `below`. One of their times is the makespan.
+        more = (at_most - below) // step  # (W,)
+        rank = np.repeat(ranks, more)  # (N,)
+        nth = np.arange(1, len(rank) + 1) - np.repeat(np.cumsum(more) - more, more)  # (N,)
+        times = curves.seconds(rank, below[rank] + nth * step)  # (N,)
         missing = (total - int(below.sum())) // step
         makespan = np.partition(times, missing - 1)[missing - 1]
         below = below + step * np.bincount(rank[times < makespan], minlength=world_size)
@@ -273,7 +273,7 @@ def _by_makespan(curves: Curves, total: int, low: _Ints, high: _Ints, step: int)
 
 
 def _level(total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
-    """Fill up from ``low`` towards ``high``, (W,) each, always the rank with the fewest samples first."""
+    """Fill up from ``low`` towards ``high``, (W,) each, always giving to the rank with the fewest samples."""
     floor, ceiling = int(low.min()) // step, int(high.max()) // step
     while floor < ceiling:
         middle = (floor + ceiling + 1) // 2
@@ -281,7 +281,7 @@ def _level(total: int, low: _Ints, high: _Ints, step: int) -> tuple[int, ...]:
             floor = middle
         else:
             ceiling = middle - 1
-    result = np.clip(floor * step, low, high)
+    result = np.clip(floor * step, low, high)  # (W,)
     growing = np.flatnonzero(np.clip((floor + 1) * step, low, high) > result)
     result[growing[: (total - int(result.sum())) // step]] += step
     return tuple(result.tolist())

@@ -1,7 +1,7 @@
-"""Which samples of an evaluation each rank takes: by how long its own evaluation batches took before.
+"""Which samples of an evaluation each rank takes, given how long its earlier evaluation batches took.
 
-No rank waits for another within an evaluation, so nothing has to be matched step by step. The loader's batches, as one
-process would draw them, are given out in order, the first ones to the first rank. So at most W - 1 of them are cut, and
+No rank waits for another during an evaluation, so steps need not match across ranks. The loader's batches, as a single
+process would draw them, are assigned in order, the first ones to the first rank. So at most W - 1 of them are cut, and
 no rank ever has a batch that is larger than the loader's own.
 """
 
@@ -14,17 +14,17 @@ from lightning_hetero.planning.allocation import allocate
 from lightning_hetero.planning.measurements import RankMeasurements
 from lightning_hetero.planning.step_time import StepTimeModel
 
-# Batches stay whole where that costs no more than this part of the time: then a module computes the same for each
-# batch as in one process. Chosen: below the noise of step times.
+# Batches stay whole if that costs no more than this part of the time: then a module computes the same for each batch as
+# in a single process. Chosen: below the noise of step times.
 _TOLERANCE = 0.02
 
 BatchTimes = Mapping[Hashable, Sequence[tuple[int, float]]]
-"""By what was evaluated: local batch and seconds of each batch."""
+"""Local batch and seconds of each batch, by what was evaluated."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a rank takes of one of the loader's batches: samples `first` up to and without `last` of batch `batch`."""
+    """What a rank takes of one of the loader's batches: samples `first` to `last`, exclusive, of batch `batch`."""
 
     batch: int
     first: int
@@ -32,12 +32,12 @@ class Piece:
 
 
 def _fastest_split(units: int, seconds: Sequence[float]) -> tuple[int, ...]:
-    """Units of each rank, so that the last rank finishes as early as possible; some may get none."""
+    """W numbers of units, so that the last rank finishes as early as possible; some may be 0."""
     return allocate([StepTimeModel((0, 1), (0.0, time), time) for time in seconds], units, minimum=0)
 
 
 def samples_of_ranks(sizes: Sequence[int], seconds: Sequence[float], *, whole: bool = False) -> tuple[int, ...]:
-    """W numbers of samples that the ranks take, one rank after the other from the front; some may be 0.
+    """W numbers of samples that the ranks take, consecutively from the first sample on; some may be 0.
 
     Args:
         sizes: samples in each of the loader's batches.
@@ -62,7 +62,7 @@ def _makespan(samples: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def pieces_of(sizes: Sequence[int], samples: Sequence[int], rank: int) -> list[Piece]:
-    """What one rank takes of batches of these sizes, where each rank takes so many samples; see `samples_of_ranks`."""
+    """What one rank takes of batches of these sizes, given the W numbers of samples from `samples_of_ranks`."""
     start, stop = sum(samples[:rank]), sum(samples[: rank + 1])
     ends = (0, *accumulate(sizes))
     return [
@@ -73,7 +73,7 @@ def pieces_of(sizes: Sequence[int], samples: Sequence[int], rank: int) -> list[P
 
 
 class EvaluationTimes:
-    """How long all ranks' evaluation batches took, by what was evaluated; fixed shares (not adaptive) ignore it."""
+    """How long all ranks' evaluation batches took, by what was evaluated; ignored if not adaptive (fixed shares)."""
 
     def __init__(self, world_size: int, *, adaptive: bool = True) -> None:
         self._adaptive = adaptive
@@ -82,16 +82,16 @@ class EvaluationTimes:
         )
 
     def update(self, ranks: Sequence[BatchTimes]) -> None:
-        """Take in what W ranks have measured in an evaluation that is over; some may have had nothing to evaluate."""
+        """Record what W ranks have measured in a finished evaluation; some may have had nothing to evaluate."""
         for rank, measured in enumerate(ranks if self._adaptive else ()):
             for key, batches in measured.items():
                 for local_batch, seconds in batches:
                     self._histories[key][rank].observe(local_batch, seconds)
 
     def seconds(self, key: Hashable, batch: int, proportions: Sequence[float]) -> tuple[float, ...]:
-        """W seconds that a batch of so many samples takes on each rank; only their ratios matter.
+        """W seconds that a batch of `batch` samples takes on each rank; only their ratios matter.
 
-        Ranks that were never measured here are taken to be as fast, beside those that were, as these proportions say.
+        Speeds of ranks that were not measured for this key follow from `proportions`, relative to those that were.
         """
         assumed = tuple(1 / max(share, 1e-9) for share in proportions)
         histories = self._histories.get(key)

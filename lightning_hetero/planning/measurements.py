@@ -1,7 +1,7 @@
-"""What was measured of one rank: its step-time curve, its noise, the curve's uncertainty, changes of its speed.
+"""Measurements of one rank: its step-time curve and that curve's uncertainty, its noise, changes of its speed.
 
-Measurements are kept by local batch. When a rank's speed changes, what it took for other local batches before is
-scaled, so that all that is kept belongs to one speed.
+Measurements are kept by local batch. When a rank's speed changes, its earlier measurements at other local batches are
+scaled, so that everything kept corresponds to one speed.
 """
 # "Simulation" means simulated training on measured step-time curves, with noise, disturbed steps and changes of speed,
 # as in tests/planning/test_balancer.py.
@@ -12,69 +12,69 @@ from statistics import median
 
 from lightning_hetero.planning.step_time import StepTimeModel
 
-# Measurements that are kept of a rank: at least this many of a local batch, for this many local batches (used last).
+# Measurements that are kept per rank: at least this many per local batch, for this many most recent local batches.
 # Chosen to bound the time of a fit and the size of a profile; a multiple of half of `_SLOW_DRIFT_STEPS`.
 KEPT = 42
 KEPT_LOCAL_BATCHES = 8
 
-# With this many measurements of a local batch one disturbed step can't be their median: the least number for that.
+# With this many measurements of a local batch, one disturbed step can't be the median; the smallest such number.
 _RELIABLE = 3
 
-# With this many their median is a reference for changes: the first two steps may have compiled or allocated memory, and
-# must not be the median.
+# With this many, the median is a reference for detecting changes: the first two steps may have compiled or allocated
+# memory, and must not determine the median.
 _REFERENCE = 5
 
-# Steps in a row, all off by a factor (or by `_CHANGE_DEVIATIONS` times the noise, if that is more), that show a change
-# of speed: few where much is lost, more where it may be a short episode. Measurements at other local batches are
-# evidence for the former only: a GPU may well be faster with 32 samples than with 29. Tuned in simulation.
+# A change of speed: this many steps in a row, all off by this factor (or by `_CHANGE_DEVIATIONS` times the noise, if
+# that is more). Few steps where much is lost, more where it may be a short episode. Measurements at other local batches
+# are evidence for sudden changes only: a GPU may well be faster with 32 samples than with 29. Tuned in simulation.
 _SUDDEN_CHANGE = (4, 1.6)
 _LASTING_CHANGE = (8, 1.15)
 _CHANGE_DEVIATIONS = 3.0
 
-# Measurements of other local batches that are kept after a change: below `_RELIABLE`, to be outvoted soon.
+# Measurements per other local batch that are kept after a change: below `_RELIABLE`, so that they are soon outvoted.
 _KEPT_AFTER_CHANGE = 2
 
-# The median of the last steps, off by this factor from what the local batch took before (or by `_SLOW_DRIFT_ERRORS`
-# standard errors, if that is more), is a slow drift: too little to act at once, but older measurements are scaled.
-# Tuned in simulation.
+# A slow drift: the median of this many last steps is off by this factor from the earlier steps at the local batch (or
+# by `_SLOW_DRIFT_ERRORS` standard errors, if that is more). Too little to act at once, but older measurements are
+# scaled. Tuned in simulation.
 _SLOW_DRIFT_STEPS = 12
 _SLOW_DRIFT = 1.04
 _SLOW_DRIFT_ERRORS = 3.0
 
-# Standard deviations in a median absolute deviation, and standard errors of a median relative to those of a mean:
-# normal distribution.
+# The factor from a median absolute deviation to a standard deviation, and from the standard error of a mean to that of
+# a median; both for the normal distribution.
 _DEVIATION_OF_MEDIAN = 1.4826
 _ERROR_OF_MEDIAN = 1.2533
 
-# The noise that is assumed with fewer deviations than this; the noise that most simulations ran with.
+# With fewer deviations than this, this noise is assumed: the one that most simulations ran with. The number is chosen.
 _ENOUGH_DEVIATIONS = 8
 _ASSUMED_NOISE = 0.03
 
 # Local batches within this ratio are too close together to separate a slope from noise. Then this part of the time is
-# taken to be fixed: chosen; an error makes the next plan less good, and the measurements of that plan make up for it.
+# assumed to be fixed. Chosen: an error makes the next plan worse, and the measurements of that plan correct it.
 _TOO_CLOSE = 4 / 3
 _ASSUMED_FIXED_PART = 0.25
 
-# Fewer than `_RELIABLE` measurements are left out where they are off by this part from what reliable local batches
-# nearby (within the ratio) say; further away, those say too little. Tuned in simulation.
+# Fewer than `_RELIABLE` measurements of a local batch are ignored if they are off by this part from the curve through
+# reliable local batches, and one of these is within this ratio. Tuned in simulation.
 _OUTLIER = 0.2
 _NEARBY = 3 / 2
 
-# Relative error of a curve for each e-fold of distance from what was measured: between two measured local batches, and
-# outside all of them. Tuned in simulation: small, so that what is not known yet gets tried when it promises much.
+# Relative error of a curve for each factor e of distance from a measured local batch: between two of them, and outside
+# all of them. Tuned in simulation: small, so that unmeasured local batches are tried when they promise much.
 _INTERPOLATION_ERROR = 0.03
 _EXTRAPOLATION_ERROR = 0.08
 
-# Measurements of exposed communication that are kept; its median needs no more.
+# Measurements of exposed communication that are kept. Chosen: the median needs no more.
 _KEPT_EXPOSED = 15
 
 
 class RankMeasurements:
-    """Seconds of a rank's last steps at each of the local batches that it had last.
+    """Seconds of a rank's last steps at each of its most recent local batches.
 
     Args:
         seconds: by local batch, oldest measurements first; the local batch that was used last comes last.
-        exposed: seconds of exposed communication in steps in which all others waited for the rank, oldest first.
+        exposed: seconds of exposed communication in steps in which all other ranks waited for this one, oldest first.
     """
 
     def __init__(self, seconds: Mapping[int, Sequence[float]] | None = None, exposed: Sequence[float] = ()) -> None:
@@ -87,7 +87,7 @@ class RankMeasurements:
         """Record a step; returns whether it showed that the rank's speed has changed."""
         recent = [*self.seconds.pop(local_batch, []), seconds]
         due = len(recent) % (_SLOW_DRIFT_STEPS // 2) == 0
-        # Dropped in blocks, so that the number that remains still says when the next check for a slow drift is due.
+        # Dropped in blocks, so that the number kept still tells when the next check for a slow drift is due.
         self.seconds[local_batch] = recent[-KEPT:] if due else recent
         while len(self.seconds) > KEPT_LOCAL_BATCHES:
             del self.seconds[next(iter(self.seconds))]
@@ -110,7 +110,7 @@ class RankMeasurements:
             return False
         older = self._without_last(local_batch, steps)
         references = {b: median(s) for b, s in older.items() if len(s) >= _REFERENCE and (others or b == local_batch)}
-        # More samples seldom make a step much shorter, so these bound the last steps at unchanged speed.
+        # More samples rarely make a step much shorter, so at unchanged speed the last steps lie between these bounds.
         upper = min((time for b, time in references.items() if b >= local_batch), default=math.inf)
         lower = max((time for b, time in references.items() if b <= local_batch), default=0.0)
 
@@ -120,7 +120,7 @@ class RankMeasurements:
         # In this order, since this runs in every step and the noise takes longest to compute.
         if not outside(factor) or not outside(max(factor, 1 + _CHANGE_DEVIATIONS * self.noise())):
             return False
-        # How much of the change is in the fixed cost is not known, so what is scaled is uncertain: little is kept.
+        # How much of the change is in the fixed cost is unknown, so scaled values are uncertain: keep few.
         kept = {b: s if b == local_batch else s[-_KEPT_AFTER_CHANGE:] for b, s in older.items()}
         self._rescale(local_batch, kept, last)
         return True
@@ -140,31 +140,31 @@ class RankMeasurements:
         return {b: s for b, s in older.items() if s}
 
     def _rescale(self, local_batch: int, older: dict[int, list[float]], last: list[float]) -> None:
-        """Scale the older measurements of other local batches to the speed of the last steps at this one."""
+        """Scale the older measurements at other local batches to the speed of the last steps at this one."""
         scale = median(last) / fit(older).seconds(local_batch)
         self.seconds = {b: [scale * v for v in s] for b, s in older.items() if b != local_batch}
         self.seconds[local_batch] = last
         self._model = self._noise = None
 
     def without_sparse(self, least: int, *, keep: int) -> "RankMeasurements":
-        """A copy without local batches that were measured fewer than `least` times, but for the local batch `keep`."""
+        """A copy without the local batches measured fewer than `least` times, except for `keep`."""
         return RankMeasurements({b: s for b, s in self.seconds.items() if len(s) >= least or b == keep}, self.exposed)
 
     def model(self) -> StepTimeModel:
-        """The curve of compute time through what was measured."""
+        """The curve of compute time through the measurements."""
         if self._model is None:
             self._model = fit(self.seconds)
         return self._model
 
     def exposed_communication(self) -> float | None:
-        """Seconds that the rank communicates when all others wait for it; None where it never was the last."""
+        """Seconds that the rank communicates while all others wait for it; None if it was never the last."""
         return median(self.exposed) if self.exposed else None
 
     def noise(self) -> float:
-        """Relative standard deviation of single measurements around the median of their local batch."""
+        """Relative standard deviation of individual measurements around the median of their local batch."""
         if self._noise is None:
             groups = [(median(s), sorted(s)) for s in self.seconds.values() if len(s) >= _RELIABLE]
-            # The middle one of an odd number is the median itself, and says nothing of the noise.
+            # With an odd number, the middle one is the median itself, and carries no information about the noise.
             deviations = [abs(v / m - 1) for m, s in groups for i, v in enumerate(s) if 2 * i + 1 != len(s)]
             enough = len(deviations) >= _ENOUGH_DEVIATIONS
             self._noise = _DEVIATION_OF_MEDIAN * median(deviations) if enough else _ASSUMED_NOISE
@@ -173,8 +173,8 @@ class RankMeasurements:
     def uncertainty(self, local_batch: int) -> float:
         """Relative standard error of the curve at a local batch.
 
-        Where it was measured, that of the median. Elsewhere that of the nearest measured local batches, the smaller of
-        the two: of its own median, and more the further it is away.
+        At a measured local batch, that of the median. Elsewhere, that of the nearest measured local batch on either
+        side plus an error that grows with the distance to it; the smaller of the two.
         """
         below = sorted(b for b in self.seconds if b <= local_batch)[-1:]
         above = sorted(b for b in self.seconds if b >= local_batch)[:1]
@@ -185,7 +185,7 @@ class RankMeasurements:
 
 def fit(measured: Mapping[int, Sequence[float]]) -> StepTimeModel:
     """Fit a model to seconds by local batch; the local batch that was used last comes last."""
-    # The first step at a local batch allocates, compiles and tunes; until it is outvoted, the shorter time stands.
+    # The first step at a local batch allocates, compiles and tunes; until it is outvoted, the shortest time is used.
     measured = {b: s if len(s) >= _RELIABLE else [min(s)] for b, s in measured.items()}
     reliable = {b: s for b, s in measured.items() if len(s) >= _RELIABLE}
     if not reliable or len(reliable) == len(measured):

@@ -1,6 +1,6 @@
-"""How large a local batch each rank's memory allows: models of peak memory, and the caps that follow. Pure.
+"""The largest local batch that each rank's memory allows: models of peak memory, and the caps that follow. Pure.
 
-A model never predicts less memory than was seen. Ranks that are given the same numbers come to the same caps.
+A model never predicts less memory than was measured. Given the same numbers, all ranks compute the same caps.
 """
 
 import math
@@ -14,10 +14,10 @@ from lightning_hetero.planning.allocation import proportional
 from lightning_hetero.planning.reports import MemoryReports
 
 UNLIMITED = 2**40
-"""A local batch that no device has memory for; stands for no cap."""
+"""A local batch that no device has memory for; means no cap."""
 
-# The largest local batch that was completed may be exceeded by this factor without a risk, if the model sees memory for
-# it. Chosen, not tuned: later plans change a split by a few samples only.
+# The largest completed local batch may be exceeded by this factor without risk, if the model predicts that it fits.
+# Chosen, not tuned: later plans change a split by only a few samples.
 _SAFE_GROWTH = 1.1
 
 
@@ -32,29 +32,29 @@ class MemoryModel:
     def fit(cls, peaks: Mapping[int, float], resting: float = 0.0) -> "MemoryModel":
         """The least-squares line, raised until no observation lies above it.
 
-        Peaks are the most bytes seen at each local batch. A single local batch does not show the slope: then all bytes
-        beyond those `resting`, which were held before the first step, count as the samples'.
+        `peaks` are peak bytes by local batch. A single local batch does not determine the slope: then all bytes beyond
+        `resting`, which were held before the first step, are attributed to the samples.
         """
         if not peaks:
             raise ValueError("a memory model needs at least one local batch and its peak")
         for local_batch, peak in peaks.items():
             if local_batch < 1 or not (math.isfinite(peak) and peak >= 0):
-                raise ValueError(f"{peak} bytes at a local batch of {local_batch} can't have been observed")
+                raise ValueError(f"{peak} bytes at a local batch of {local_batch} can't have been measured")
         if len(peaks) == 1:
             ((local_batch, peak),) = peaks.items()
             fixed = min(max(resting, 0.0), peak)
             return cls(fixed, (peak - fixed) / local_batch)
         x, y = np.array(list(peaks), dtype=np.float64), np.array(list(peaks.values()), dtype=np.float64)  # (N,) each
-        centred = x - x.mean()
-        slope = max(0.0, float(centred @ (y - y.mean()) / (centred @ centred)))
+        centered = x - x.mean()
+        slope = max(0.0, float(centered @ (y - y.mean()) / (centered @ centered)))
         return cls(max(0.0, float((y - slope * x).max())), slope)
 
     def bytes(self, local_batch: int) -> float:
-        """Peak memory of a local batch."""
+        """Predicted peak bytes at a local batch."""
         return self.fixed + self.per_sample * local_batch
 
     def largest(self, limit_bytes: float) -> int:
-        """The largest local batch that stays within `limit_bytes`; 0 where not even one sample does."""
+        """The largest local batch that stays within `limit_bytes`; 0 if not even one sample does."""
         for_samples = limit_bytes - self.fixed
         if for_samples < 0:
             return 0
@@ -68,7 +68,7 @@ class MemoryModel:
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """What the ranks' devices may hold, W values each."""
+    """The memory that the ranks' devices may use; W values each."""
 
     bytes: tuple[float, ...]  # infinity for no limit
     devices: tuple[str, ...]  # names, for messages
@@ -76,7 +76,7 @@ class MemoryLimits:
 
 @dataclass
 class _RankMemory:
-    """What is known of one rank's memory, in bytes and local batches; see `MemoryReports`."""
+    """What is known about one rank's memory, in bytes and local batches; see `MemoryReports`."""
 
     limit: float
     peaks: dict[int, float] = field(default_factory=dict)  # by local batch
@@ -86,11 +86,11 @@ class _RankMemory:
     largest_completed: int = 0
 
     def update(self, local_batch: int, peak: float, resting: float, fits: int, fails: int) -> bool:
-        """Take in a report; returns whether it changed anything, which is rare: peaks repeat."""
+        """Record a report; returns whether it changed anything, which is rare: peaks repeat."""
         before = self._state(local_batch)
         self.resting = resting
         self.fits = fits or self.fits
-        self.fails = max(fails, self.fits + 1)  # what fits counts for more: memory may be fragmented
+        self.fails = max(fails, self.fits + 1)  # `fits` takes precedence: memory may have been fragmented
         if local_batch > 0:
             self.largest_completed = max(self.largest_completed, local_batch)
             if peak > 0:
@@ -103,29 +103,29 @@ class _RankMemory:
     def may_fit(self) -> int:
         """The largest local batch that is not known to fail.
 
-        A batch that was halved until its parts fitted shows that a part fits, and that the whole does not. And one peak
-        within the limit bounds no slope: it may be what all samples take together.
+        A batch that was halved until its parts fitted leaves open what lies between part and whole. And a single peak
+        within the limit does not bound the slope: most of it may not depend on the number of samples.
         """
-        most = self.modelled()
+        most = self.fits_by_model()
         if len(self.peaks) == 1 and max(self.peaks.values()) <= self.limit:
             most = max(most, 2 * max(self.peaks))
         return min(most, self.fails - 1)
 
-    def modelled(self) -> int:
-        """The largest local batch that fits by the model and by what was seen."""
+    def fits_by_model(self) -> int:
+        """The largest local batch that fits according to the model, or that has fitted before."""
         if not self.peaks:
             return UNLIMITED
-        # The line lies above most observations, so it may exclude what has been seen to fit.
+        # The line lies above most measurements, so it may exclude a local batch that has fitted before.
         seen = max((local_batch for local_batch, peak in self.peaks.items() if peak <= self.limit), default=0)
         return max(MemoryModel.fit(self.peaks, self.resting).largest(self.limit), seen)
 
     def growth_limit(self) -> int:
-        """How far a next step may go: twice as far as before, while the slope is not known."""
+        """The largest local batch to try next: twice the largest so far, as long as the slope is not known."""
         return 2 * self.largest_completed if len(self.peaks) < 2 and self.largest_completed > 0 else UNLIMITED
 
 
 class Caps:
-    """The largest local batches of all ranks, as far as is known; multiples of the granularity."""
+    """The largest local batches of all ranks, as far as they are known; multiples of the granularity."""
 
     def __init__(self, limits: MemoryLimits, global_batch: int, *, minimum: int, granularity: int) -> None:
         self._devices = limits.devices
@@ -136,7 +136,7 @@ class Caps:
         self._update_bounds()
 
     def update(self, reports: MemoryReports) -> tuple[str, ...]:
-        """Take in what all ranks report; returns a sentence for each rank that has run out of memory since."""
+        """Process the reports of all ranks; returns a warning for each rank that has newly run out of memory."""
         columns = (reports.local_batches, reports.peaks, reports.resting, reports.fits, reports.fails)  # (W,) each
         rows = zip(*(column.tolist() for column in columns), strict=True)
         warnings, changed = [], False
@@ -152,14 +152,14 @@ class Caps:
         return tuple(warnings)
 
     def peaks(self) -> list[float]:
-        """W numbers of bytes, the most that each rank is known to have held; 0 where nothing is known."""
+        """W numbers: the most bytes that each rank has held; 0 for unknown."""
         return [max(rank.peaks.values(), default=0.0) for rank in self._ranks]
 
     def fits_in_memory(self, local_batches: Sequence[int]) -> bool:
         """Whether W local batches are known to fit on all ranks.
 
-        Each rank has computed as many samples, or nearly as many and its model, of at least two local batches, sees
-        memory for the rest.
+        Each rank has already computed at least that many samples; or nearly as many, and its model, fitted to at least
+        two local batches, predicts that the rest fits too.
         """
         return all(
             local_batch <= rank.largest_completed
@@ -168,9 +168,9 @@ class Caps:
         )
 
     def maximum(self, current: Sequence[int]) -> tuple[int, ...]:
-        """W largest local batches for a next plan after the current one; their sum is at least the global batch."""
+        """W largest local batches for the plan after the current one; they add up to at least the global batch."""
         factor = 1
-        while True:  # growth limits too narrow for the global batch give way, up to what memory allows
+        while True:  # growth limits too small for the global batch are doubled, up to what memory allows
             caps = [
                 min(most, factor * max(self._rounded(rank.growth_limit()), local_batch, self._minimum))
                 for most, rank, local_batch in zip(self.allowed, self._ranks, current, strict=True)
@@ -183,26 +183,26 @@ class Caps:
         return local_batch // self._granularity * self._granularity
 
     def _update_bounds(self) -> None:
-        self._known_to_fit = [self._rounded(min(rank.modelled(), rank.fits)) for rank in self._ranks]
+        self._known_to_fit = [self._rounded(min(rank.fits_by_model(), rank.fits)) for rank in self._ranks]
         self._may_fit = [self._rounded(rank.may_fit()) for rank in self._ranks]
         bounds = zip(self._known_to_fit, self._may_fit, strict=True)
         allowed = [max(fits, min(self._minimum, most)) for fits, most in bounds]
         untried = list(map(int.__sub__, self._within_global_batch(self._may_fit), self._within_global_batch(allowed)))
         missing = self._global_batch - sum(self._within_global_batch(allowed))
-        # Where too little is known to fit, what may fit is used as far as the global batch needs it. A rank that runs
-        # out of memory then shows what fits, and nothing is lost.
+        # If too few samples are known to fit, those that may fit are used as far as the global batch needs them. A rank
+        # that then runs out of memory reveals what fits, and no sample is lost.
         if 0 < missing <= sum(untried):
             more = proportional(missing, untried, minimum=0, maximum=untried, granularity=self._granularity)
             allowed = list(map(int.__add__, allowed, more))
         self.allowed = tuple(allowed)
-        """W local batches that memory allows, however far they are from what was tried."""
+        """W local batches that memory allows, however far beyond those tried so far."""
 
     def _within_global_batch(self, local_batches: Iterable[int]) -> list[int]:
         return [min(local_batch, self._global_batch) for local_batch in local_batches]
 
     def _out_of_memory(self, number: int) -> str:
         rank = self._ranks[number]
-        known = f", of which it may use {_size(rank.limit)}" if math.isfinite(rank.limit) else ""
+        known = f"; its limit is {_size(rank.limit)}" if math.isfinite(rank.limit) else ""
         peak = f" It has held up to {_size(max(rank.peaks.values()))}{known}." if rank.peaks else ""
         return (
             f"rank {number} ({self._devices[number]}) ran out of memory and computed its batch in parts; nothing was "
@@ -210,7 +210,7 @@ class Caps:
         )
 
     def _check(self) -> None:
-        """Raise a ValueError where the global batch does not fit into the memory of all ranks together."""
+        """Raise a ValueError if the global batch does not fit in the memory of all ranks together."""
         unable = [number for number, cap in enumerate(self.allowed) if cap < self._minimum]
         if not unable and sum(self._within_global_batch(self.allowed)) >= self._global_batch:
             return
@@ -236,7 +236,7 @@ class Caps:
 
 
 def _size(number: float) -> str:
-    """Bytes as a person reads them."""
+    """Bytes in a readable unit."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if number >= unit:
             return f"{number / unit:.2f} {name}"

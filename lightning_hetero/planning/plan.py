@@ -10,12 +10,12 @@ class Plan:
     """The local batch of every rank, and the step from which they hold.
 
     Args:
-        first_step: the first global batch (counted from 0 over the whole run) that is split this way.
-        local_batches: W numbers of samples, one a rank; their sum is the global batch.
-        predicted_seconds: W seconds of compute time that the step-time models expect; None before anything is known.
+        first_step: the first global batch that is split this way, counted from 0 over the whole run.
+        local_batches: W numbers of samples, one per rank; their sum is the global batch.
+        predicted_seconds: W compute times, in seconds, that the step-time models predict; None before there are any.
         reason: why this plan was made, for the log: "equal", "shares" (the user's), "probe" (a speed test), "profile"
-            (what an earlier run has measured), "explore" (to separate fixed cost from cost per sample), "balance",
-            "drift" (a rank's speed has changed), or "memory" (the last plan asked a rank for more than it may take).
+            (measurements of an earlier run), "explore" (to separate fixed cost from cost per sample), "balance",
+            "drift" (a rank's speed has changed), or "memory" (the last plan exceeded what a rank's memory allows).
     """
 
     first_step: int
@@ -27,7 +27,7 @@ class Plan:
         if self.first_step < 0:
             raise ValueError(f"a plan can't start at step {self.first_step}")
         if not self.local_batches or min(self.local_batches) < 0 or sum(self.local_batches) < 1:
-            raise ValueError(f"local batches {self.local_batches} are no split of a global batch")
+            raise ValueError(f"local batches {self.local_batches} are not a split of a global batch")
         if self.predicted_seconds is not None and len(self.predicted_seconds) != len(self.local_batches):
             raise ValueError(
                 f"{len(self.predicted_seconds)} predicted times for {len(self.local_batches)} ranks: they must match"
@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def global_batch(self) -> int:
-        """Samples of one step over all ranks."""
+        """Samples in one step over all ranks."""
         return sum(self.local_batches)
 
     @property
@@ -50,7 +50,7 @@ class Plan:
 
 
 class Schedule:
-    """The plans of a run over its steps, from `first` on; plans are only ever added at the end."""
+    """The plans of a run, starting with `first`; plans are only ever added at the end."""
 
     def __init__(self, first: Plan) -> None:
         if first.first_step != 0:
@@ -74,7 +74,7 @@ class Schedule:
         return self._plans[bisect_right(self._plans, step, key=lambda plan: plan.first_step) - 1]
 
     def append(self, plan: Plan) -> None:
-        """Let a plan of the same global batch and ranks hold from its first step on, not before the newest plan's."""
+        """Add a plan of the same global batch and world size; it must not start before the newest plan."""
         newest = self._plans[-1]
         if plan.first_step < newest.first_step:
             raise ValueError(f"a plan for step {plan.first_step} comes after one for step {newest.first_step}")

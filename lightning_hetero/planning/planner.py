@@ -1,4 +1,4 @@
-"""From shares and the ranks' reports to the schedule of plans; pure, the same on every rank."""
+"""Turns shares and the ranks' reports into the schedule of plans; pure, the same on every rank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ from lightning_hetero.planning.step_time import StepTimeModel
 
 @dataclass(frozen=True)
 class PlanUpdate:
-    """What follows from the messages of a step, oldest first."""
+    """What follows from the messages of a step; all tuples are oldest first."""
 
-    plans: tuple[Plan, ...] = ()  # that have been decided; they are in the schedule already
-    warnings: tuple[str, ...] = ()  # sentences for the user
-    measured: tuple[MeasuredStep, ...] = ()  # steps that every rank has reported now
+    plans: tuple[Plan, ...] = ()  # newly decided, and already in the schedule
+    warnings: tuple[str, ...] = ()  # messages for the user
+    measured: tuple[MeasuredStep, ...] = ()  # steps that every rank has now reported
 
 
 def check_global_batch(global_batch: int, world_size: int) -> None:
-    """Raise a ValueError, one sentence, where not every rank can have a sample."""
+    """Raise a ValueError if not every rank can have a sample."""
     if global_batch < world_size:
         raise ValueError(
             f"global_batch={global_batch} is smaller than the number of ranks, {world_size}: raise global_batch or the "
@@ -35,25 +35,25 @@ class SplitPlanner:
     """Decides how the global batches of a run are split, adaptively or in fixed proportions.
 
     Args:
-        shares: as the user wants them.
+        shares: the user's option.
         world_size: W.
-        global_batch: samples of a step over all ranks.
-        minimum: the least that a rank can compute with; less where the global batch does not give each as much.
+        global_batch: samples in a step over all ranks.
+        minimum: the fewest samples that a rank can compute with; lowered if the global batch is too small for that.
         granularity: local batches are multiples of it.
-        profile: the state that an earlier run of the same job has saved, see `state_dict`; where shares are adaptive,
-            the first plan follows from it.
-        speeds: W numbers that a speed test of the ranks has found; where shares are adaptive and there is no profile,
-            the first plan follows from them.
-        memory: what the ranks' devices may hold; None for no caps.
+        profile: the state that an earlier run of the same job has saved, see `state_dict`; if shares are adaptive, the
+            first plan follows from it.
+        speeds: W results of a speed test of the ranks; if shares are adaptive and there is no profile, the first plan
+            follows from them.
+        memory: the memory that the ranks' devices may use; None for no caps.
 
     Raises:
-        ValueError: the global batch can't be split so, or the profile is of another job or damaged. A damaged profile
+        ValueError: the global batch has no such split, or the profile is of another job or damaged. A damaged profile
             may also raise a KeyError or a TypeError.
     """
 
     FUTILE_MESSAGES = 8
-    """Messages in a row without a complete step after which it stops exploring: every batch may be a short one, which
-    is not measured. Chosen."""
+    """After the messages of this many steps in a row complete no measured step, it stops exploring: every batch may be
+    a short one, which is not measured. Chosen."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class SplitPlanner:
         check_global_batch(global_batch, world_size)
         self.world_size, self.global_batch, self.granularity = world_size, global_batch, granularity
         self.minimum = max(1, min(minimum, global_batch // world_size))
-        # A multiple of the granularity that reaches the minimum is the least that a plan can give.
+        # The smallest local batch of a plan: the minimum, rounded up to a multiple of the granularity.
         self._least = -(-self.minimum // granularity) * granularity
         self._memory = memory
         self.forget_memory()
@@ -86,8 +86,8 @@ class SplitPlanner:
         elif self._balancer is not None and speeds is not None:
             split = self._balancer.split_from_speeds(speeds, first.local_batches)
             first = Plan(0, split, reason="probe") if split != first.local_batches else first
-        self._discards_profile = False  # with the next update
-        self._next_is_undrawn = False  # whether no loader has drawn the batch after that of the last messages
+        self._discards_profile = False  # in the next update
+        self._next_is_undrawn = False  # whether no loader has drawn the batch after the step of the last messages
         self._futile_messages = 0  # in a row without a complete step
         self.schedule = Schedule(first)
 
@@ -96,14 +96,14 @@ class SplitPlanner:
         return Balancer(self.world_size, self.global_batch, minimum=least, granularity=granularity, state=profile)
 
     def forget_memory(self) -> None:
-        """Another fit begins: its samples may be larger, so what was seen of memory no longer holds."""
+        """Drop what is known about memory, for another fit: its samples may be larger."""
         self.caps: Caps | None = None
         if self._memory is not None:
             least, granularity = self._least, self.granularity
             self.caps = Caps(self._memory, self.global_batch, minimum=least, granularity=granularity)
 
     def discard_profile(self) -> None:
-        """Forget what the profile brought, since it is of another job; without a profile nothing changes.
+        """Drop the profile's measurements, since they are from another job; without a profile this does nothing.
 
         The next `update` plans equal shares, from the first step that no loader has drawn.
         """
@@ -111,7 +111,7 @@ class SplitPlanner:
 
     @property
     def is_exploring(self) -> bool:
-        """Whether it looks for the right plan, and can use measurements before any loader draws the next batch."""
+        """Whether it is searching for the right plan, and could use measurements before loaders draw the next batch."""
         in_time = self._next_is_undrawn and self._futile_messages < self.FUTILE_MESSAGES
         return in_time and self._balancer is not None and self._balancer.is_exploring
 
@@ -120,10 +120,10 @@ class SplitPlanner:
         return self.caps is not None and self.caps.fits_in_memory(local_batches)
 
     def update(self, reports: StepReports) -> PlanUpdate:
-        """Take in what all ranks report with the messages of a step.
+        """Process what all ranks report with the messages of a step.
 
         Raises:
-            ValueError: the global batch does not fit into the memory of all ranks together.
+            ValueError: the global batch does not fit in the memory of all ranks together.
         """
         self._next_is_undrawn = reports.last_drawn <= reports.step
         decided = len(self.schedule.plans)
@@ -145,19 +145,19 @@ class SplitPlanner:
         return PlanUpdate(self.schedule.plans[decided:], warnings, measured)
 
     def models(self) -> tuple[StepTimeModel, ...] | None:
-        """W models of compute time by local batch; None where nothing is known, and with fixed shares."""
+        """W models of compute time by local batch; None before anything is measured, and with fixed shares."""
         return self._balancer.models() if self._balancer is not None else None
 
     def exposed_communication(self) -> tuple[float, ...]:
-        """W seconds that each rank communicates when all others wait for it; 0 for unknown."""
+        """W seconds that each rank communicates while all others wait for it; 0 for unknown."""
         return self._balancer.exposed_communication() if self._balancer is not None else (0.0,) * self.world_size
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What was measured, for a later run of the same job; None where nothing was, and with fixed shares."""
+        """The measurements, for a later run of the same job; None if there are none, and with fixed shares."""
         return self._balancer.state_dict() if self._balancer is not None and self._balancer.models() else None
 
     def _keep_to_caps(self, start: int) -> None:
-        """Replace the newest plan where it asks a rank for more than its memory allows."""
+        """Replace the newest plan if it exceeds what a rank's memory allows."""
         newest, caps = self.schedule.newest.local_batches, self._maximum()
         if caps is None or all(map(int.__le__, newest, caps)):
             return
@@ -165,8 +165,8 @@ class SplitPlanner:
         if plan is not None:
             self.schedule.append(replace(plan, reason="memory"))
         else:
-            # The newest split is the best that is known, fixed shares are what the user wants: the surplus is spread
-            # in proportion.
+            # The newest split is the best one known, and fixed shares are the user's choice: the surplus is spread in
+            # proportion to them.
             shares = newest if self._balancer is not None else self._proportions
             self.schedule.append(Plan(start, self._proportional(shares, caps), reason="memory"))
 
@@ -180,19 +180,19 @@ class SplitPlanner:
 
 
 class UserSharded:
-    """Stands for data that the user shards: there are no plans, and nothing is decided."""
+    """The planner for data that the user shards: there are no plans, and nothing is ever decided."""
 
     global_batch: None = None
     is_exploring = False
 
     def fits_in_memory(self, local_batches: Sequence[int]) -> bool:  # noqa: ARG002 - as `SplitPlanner`
-        """Never: nothing is known."""
+        """Always False: nothing is known about memory."""
         return False
 
     def update(self, reports: StepReports) -> PlanUpdate:  # noqa: ARG002 - as `SplitPlanner`
-        """Nothing follows."""
+        """An empty update."""
         return PlanUpdate()
 
 
 Planner: TypeAlias = SplitPlanner | UserSharded
-"""Whatever decides the plans of a fit; its answers are the same on all ranks."""
+"""Decides the plans of a fit; its answers are the same on all ranks."""

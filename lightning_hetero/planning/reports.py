@@ -1,6 +1,6 @@
-"""What ranks report of their steps, and the steps that every rank has reported.
+"""What ranks report about their steps, and the steps that every rank has reported.
 
-A rank reports its measurements with the messages of a later step, and some ranks later than others.
+A rank reports its measurements with the message of a later step, some ranks later than others.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from lightning_hetero.planning.plan import Schedule
 
 @dataclass(frozen=True)
 class MemoryReports:
-    """What each rank reports of its memory; all arrays are (W,)."""
+    """What each rank reports about its memory; all arrays are (W,)."""
 
-    local_batches: NDArray[np.float64]  # samples of its last step, computed in one piece; 0 where it reports no memory
-    peaks: NDArray[np.float64]  # most bytes held in that step; 0 where they are not known
+    local_batches: NDArray[np.float64]  # samples of its last step, if computed in one piece; 0 for no report
+    peaks: NDArray[np.float64]  # peak bytes held in that step; 0 for unknown
     resting: NDArray[np.float64]  # bytes held before the first step
     fits: NDArray[np.float64]  # largest local batch known to fit since it ran out of memory; 0 if it never did
     fails: NDArray[np.float64]  # smallest one known not to fit; 0 for none: then nothing above `fits` is tried
@@ -27,11 +27,11 @@ class StepReports:
     """What all ranks report with the messages of a step; all arrays are (W,)."""
 
     step: int  # of the messages
-    last_drawn: int  # the last step that any rank's loaders have handed out
-    measured_steps: NDArray[np.int64]  # the step that each rank's measurement belongs to, a full one; -1 for none
-    compute_seconds: NDArray[np.float64]  # of compute time in that step
+    last_drawn: int  # the last step that the loaders of any rank have drawn
+    measured_steps: NDArray[np.int64]  # the full step that each rank has measured; -1 for none
+    compute_seconds: NDArray[np.float64]  # compute time in that step
     sync_seconds: NDArray[np.float64]  # from its last local gradient to the averaged ones; 0 for unknown
-    averaged_after_backward: NDArray[np.bool_]  # whether nothing was averaged during its backward pass
+    averaged_after_backward: NDArray[np.bool_]  # whether no gradient was averaged during backward
     memory: MemoryReports
 
 
@@ -43,22 +43,22 @@ class MeasuredStep:
     local_batches: tuple[int, ...]  # the split that it ran with
     compute_seconds: tuple[float, ...]
     sync_seconds: tuple[float, ...]  # 0 for unknown
-    averaged_after_backward: bool = False  # on some rank at least
+    averaged_after_backward: bool = False  # on at least one rank
 
 
 class MeasurementJoin:
     """Joins the ranks' measurements by step: a step is complete once all ranks have reported it."""
 
-    PATIENCE = 64
-    """Steps after which a measurement that not all ranks have reported is given up. Ranks are at most a few steps
-    behind each other: this only bounds memory."""
+    KEPT_STEPS = 64
+    """Steps after which a measurement is dropped if some rank has not reported it. Chosen: ranks are at most a few
+    steps apart, so this only bounds memory."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._reported: dict[int, dict[int, tuple[float, float, bool]]] = {}  # by step and rank
 
     def add(self, reports: StepReports, schedule: Schedule) -> tuple[MeasuredStep, ...]:
-        """Take in what all ranks report; returns the steps that are complete now, which ran with these plans."""
+        """Add the reports of all ranks; returns the steps that are now complete, with their splits from `schedule`."""
         columns = (reports.compute_seconds, reports.sync_seconds, reports.averaged_after_backward)  # (W,) each
         steps = reports.measured_steps.tolist()
         measurements = zip(*(column.tolist() for column in columns), strict=True)
@@ -71,6 +71,6 @@ class MeasurementJoin:
             ranks = self._reported.pop(step)
             compute, sync, after_backward = zip(*(ranks[rank] for rank in range(self._world_size)), strict=True)
             joined.append(MeasuredStep(step, schedule.at(step).local_batches, compute, sync, any(after_backward)))
-        oldest = max(steps) - self.PATIENCE
+        oldest = max(steps) - self.KEPT_STEPS
         self._reported = {step: ranks for step, ranks in self._reported.items() if step >= oldest}
         return tuple(joined)

@@ -1,4 +1,4 @@
-"""How long the steps of a run took, and how much of that time ranks computed; all times are passed in."""
+"""How long the steps of a run took, and for how much of that time ranks computed; all times are passed in."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ from statistics import fmean
 from lightning_hetero.planning.reports import MeasuredStep
 
 KEPT_STEPS = 25
-"""Steps whose times are kept: many more than reports are late, and enough that a few disturbed ones do not matter."""
+"""Steps whose times are kept. Chosen: far more than reports lag behind, and a few disturbed ones don't matter."""
 
 
 @dataclass(frozen=True)
 class SplitSteps:
-    """W local batches, and the seconds of the last steps with them."""
+    """W local batches, and the seconds of the most recent steps with them."""
 
     local_batches: tuple[int, ...]
     seconds: deque[float]
@@ -23,29 +23,29 @@ class StepStatistics:
     """Joins the wall time of each step with the ranks' compute times, which become known some steps later.
 
     With gradient accumulation all values are means over the micro-batches of an optimizer step. The very first step is
-    left out: it measures lazy initialisation.
+    left out: it includes lazy initialization.
     """
 
     def __init__(self) -> None:
         self._begun: float | None = None
         self._micro_batches: list[float] = []
         self._initialized = False
-        self._seconds: dict[int, float] = {}  # by step, until it is measured
-        self._new: list[tuple[float, float]] = []  # wall and mean compute seconds, since the last averages
+        self._seconds: dict[int, float] = {}  # wall time by step, until all ranks have measured it
+        self._new: list[tuple[float, float]] = []  # wall and mean compute seconds, since the last `averages`
         self.splits: tuple[SplitSteps, ...] = ()
-        """The first split and the last one: one until the first is left, none before a step is measured."""
+        """The first and the latest split: only one until it changes, none before a step is measured."""
 
     def begin(self, now: float) -> None:
-        """A batch is about to be fetched, at `now` seconds; after a pause the step begins here."""
+        """A batch is about to be fetched, at `now` seconds; after a pause, the step begins here."""
         if self._begun is None:
             self._begun = now
 
     def pause(self) -> None:
-        """What follows until the next batch is fetched is not part of a step: validation, a checkpoint."""
+        """Whatever happens until the next batch is fetched is not part of a step: validation, a checkpoint."""
         self._begun = None
 
     def end(self, now: float, step: int, *, stepped: bool) -> None:
-        """Training step `step` is over at `now` seconds; `stepped`: the optimizer has made a step."""
+        """Training step `step` is over at `now` seconds; `stepped`: the optimizer has stepped."""
         if self._begun is not None:
             self._micro_batches.append(now - self._begun)
         self._begun = now
@@ -57,7 +57,7 @@ class StepStatistics:
             del self._seconds[min(self._seconds)]
 
     def update(self, measured: Iterable[MeasuredStep]) -> None:
-        """Take in steps that all ranks have measured, oldest first."""
+        """Record steps that all ranks have measured, oldest first."""
         for step in measured:
             if (seconds := self._seconds.pop(step.step, None)) is None:
                 continue
@@ -67,7 +67,7 @@ class StepStatistics:
             self.splits[-1].seconds.append(seconds)
 
     def averages(self) -> tuple[float, float] | None:
-        """Mean seconds of the steps since the last call, and the part in which ranks were idle; None for no steps."""
+        """Mean seconds of the steps since the last call, and the fraction in which ranks were idle; None if none."""
         new, self._new = self._new, []
         if not new:
             return None

@@ -1,8 +1,8 @@
 """Step-time models: how many seconds a rank needs for a local batch, fitted to its own steps.
 
-A model is a fixed cost and a cost per sample, refined piecewise where measurements at several local batches require
-it: GPUs are flat at small batches, allocators make curves jump, throttled CPUs are concave. One straight line fits none
-of them.
+A model is a fixed cost plus a cost per sample, refined piecewise where measurements at several local batches require
+it: GPUs are flat at small batches, allocators make curves jump, and curves of throttled CPUs are concave. One straight
+line fits none of them.
 """
 
 import math
@@ -18,21 +18,21 @@ from typing import Self
 # inverse (the largest local batch within a time) well conditioned, on which exact allocation relies. Chosen.
 _FLAT = 1e-6
 
-# Slopes beyond the ends are taken over at least this ratio of local batches, if there are any so far apart: two noisy
-# neighbours say nothing of a slope. Chosen.
+# Slopes beyond the ends are taken over at least this ratio of local batches, if any are that far apart: two noisy
+# neighbors do not determine a slope. Chosen.
 _SPAN = 4 / 3
 
 
 @dataclass(frozen=True, slots=True)  # slots: allocation reads thousands of them, one cache miss less each
 class StepTimeModel:
-    """Seconds that one rank alone needs for a local batch, as a non-decreasing piecewise linear curve.
+    """Seconds that one rank by itself needs for a local batch, as a non-decreasing piecewise linear curve.
 
     Attributes:
         breakpoints: local batches (samples) where the slope may change; strictly increasing, the first is 0.
         times: seconds at each breakpoint, non-decreasing; ``times[0]`` is the fixed cost of a step.
         slope: seconds per sample beyond the last breakpoint.
         slopes: seconds per sample to the right of each breakpoint; 0 where the piece is flat.
-        packed: local batch, seconds and slope of each breakpoint as native float64, row by row, and a row of infinity:
+        packed: local batch, seconds and slope of each breakpoint as native float64, row by row, then a row of infinity:
             `allocation.allocate` joins the bytes of thousands of models and reads them at once.
 
     Raises:
@@ -52,7 +52,7 @@ class StepTimeModel:
         if not all(math.isfinite(v) and v >= 0 for v in (*t, self.slope)) or any(a > b for a, b in pairwise(t)):
             raise ValueError(f"times and slope must be finite and never fall, got times {t} and slope {self.slope}")
         if t[0] == 0 and (t[1] if len(t) > 1 else self.slope) == 0:
-            raise ValueError(f"a local batch cannot take no time, got breakpoints {x}, times {t}, slope {self.slope}")
+            raise ValueError(f"a local batch cannot take 0 s, got breakpoints {x}, times {t}, slope {self.slope}")
         pieces = zip(pairwise(x), pairwise(t), strict=True)
         slopes = [(v - u) / (b - a) if v - u > _FLAT * u else 0.0 for (a, b), (u, v) in pieces]
         slopes.append(self.slope if self.slope * max(x[-1], 1) > _FLAT * t[-1] else 0.0)
@@ -65,17 +65,17 @@ class StepTimeModel:
         """Fit a model to measured steps of one rank.
 
         The median of the measurements at each local batch is a breakpoint, so that one disturbed step does no harm
-        where there are others. Where medians fall as the local batch grows, neighbours are pooled until they don't
+        if there are others. Where medians fall as the local batch grows, neighbors are pooled until they don't
         (isotonic regression by pooling adjacent violators; the pool's value is the median of its measurements, so each
-        of them weighs the same). With a single distinct local batch nothing is known of the fixed cost, and the time
-        is taken as proportional to the local batch.
+        has the same weight). With a single distinct local batch the fixed cost is unknown, and the time is taken as
+        proportional to the local batch.
 
         Args:
             local_batches: samples of each measured step, in any order; they may repeat.
             seconds: compute time in each of these steps.
 
         Raises:
-            ValueError: they can't have been measured, or there are none.
+            ValueError: there are no measurements, or a value that can't have been measured.
         """
         if len(local_batches) != len(seconds):
             raise ValueError(f"got {len(local_batches)} local batches and {len(seconds)} times: they must be pairs")
@@ -101,8 +101,8 @@ class StepTimeModel:
             return cls((0, x[0]), (0.0, t[0]), t[0] / x[0])
         far = next((i for i in range(1, len(x)) if x[i] >= _SPAN * x[0]), len(x) - 1)
         fixed = t[0] - x[0] * (t[far] - t[0]) / (x[far] - x[0])
-        # The nearest rise to the left of the end. A curve that is flat all over does not show where its flat part ends:
-        # more samples should not cost more than in proportion, so that is the cautious choice.
+        # The nearest rise to the left of the end. A curve that is flat everywhere does not show where its flat part
+        # ends: more samples should not cost more than in proportion, so that is the cautious choice.
         near = [i for i in reversed(range(len(x) - 1)) if x[-1] >= _SPAN * x[i]] or [0]
         rises = ((t[-1] - t[i]) / (x[-1] - x[i]) for i in near if t[-1] - t[i] > _FLAT * t[i])
         return cls((0, *x), (min(max(fixed, 0.0), t[0]), *t), next(rises, t[-1] / x[-1]))
@@ -117,5 +117,5 @@ class StepTimeModel:
         return min(time, self.times[i + 1]) if i + 1 < len(self.times) else time
 
     def scaled(self, factor: float, plus: float = 0.0) -> Self:
-        """The curve of `factor` times these seconds `plus` constant ones."""
+        """The curve with all seconds multiplied by `factor`, and `plus` seconds added."""
         return type(self)(self.breakpoints, tuple(factor * t + plus for t in self.times), factor * self.slope)

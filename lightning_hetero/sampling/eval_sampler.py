@@ -12,38 +12,38 @@ from lightning_hetero.sampling.global_batches import GlobalBatches, Index
 
 @dataclass(frozen=True)
 class Scope:
-    """How much of a loader an evaluation takes, and whether its loaders are evaluated in turn or side by side."""
+    """How much of a loader is evaluated, and whether loaders are evaluated one after the other or side by side."""
 
-    number: int = 0  # of the loader, among all that are evaluated in turn; 0 side by side
+    number: int = 0  # index of the loader, if evaluated one after the other; 0 side by side
     batches: int | None = None  # how many of its batches Lightning takes (`limit_val_batches`, sanity check); None: all
     steps: int | None = None
-    """Side by side, how many steps all loaders take together; a step is never cut then, so that what is paired in one
-    process stays paired. None in turn."""
-    cycles: bool = False  # side by side, a loader that is shorter than that begins again
+    """Side by side, the number of steps of all loaders together; a step is then never cut, so that batches paired in a
+    single process stay paired. None if one after the other."""
+    cycles: bool = False  # side by side, a loader with fewer batches than steps starts again
 
 
 class EvaluationPasses(Protocol):
-    """The evaluation that passes over a loader belong to."""
+    """What a sampler needs to know about the evaluation that its passes belong to."""
 
     def epoch(self) -> int:
         """The trainer's epoch."""
 
     def scope(self, sampler: "EvaluationSampler") -> Scope:
-        """What is evaluated of the sampler's loader."""
+        """How much of the sampler's loader is evaluated."""
 
     def seconds(self, scope: Scope, samples: int) -> Sequence[float]:
-        """W seconds that a batch of so many samples takes on each rank; only their ratios matter."""
+        """W seconds that a batch of `samples` samples takes on each rank; only their ratios matter."""
 
     def begin(self, scope: Scope, sizes: Sequence[int]) -> None:
-        """A pass begins, in which this rank evaluates batches of these sizes."""
+        """Called when a pass begins, in which this rank evaluates batches of these sizes."""
 
 
 class EvaluationSampler(Sampler[list[Index]]):
     """The batch sampler of one rank in evaluation: its part of the loader's batches, each sample on one rank only.
 
-    Its length is the number of batches that one process would evaluate, on every rank, so that no rank leaves out what
-    Lightning does before and after the batches. A rank draws fewer, or none at all. `batches` are the loader's, as one
-    process would draw them.
+    On every rank its length is the number of batches that a single process would evaluate, so that no rank skips what
+    Lightning does before and after the batches; a rank draws fewer, or none at all. `batches` are the loader's, as a
+    single process would draw them.
     """
 
     def __init__(self, batches: GlobalBatches, rank: int, passes: EvaluationPasses) -> None:

@@ -1,4 +1,4 @@
-"""The part of each global batch that one rank computes, by the plan in force at its step."""
+"""The part of each global batch that one rank computes, according to the plan in force at its step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from lightning_hetero.sampling.random_state import RandomState
 
 
 def split(size: int, local_batches: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
-    """How many of `size` samples, at least 1, each rank gets where a full global batch is split into `local_batches`.
+    """How many of `size` samples (at least 1) each rank gets, given the split `local_batches` of a full global batch.
 
-    A batch as large as the plan is split as planned. Another size is split in proportion, with at least `minimum`
-    samples a rank; if there are not enough for that, the ranks with the largest shares get them, at least `minimum`
-    each as far as possible, and the others get none.
+    A full batch is split as planned. Another size is split in proportion, with at least `minimum` samples per rank; if
+    there are too few for that, the ranks with the largest shares get them, at least `minimum` each as far as possible,
+    and the others get none.
     """
     if size == sum(local_batches):
         return tuple(local_batches)
@@ -33,7 +33,7 @@ def split(size: int, local_batches: Sequence[int], minimum: int = 1) -> tuple[in
 
 
 def local_indices(indices: Sequence[Index], counts: Sequence[int], rank: int, minimum: int = 1) -> list[Index]:
-    """The samples of a global batch that a rank computes: its own, or borrowed ones from the front."""
+    """The samples of a global batch that a rank computes: its own, or if it has none, borrowed ones from the front."""
     if counts[rank] == 0:
         return list(indices[: min(minimum, len(indices))])
     start = sum(counts[:rank])
@@ -45,45 +45,45 @@ class Share:
     """What one rank computes of one global batch."""
 
     step: int  # which global batch, counted from 0 over the whole run
-    counts: tuple[int, ...]  # W numbers, the samples of each rank; 0 for a rank that borrows
-    borrowed: bool  # this rank has no sample of its own in this step and computes some of the others' with weight 0
-    checksum: int  # the plan's
+    counts: tuple[int, ...]  # W numbers of samples; 0 for a rank that borrows
+    borrowed: bool  # this rank has no sample of its own in this step, and computes samples of other ranks with weight 0
+    checksum: int  # of the plan
     random_state: RandomState | None = field(default=None, compare=False)
-    """Of this process before a borrowed batch was loaded in it; None for any other share."""
+    """Of this process, just before a borrowed batch was loaded in it; None for any other share."""
 
 
 class PendingShares:
-    """A rank's shares that its loader was given and that were not trained on yet."""
+    """A rank's shares that its loader has been given, but that have not been trained on yet."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._shares: dict[int, Share] = {}
         self.last_drawn = -1
-        """The last step whose share the loader was given; plans up to it can't change any more."""
+        """The last step whose share the loader has been given; up to this step, plans can no longer change."""
         self._complete = False
 
     def begin(self, first_step: int) -> None:
-        """A pass begins at a step; shares of an abandoned pass from there on are dropped."""
+        """Start a pass at a step; drop the shares that an abandoned pass has drawn from that step on."""
         self._shares = {step: share for step, share in self._shares.items() if step < first_step}
         self._complete = False
 
     def end(self) -> None:
-        """The pass has no more shares."""
+        """Mark the pass as complete: it has no more shares."""
         self._complete = True
 
     def exhausted(self, step: int) -> bool:
-        """Whether the pass had come to its end before `step`; other loaders may still go on."""
+        """Whether the pass ended before `step`; other loaders may still continue."""
         return self._complete and step > self.last_drawn
 
     def add(self, share: Share) -> None:
-        """A share goes to the loader."""
+        """Record a share that is given to the loader."""
         self._shares[share.step] = share
         self.last_drawn = share.step
 
     def take(self, step: int) -> Share:
-        """The share that this rank computes at a step, for which the loader must have been given one.
+        """The share that this rank computes at a step; the loader must have been given one for it.
 
-        Earlier ones are forgotten.
+        Earlier ones are dropped.
         """
         if step not in self._shares:
             raise RuntimeError(
@@ -95,15 +95,15 @@ class PendingShares:
 
 
 class LocalBatchSampler(Sampler[list[Index]]):
-    """The batch sampler of one rank in training: its share of each global batch, by the plan at that step.
+    """The batch sampler of one rank in training: its share of each global batch, according to the plan at that step.
 
     Args:
-        passes: over the loader's global batches.
+        passes: the passes over the loader's global batches.
         schedule: the plans.
-        rank: whose shares.
-        minimum: the least that a rank can compute with.
-        loads_in_process: a batch is loaded in this process, and not before its step begins. Then the random state
-            before a borrowed batch is known.
+        rank: the rank whose shares are drawn.
+        minimum: the fewest samples that a rank can compute with.
+        loads_in_process: batches are loaded in this process (no workers), each not before its step begins. Then the
+            random state before a borrowed batch is known.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class LocalBatchSampler(Sampler[list[Index]]):
         self.pending_shares = PendingShares(rank)
 
     def __iter__(self) -> Iterator[list[Index]]:
-        first_step = self.passes.begin()  # at once: the iterator that is returned runs when its first batch is fetched
+        first_step = self.passes.begin()  # now: the returned generator only runs when its first batch is fetched
         self.pending_shares.begin(first_step)
         return self._local_batches(first_step)
 
@@ -134,10 +134,10 @@ class LocalBatchSampler(Sampler[list[Index]]):
 
 
 class LocalBatchSizeSampler(Sampler[list[None]]):
-    """The batch sampler of one rank for an iterable data set: only how many samples to take, without an end.
+    """The batch sampler of one rank for an iterable dataset: it only gives the number of samples, and never ends.
 
-    An iterable data set can't be split: each rank iterates over samples of its own, and its local batch follows the
-    plan. The arguments are those of `LocalBatchSampler`, samples of a full step, and where training stands now.
+    An iterable dataset can't be split: each rank iterates over samples of its own, and its local batch follows the
+    plan. Arguments are those of `LocalBatchSampler`, the samples of a full global batch, and the position of training.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a batch holds, whatever it is made of: its tensors, the number of its samples, and what these look like."""
+"""The contents of a batch of any type: its tensors, the number of samples, and their shape."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -12,11 +12,11 @@ from torch import Tensor
 def sample_count(batch: Any, drawn: int | None = None) -> int:
     """Number of samples in a batch: the length of its tensors.
 
-    Where these differ, as in batches of boxes, it is the number of samples that were drawn for it, if that is known.
-    Augmentations may make more of them, but all tensors then grow alike.
+    If these differ, as in batches of boxes, it is the number of samples that the sampler drew, if that is known.
+    Augmentations may multiply the samples, but then all tensors have the same length.
 
     Raises:
-        TypeError: there is no tensor with a batch dimension in it, and `drawn` is not known.
+        TypeError: the batch has no tensor with a batch dimension, and `drawn` is not known.
     """
     lengths = [len(tensor) for tensor in _tensors(batch)]
     if drawn is not None and len(set(lengths)) != 1:
@@ -30,16 +30,16 @@ def sample_count(batch: Any, drawn: int | None = None) -> int:
 
 
 def input_shape(batch: Any) -> str:
-    """Type and shape of all tensors in a batch, but for their first dimension, such as ``"float32 (13, 64, 64)"``.
+    """Dtype and shape, without the batch dimension, of all tensors in a batch, such as ``"float32 (13, 64, 64)"``.
 
-    Local batches of different sizes give the same text: it has each type and shape once, in the order of the batch.
+    It is the same for local batches of any size: each dtype and shape appears once, in the order of the batch.
     """
     texts = (f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape[1:])}" for tensor in _tensors(batch))
     return ", ".join(dict.fromkeys(texts))
 
 
 def shape_number(shape: str) -> int:
-    """A number that stands for an input shape in messages, exact as a float; 0 for an unknown one."""
+    """A checksum of an input shape for messages, exact as a float; 0 for an unknown shape."""
     return crc32(shape.encode())
 
 
@@ -52,7 +52,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
         for value in batch.values():
             yield from _tensors(value)
     elif isinstance(batch, Iterable) and not isinstance(batch, str | bytes | np.ndarray | Iterator):
-        for value in batch:  # but nothing that would be used up by it
+        for value in batch:  # iterators are excluded above, since this would exhaust them
             yield from _tensors(value)
     elif is_dataclass(batch) and not isinstance(batch, type):
         for field in fields(batch):

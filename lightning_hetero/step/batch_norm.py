@@ -1,4 +1,4 @@
-"""The smallest local batch that BatchNorm allows, and how statistics of several parts become those of the whole."""
+"""The smallest local batch that BatchNorm allows, and pooling the statistics of several parts."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from lightning_hetero.step.torchgeo import uses_batch_statistics
 
 
 def modules_without_metrics(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all below it but torchmetrics, which synchronize themselves."""
+    """The module and all its submodules except torchmetrics, which synchronize themselves."""
     if isinstance(module, Metric):
         return
     yield module
@@ -19,7 +19,7 @@ def modules_without_metrics(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def smallest_local_batch(module: nn.Module, *, synchronized: bool = False) -> int:
-    """The fewest samples that a rank can compute with: 2 where statistics are taken over them, else 1.
+    """The fewest samples that a rank can compute with: 2 if statistics are computed over them, else 1.
 
     A layer that is kept in evaluation mode uses its running statistics, and `SyncBatchNorm` those of all ranks, as all
     BatchNorm layers do if they are `synchronized`.
@@ -37,12 +37,12 @@ def pooled_statistics(counts: Tensor, means: Tensor, variances: Tensor) -> tuple
     With shares `p_r = n_r / Σ n`: mean `m = Σ p_r m_r`, variance `Σ p_r (v_r + (m_r - m)²)`. For biased variances of
     disjoint parts this is exactly the biased variance of the whole (T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating
     Formulae and a Pairwise Algorithm for Computing Sample Variances", Stanford, STAN-CS-79-773, 1979). Computed as
-    differences to the first part, so that equal parts give exactly themselves, and no digits cancel where the means are
-    large beside the deviations.
+    differences from the first part, so that pooling equal parts reproduces them exactly, and no digits cancel if the
+    means are large compared with the deviations.
 
     Args:
         counts: n_r, (R,), at least 0 and not all 0.
-        means: m_r, (R, C); in a part that counts 0 anything may stand, even NaN.
+        means: m_r, (R, C); in a part with a count of 0, anything is allowed, even NaN.
         variances: v_r, (R, C).
 
     Returns:

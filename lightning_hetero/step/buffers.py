@@ -1,7 +1,7 @@
-"""A module's buffers made the same on all ranks: now and then, never during a step.
+"""Makes a module's buffers the same on all ranks, between steps and never during one.
 
 DDP copies rank 0's buffers to all ranks before each forward pass. That costs time in every step, makes ranks wait in
-the forward pass, and throws away what the other ranks have computed.
+the forward pass, and discards what the other ranks have computed.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
-from lightning_hetero.exchange.groups import gather_rows, total
+from lightning_hetero.exchange.groups import all_reduce_sum, gather_rows
 from lightning_hetero.sampling.train_sampler import Share
 from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.batch_norm import modules_without_metrics, pooled_statistics
@@ -23,15 +23,15 @@ from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
 
 def broadcast_in_forward(options: Mapping[str, Any]) -> bool | None:
-    """Whether the user's options of DDP copy rank 0's buffers before each forward pass; None if they don't say."""
-    values = (options.get(name) for name in ("forward_sync_buffers", "broadcast_buffers"))  # in DDP the first decides
+    """Whether the user's DDP options broadcast rank 0's buffers before each forward pass; None if not specified."""
+    values = (options.get(name) for name in ("forward_sync_buffers", "broadcast_buffers"))  # as in DDP: the first wins
     return next((bool(value) for value in values if value is not None), None)
 
 
 def exclude_broadcast_from_compute_time(
     model: DistributedDataParallel, waiting: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Do not count the time in which DDP copies rank 0's buffers as compute time: ranks wait for rank 0 there."""
+    """Exclude DDP's broadcast of rank 0's buffers from compute time: the other ranks wait for rank 0 there."""
     broadcast = model._sync_buffers  # noqa: SLF001 - there is no public name for it
 
     def timed_broadcast() -> None:
@@ -42,7 +42,7 @@ def exclude_broadcast_from_compute_time(
 
 
 def running_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Running means and variances of each BatchNorm layer that is not synchronized; lazy ones need a shape first."""
+    """Running mean and variance of each initialized BatchNorm layer that is not synchronized."""
     found = {
         layer: (layer.running_mean, layer.running_var)
         for layer in modules_without_metrics(module)
@@ -56,7 +56,7 @@ def running_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 
 def other_buffers(module: nn.Module) -> list[Tensor]:
-    """All buffers but BatchNorm's, each once."""
+    """All buffers except BatchNorm's, each once."""
     found = {
         id(buffer): buffer
         for layer in modules_without_metrics(module)
@@ -71,11 +71,11 @@ class BufferMerge:
     """Makes a module's buffers the same on all ranks, at points that all ranks reach.
 
     BatchNorm's running statistics are pooled (`pooled_statistics`), each rank's weighted by the samples that it has
-    computed since the last merge. This is approximate in two ways: they are moving averages, in which late batches
-    weigh more, while samples are counted alike; and each running variance is an average of unbiased variances, so the
-    pooled one lies above that of all samples together, by a part of about 1 / (values per channel in a local batch).
-    All other buffers become rank 0's, bit by bit. `num_batches_tracked` is left alone. The exchange takes place on
-    `device`, and `waiting` is entered while this rank waits for others.
+    computed since the last merge. This is approximate in two ways: they are moving averages, in which later batches
+    weigh more, while all samples count equally; and each running variance is an average of unbiased variances, so the
+    pooled one exceeds that of all samples together by a fraction of about 1 / (values per channel in a local batch).
+    All other buffers become bitwise copies of rank 0's. `num_batches_tracked` is left unchanged. The exchange takes
+    place on `device`, and `waiting` is entered while this rank waits for others.
     """
 
     def __init__(
@@ -92,19 +92,19 @@ class BufferMerge:
         self._world_size = world_size
         self._waiting = waiting
         self._steps = 0  # since the last merge
-        self._samples = 0  # that this rank has computed in them
+        self._samples = 0  # computed by this rank in these steps
 
     def add_batch(self, share: Share | None, batch: Any) -> None:
-        """Count one more training batch, without a share where the user shards; all ranks call this equally often."""
+        """Count a training batch; the share is None if the user shards. All ranks must call this equally often."""
         self._steps += 1
-        try:  # a share has no samples of this rank if they are borrowed: what these change is undone
+        try:  # borrowed samples count 0: what they change is undone
             self._samples += share.counts[self._rank] if share is not None else sample_count(batch)
         except TypeError:
             self._samples += 1
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Make the buffers equal on all ranks; does nothing where there was no training step since the last time.
+        """Make the buffers equal on all ranks; does nothing if there was no training step since the last merge.
 
         Raises:
             RuntimeError: the ranks have buffers of different sizes.
@@ -121,10 +121,10 @@ class BufferMerge:
         row = [torch.tensor([samples, len(flat)]), *(mean for mean, _ in statistics), *(var for _, var in statistics)]
         with self._waiting():
             own = torch.cat([part.to(self._device, torch.float64) for part in row])  # (2 + 2 * channels,)
-            table = gather_rows(own, self._rank, self._world_size, total)  # (W, 2 + 2 * channels)
+            table = gather_rows(own, self._rank, self._world_size, all_reduce_sum)  # (W, 2 + 2 * channels)
         _check_sizes(table[:, 1].tolist())
         if statistics:
-            mean, variance = pooled_statistics(table[:, 0], *table[:, 2:].chunk(2, dim=1))  # (channels,)
+            mean, variance = pooled_statistics(table[:, 0], *table[:, 2:].chunk(2, dim=1))  # (channels,) each
             lengths = [len(mean) for mean, _ in statistics]
             pooled = zip(mean.split(lengths), variance.split(lengths), strict=True)
             for buffers, values in zip(statistics, pooled, strict=True):
@@ -142,12 +142,12 @@ def _check_sizes(sizes: list[float]) -> None:
         listed = ", ".join(f"{int(size)} on rank {rank}" for rank, size in enumerate(sizes))
         raise RuntimeError(
             f"the module's buffers have different sizes on the ranks (bytes: {listed}); buffers must keep the same "
-            "shape on every rank, or else be plain attributes"
+            "shape on every rank, or be plain attributes instead"
         )
 
 
 def _fill(buffers: list[Tensor], flat: Tensor) -> None:
     """Fill buffers with their bytes, one after the other."""
     for buffer, part in zip(buffers, flat.split([buffer.nbytes for buffer in buffers]), strict=True):
-        # A tensor of its own is aligned for any type; a slice of bytes need not be.
+        # A cloned tensor is aligned for any dtype; a slice of bytes need not be.
         buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))

@@ -1,4 +1,4 @@
-"""How long this rank has computed in its optimizer steps, until the other ranks know."""
+"""This rank's compute times in its optimizer steps, kept until they are reported to the other ranks."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from lightning_hetero.sampling.train_sampler import Share
 class StepMeasurement:
     """Means over the micro-batches of an optimizer step on one rank."""
 
-    measured_step: int  # the global batch of the last of them
+    measured_step: int  # the last of these global batches
     compute_seconds: float
     sync_seconds: float  # from the rank's last local gradient to the averaged ones
     averaged_after_backward: bool  # gradients were averaged after the backward pass, not during it
@@ -20,7 +20,7 @@ class StepMeasurement:
 
 @dataclass
 class _OptimizerStep:
-    """The micro-batches since the last optimizer step; of those of full size, share and timing."""
+    """The micro-batches since the last optimizer step, with share and timing of those of full size."""
 
     micro_batches: int = 0
     full: list[tuple[Share, StepTiming]] = field(default_factory=list)
@@ -31,20 +31,20 @@ class _OptimizerStep:
 class ComputeTimes:
     """Measures optimizer steps, each as the mean over its micro-batches; short last batches are left out.
 
-    A step is not measured if one of its batches was borrowed, computed in parts or not timed, or if the plan changed
-    between them. A measurement may have to wait for the device to come to the end of the step.
+    A step is not measured if one of its micro-batches was borrowed, computed in parts or not timed, or if the plan
+    changed between them. A measurement is not available before the device has reached the end of the step.
     """
 
-    WAITING = 16
-    """Optimizer steps that wait for their device; it is never that far behind the host."""
+    MAX_PENDING = 16
+    """Optimizer steps kept until the device has reached their end. Chosen: it is never that far behind the host."""
 
     def __init__(self) -> None:
         self._current = _OptimizerStep()
-        self._finished: deque[_OptimizerStep] = deque(maxlen=self.WAITING)
+        self._finished: deque[_OptimizerStep] = deque(maxlen=self.MAX_PENDING)
 
     @property
     def accumulates(self) -> bool:
-        """Whether an optimizer step has begun, but not ended: between its micro-batches."""
+        """Whether this is between two micro-batches of the same optimizer step."""
         return self._current.micro_batches > 0
 
     def add(
@@ -57,14 +57,14 @@ class ComputeTimes:
         in_parts: bool = False,
         averaged_after_backward: bool = False,
     ) -> None:
-        """A micro-batch is over.
+        """Record a finished micro-batch.
 
         Args:
-            timing: None where it was not measured.
-            share: None where the user shards.
-            global_batch: samples of a full one.
-            stepped: the optimizer has made its step, or may have.
-            in_parts: memory ran out, and it was computed in parts.
+            timing: None if it was not timed.
+            share: None if the user shards.
+            global_batch: samples in a full one.
+            stepped: whether the optimizer has stepped, or may have.
+            in_parts: whether it was computed in parts because memory ran out.
             averaged_after_backward: see `StepMeasurement`.
         """
         current = self._current
@@ -80,7 +80,7 @@ class ComputeTimes:
             self._current = _OptimizerStep()
 
     def next_measurement(self) -> StepMeasurement | None:
-        """The oldest optimizer step that is not reported yet; None if there is none whose end the device has passed."""
+        """The oldest measurement not returned yet; None if there is none whose step the device has finished."""
         if not self._finished or not self._finished[0].full[-1][1].has_passed():
             return None
         step = self._finished.popleft()

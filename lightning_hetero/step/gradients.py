@@ -1,4 +1,4 @@
-"""How gradients are averaged over the ranks, and backward passes that leave them alone where nothing counts."""
+"""How gradients are averaged over ranks, and backward passes that leave them unchanged if the loss count is 0."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,12 +15,12 @@ from lightning_hetero.exchange.failures import CollectiveErrors
 from lightning_hetero.exchange.groups import RankGroup
 
 Hook = Callable[[Any, Any], torch.futures.Future[Tensor]]
-"""A DDP communication hook: from its state and a gradient bucket to the averaged gradients."""
+"""A DDP communication hook: takes its state and a gradient bucket, and returns the averaged gradients."""
 
 
 @contextmanager
 def _hooked(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """A backward pass inside adds what `hook` makes of each gradient."""
+    """Each gradient of a backward pass inside goes through `hook`."""
     handles = [parameter.register_hook(hook) for parameter in module.parameters() if parameter.requires_grad]
     try:
         yield
@@ -29,36 +29,36 @@ def _hooked(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> Iterator[Non
             handle.remove()
 
 
-def gradients_left_alone(module: nn.Module, unless: Tensor | None = None) -> AbstractContextManager[None]:
-    """A backward pass inside adds exact zeros to a module's gradients, unless a truth value on the device is true.
+def gradients_unchanged(module: nn.Module, unless: Tensor | None = None) -> AbstractContextManager[None]:
+    """A backward pass inside adds exact zeros to a module's gradients, unless the boolean tensor `unless` is true.
 
-    Weight 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN. The host never reads the truth value.
+    A weight of 0 is not enough: the mean over an empty set is NaN, and so is 0 x NaN. The host never reads `unless`.
     """
     if unless is None:
         return _hooked(module, torch.zeros_like)
     return _hooked(module, lambda gradient: torch.where(unless, gradient, 0.0))
 
 
-def without_nan(gradient: Tensor, counts: bool | Tensor) -> Tensor:
-    """A gradient without the NaN of 0 x NaN, which a loss of which nothing counts brings; all else in it is kept.
+def without_nan(gradient: Tensor, counted: bool | Tensor) -> Tensor:
+    """A gradient without the NaN of 0 x NaN that comes from a loss with a count of 0; all its other values are kept.
 
-    Where something counts, the gradient stays as it is; the host never reads a tensor that says so.
+    If `counted`, the loss count is above 0 and the gradient is unchanged; the host never reads `counted` if a tensor.
     """
-    if counts is True:
+    if counted is True:
         return gradient
     finite = gradient.nan_to_num(0.0, 0.0, 0.0)
-    return torch.where(counts, gradient, finite) if isinstance(counts, Tensor) else finite
+    return torch.where(counted, gradient, finite) if isinstance(counted, Tensor) else finite
 
 
-def gradients_without_nan(module: nn.Module, counts: bool | Tensor) -> AbstractContextManager[None]:
-    """A backward pass inside adds gradients `without_nan`: what synchronized layers bring from other ranks is kept."""
-    return _hooked(module, lambda gradient: without_nan(gradient, counts))
+def gradients_without_nan(module: nn.Module, counted: bool | Tensor) -> AbstractContextManager[None]:
+    """A backward pass inside adds gradients `without_nan`: what synchronized layers add from other ranks is kept."""
+    return _hooked(module, lambda gradient: without_nan(gradient, counted))
 
 
 def averaging_hook(errors: CollectiveErrors) -> Hook:
-    """What DDP does with a bucket when it has no hook, the mean over all ranks.
+    """A hook that does what DDP does without one: average each bucket over all ranks.
 
-    `errors` get the error of a failed all-reduce, which autograd's engine raises later.
+    The error of a failed all-reduce, which autograd's engine raises later, is added to `errors`.
     """
 
     def allreduce_mean(group: dist.ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -80,11 +80,11 @@ def averaging_hook(errors: CollectiveErrors) -> Hook:
     return allreduce_mean
 
 
-def until_last_bucket(hook: Hook, timer: ComputeTimer, *, may_wait: bool) -> Hook:
-    """Wrap a DDP communication hook so that the timer notes when the last local gradient is ready.
+def timed_hook(hook: Hook, timer: ComputeTimer, *, may_wait: bool) -> Hook:
+    """Wrap a DDP communication hook so that the timer records when the last local gradient is ready.
 
-    DDP hands its buckets to the hook in order; with the last one this rank has done its part of the backward pass. A
-    hook that `may_wait` for the other ranks before it returns takes no compute time.
+    DDP passes its buckets to the hook in order; at the last one, this rank has done its part of the backward pass. The
+    time of a hook that `may_wait` for other ranks before it returns is not compute time.
     """
 
     def timed(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -100,13 +100,13 @@ def until_last_bucket(hook: Hook, timer: ComputeTimer, *, may_wait: bool) -> Hoo
 
 
 class GradientMask:
-    """Whether this rank's gradients count in the backward pass at hand, where only the device knows."""
+    """Whether this rank's gradients count in the current backward pass, if only the device knows."""
 
     def __init__(self) -> None:
         self._keep: Tensor | None = None
 
     def current(self) -> Tensor | None:
-        """A truth value on the device; None for no mask."""
+        """A boolean tensor on the device; None for no mask."""
         return self._keep
 
     @contextmanager
@@ -119,11 +119,11 @@ class GradientMask:
             self._keep = None
 
 
-def masked(hook: Hook, mask: Callable[[], Tensor | None]) -> Hook:
-    """Wrap a DDP communication hook so that this rank's gradients are exact zeros where its mask is false.
+def masked_hook(hook: Hook, mask: Callable[[], Tensor | None]) -> Hook:
+    """Wrap a DDP communication hook so that this rank's gradients become exact zeros if its mask is false.
 
-    Weight 0 is not enough, as in `gradients_left_alone`. A mask is a truth value on the device, which the host never
-    reads; None is for no mask.
+    A weight of 0 is not enough, see `gradients_unchanged`. The mask is a boolean tensor on the device, which the host
+    never reads; None for no mask.
     """
 
     def kept(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -136,14 +136,14 @@ def masked(hook: Hook, mask: Callable[[], Tensor | None]) -> Hook:
 
 
 _BUCKET_BYTES = 25 * 2**20
-"""As large as DDP's buckets: large enough to be quick, small compared with all gradients."""
+"""The default size of DDP's buckets: large enough to be fast, small compared with all gradients."""
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], group: RankGroup) -> None:
-    """What DDP does in a backward pass, after one that was purely local: the mean over all ranks.
+    """Average gradients over all ranks as DDP does during backward, but after a purely local backward pass.
 
-    A parameter without gradient on this rank counts as zeros. One without gradient on all ranks is left as it is, as
-    under DDP with `find_unused_parameters`. All ranks give the same parameters, in the same order.
+    A parameter without a gradient on this rank counts as zeros. One without a gradient on every rank is left unchanged,
+    as in DDP with `find_unused_parameters`. All ranks must pass the same parameters, in the same order.
     """
     used = group.any_of([parameter.grad is not None for parameter in parameters])
     bucket: list[Tensor] = []

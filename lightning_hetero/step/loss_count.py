@@ -1,6 +1,6 @@
-"""What a batch counts for, the number that its loss was averaged over, and the weight of a rank's loss.
+"""The loss count of a batch, which is the number that its loss is averaged over, and the weight of a rank's loss.
 
-The rule is found once a run, in this order: the user's callable, the module's own `loss_count`, what is known of
+The rule is chosen once per run, in this order: the user's callable, the module's own `loss_count`, the rules for
 TorchGeo's tasks, the number of samples.
 """
 
@@ -17,22 +17,22 @@ from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.torchgeo import IMAGE_TASKS, TARGETS, task_name, unchanged_task
 
 Count = float | Tensor
-"""A number, or a tensor without dimensions on the module's device."""
+"""A number, or a 0-d tensor on the module's device."""
 
-_IGNORES_NOTHING = (-100, -1000)
-"""What `ignore_index` is by default in torch, and in TorchGeo's tasks."""
+_DEFAULT_IGNORE_INDICES = (-100, -1000)
+"""The default `ignore_index` in torch, and in TorchGeo's tasks."""
 
 
 @dataclass(frozen=True)
 class LossCounter:
     """How batches are counted in this run."""
 
-    rule: str  # what is counted, in words, for warnings and errors
+    rule: str  # description of what is counted, for warnings and errors
     count: Callable[[Any, Any], Count] | None = None  # from the module and a batch; None counts its samples
-    advice: str = ""  # how to make the rule exact where it is only a guess
+    advice: str = ""  # how to make the rule exact if it is only a guess
 
     def __call__(self, module: nn.Module, batch: Any, samples: int | None = None) -> Count:
-        """The loss count of a batch as `training_step` gets it, into which so many samples went, if that is known.
+        """The loss count of a batch as `training_step` gets it; `samples` is how many the sampler drew, if known.
 
         Raises:
             TypeError: the rule returned something that is neither a number nor a tensor without dimensions.
@@ -53,8 +53,8 @@ class LossCounter:
             ) from None
 
 
-def find(module: nn.Module, given: Callable[[Any, Any], Count] | None) -> LossCounter:
-    """The rule for `module`; `given` is the user's `loss_count=`, if any."""
+def find_loss_counter(module: nn.Module, given: Callable[[Any, Any], Count] | None) -> LossCounter:
+    """The rule for `module`; `given` is the strategy's `loss_count` option, if any."""
     if given is not None:
         return LossCounter("the strategy's loss_count", given)
     if callable(getattr(module, "loss_count", None)):
@@ -85,8 +85,8 @@ def cross_entropy_count(criterion: nn.CrossEntropyLoss | nn.NLLLoss, target: Ten
     """What `nn.CrossEntropyLoss` and `nn.NLLLoss` divide by: valid targets, or their summed class weights.
 
     Args:
-        criterion: the live loss, with its `ignore_index` and `weight`.
-        target: class numbers, any shape.
+        criterion: the module's loss, with its `ignore_index` and `weight`.
+        target: class indices of any shape, or class probabilities.
     """
     if target.is_floating_point():  # class probabilities: the mean is over everything but the class dimension
         return float(target.numel() // target.shape[1] if target.ndim > 1 else target.numel())
@@ -103,13 +103,13 @@ def _advice(module: nn.Module) -> str:
         name
         for name, loss in module.named_modules()
         if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
-        and (loss.weight is not None or loss.ignore_index not in _IGNORES_NOTHING)
+        and (loss.weight is not None or loss.ignore_index not in _DEFAULT_IGNORE_INDICES)
     ]
     if not names:
         return ""
     return (
         f"{type(module).__name__}.{names[0]} averages over valid or class-weighted targets, but batches are counted by "
-        "samples, so the gradient is only nearly that of the global batch. To make it exact, give the module\n"
+        "samples, so the gradient is only approximately that of the global batch. To make it exact, give the module\n"
         "    def loss_count(self, batch):\n"
         "        return lightning_hetero.cross_entropy_count(self."
         f"{names[0]}, batch['mask'])  # the targets, as training_step gets them"
@@ -120,11 +120,11 @@ def loss_weight(counts: Sequence[float] | NDArray[np.float64], rank: int) -> flo
     """The factor on the loss of `rank` that turns DDP's plain mean into the count-weighted mean.
 
     `w_r = W * c_r / sum(c)`: the mean over ranks of `w_r` times the gradient of rank r's mean loss is the gradient of
-    the mean over all of the global batch. 0 where nothing counts on any rank.
+    the mean over the whole global batch. 0 if the count is 0 on every rank.
 
     Args:
         counts: W loss counts, finite and at least 0.
-        rank: whose weight.
+        rank: the rank whose weight is returned.
     """
     total = float(sum(counts))
     return len(counts) * float(counts[rank]) / total if total > 0 else 0.0

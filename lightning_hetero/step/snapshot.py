@@ -1,4 +1,4 @@
-"""What a training step changes besides gradients, kept so that it can be put back."""
+"""Saves what a training step changes besides gradients, so that it can be restored."""
 
 import copy
 from typing import Any
@@ -9,14 +9,14 @@ from torchmetrics import Metric
 
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
-_OF_METRICS = ("_update_count", "_computed", "_forward_cache")
-"""What torchmetrics keep besides their states."""
+_METRIC_ATTRIBUTES = ("_update_count", "_computed", "_forward_cache")
+"""Attributes of a torchmetrics metric besides its states."""
 
 
 class ModuleSnapshot:
     """Copies of what a forward pass changes in a module: its buffers, and the states of its torchmetrics.
 
-    Statistics of synchronized BatchNorm are left out: they follow the samples of all ranks, whatever this one computes.
+    Running statistics of synchronized BatchNorm are left out: they depend on the counted samples of all ranks only.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -27,13 +27,13 @@ class ModuleSnapshot:
             for buffer in layer.buffers(recurse=False)
         ]
         self._metrics = [
-            (metric, {name: _copied(getattr(metric, name)) for name in (*metric.metric_state, *_OF_METRICS)})
+            (metric, {name: _copied(getattr(metric, name)) for name in (*metric.metric_state, *_METRIC_ATTRIBUTES)})
             for metric in module.modules()
             if isinstance(metric, Metric)
         ]
 
     def restore(self) -> None:
-        """Put it back."""
+        """Restore the saved values."""
         with torch.no_grad():
             for buffer, value in self._buffers:
                 buffer.copy_(value)
@@ -43,7 +43,7 @@ class ModuleSnapshot:
 
 
 def _copied(value: Any) -> Any:
-    """A copy that shares no memory; detached, since tensors with a graph can't be deep-copied."""
+    """A deep copy, detached, since tensors with a graph can't be deep-copied."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""One training step of a rank: its batch is counted, its loss is weighted, what borrowed samples changed is undone."""
+"""One training step of a rank: count its batch, weight its loss, undo the side effects of borrowed samples."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from lightning_hetero.sampling.train_sampler import Share
 from lightning_hetero.step.gradients import (
     GradientMask,
     average_gradients,
-    gradients_left_alone,
+    gradients_unchanged,
     gradients_without_nan,
 )
 from lightning_hetero.step.loss_count import LossCounter, loss_weight
@@ -35,23 +35,23 @@ class StepContext:
     counter: LossCounter
     group: RankGroup
     device: torch.device  # of this rank
-    timer: ComputeTimer  # runs while this rank computes
-    mask: GradientMask  # of the gradients that DDP averages
+    timer: ComputeTimer  # of this rank's compute time
+    mask: GradientMask  # for the gradients that DDP averages
     long_backward: LongBackwardMonitor
     zero_counts: ZeroCountWarning
-    batch_norm_group: BatchNormGroup | None  # of the synchronized layers; None where there are none
+    batch_norm_group: BatchNormGroup | None  # of the synchronized layers; None if there are none
 
     @property
     def counts_on_device(self) -> bool:
-        """Whether loss counts stay on the device; the host would wait for a GPU to read them."""
+        """Whether loss counts stay on the device; to read them, the host would have to wait for the GPU."""
         return self.device.type == "cuda"
 
 
 class LoadedBatch:
-    """A rank's batch as it was loaded: nothing of the user's code has seen it yet.
+    """A rank's batch as it was loaded, before any of the user's code has seen it.
 
-    Borrowed samples must leave no trace on this rank, so what they may change is saved here. `step` is the global
-    batch; there is no share where the user shards.
+    Borrowed samples must have no side effects on this rank, so the state that they may change is saved here. `step` is
+    the number of the global batch; the share is None if the user shards.
     """
 
     def __init__(self, step: int, share: Share | None, rank: int, module: nn.Module) -> None:
@@ -64,21 +64,21 @@ class LoadedBatch:
             self._saved = ModuleSnapshot(module), share.random_state or RandomState.current()
 
     def undo_borrowed(self) -> None:
-        """Put back what borrowed samples have changed."""
+        """Restore what borrowed samples have changed."""
         for state in self._saved or ():
             state.restore()
 
 
 @dataclass(frozen=True)
 class LocalCount:
-    """What a rank's batch counts for."""
+    """The loss count of a rank's batch."""
 
-    value: float | Tensor  # the loss count; the host never reads a tensor, which is on a CUDA device
-    error: Exception | None = None  # of counting: the count is then NaN, by which all ranks learn of it
+    value: float | Tensor  # a tensor is on a CUDA device, and the host never reads it
+    error: Exception | None = None  # raised while counting; the count is then NaN, which all ranks check for
 
     @classmethod
     def of(cls, context: StepContext, batch: Any, loaded: LoadedBatch) -> Self:
-        """Count a batch as `training_step` gets it; borrowed samples count nothing."""
+        """Count a batch as `training_step` gets it; borrowed samples have a count of 0."""
         if loaded.borrowed:
             return cls(0.0)
         try:
@@ -89,7 +89,7 @@ class LocalCount:
 
     @property
     def on_device(self) -> Tensor | None:
-        """The count where only the device knows it."""
+        """The count, if only the device knows it."""
         return self.value if isinstance(self.value, Tensor) else None
 
     @property
@@ -99,17 +99,17 @@ class LocalCount:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the host knows that nothing counts."""
+        """Whether the host knows that the count is 0."""
         return self.on_host == 0
 
     @property
     def is_positive(self) -> bool | Tensor:
-        """Whether something counts; on the device where only that knows."""
+        """Whether the count is above 0; a tensor if only the device knows."""
         return self.value > 0 if isinstance(self.value, Tensor) else self.value != 0
 
 
 class DeviceTotal:
-    """Loss counts added up over all ranks on the device: to read them would make the host wait for it."""
+    """Loss counts summed over all ranks on the device: reading them would make the host wait for it."""
 
     def __init__(self, count: LocalCount, context: StepContext) -> None:
         self._own = torch.as_tensor(count.value, dtype=torch.float64).to(context.device, non_blocking=True)
@@ -118,7 +118,7 @@ class DeviceTotal:
         self._work = dist.all_reduce(self.total, async_op=True) if self._world_size > 1 else None
 
     def wait(self) -> None:
-        """Order the device's streams, so that the device waits here; the host goes on."""
+        """Make the device's stream wait for the sum; the host continues."""
         if self._work is not None:
             self._work.wait()
 
@@ -131,11 +131,11 @@ class Step:
     """A training step of this rank, from the call of `training_step` to the end of the batch.
 
     Args:
-        context: of the fit.
+        context: what all steps of the fit share.
         loaded: the batch.
-        count: what it counts for.
-        messages: `StepMessages` of all ranks, on their way.
-        accumulates: gradients of earlier micro-batches of the same optimizer step are there.
+        count: its loss count.
+        messages: the rows of `StepMessages`, still being exchanged.
+        accumulates: whether earlier micro-batches of the same optimizer step have left gradients.
     """
 
     def __init__(
@@ -143,15 +143,15 @@ class Step:
     ) -> None:
         self.loaded = loaded
         self.count = count
-        self.weight: float | Tensor = 1.0  # the factor on this rank's loss; known once messages are received
-        self.logged_weight: float | Tensor | None = None  # in samples of the global batch; None: as much as its samples
+        self.weight: float | Tensor = 1.0  # the factor on this rank's loss; valid once messages are received
+        self.logged_weight: float | Tensor | None = None  # in samples of the global batch; None: its number of samples
         self._context = context
         self._accumulates = accumulates
         self._pending: PendingRows | None = messages
         self._device_total = DeviceTotal(count, context) if context.counts_on_device else None
 
     def receive(self) -> StepMessages | None:
-        """Wait for the messages of all ranks, from which this rank's weight follows; None where that was done before.
+        """Wait for the messages of all ranks, which determine this rank's weight; None if they were received before.
 
         Raises:
             RuntimeError, ValueError: see `StepMessages.check`; or what counting the batch raised on this rank.
@@ -183,17 +183,17 @@ class Step:
 
     @contextmanager
     def weighted(self, loss: Tensor, *, averaged: bool, keeps_gradients: bool) -> Iterator[Tensor]:
-        """The loss to go backward from; gradients of a batch in which nothing counts are left alone meanwhile.
+        """The loss to call backward on, inside; a batch with a loss count of 0 then adds nothing to the gradients.
 
         Args:
-            loss: the user's.
-            averaged: the backward pass inside waits for those of the other ranks.
-            keeps_gradients: gradients may hold those of earlier backward passes of the same step.
+            loss: the loss that `training_step` returned.
+            averaged: whether the backward pass inside averages gradients over all ranks.
+            keeps_gradients: whether gradients of earlier backward passes of the same step may be present.
         """
         context, positive = self._context, self.count.is_positive
-        # Samples of which nothing counts take part in synchronized statistics: their gradients are not zero there.
+        # Samples that count for nothing still take part in synchronized statistics, so their gradients there are not 0.
         layers = context.batch_norm_group if not self.loaded.borrowed and positive is not True else None
-        # A mask of buckets would wipe out the gradients of earlier micro-batches, which they hold too.
+        # A mask on buckets would also erase the gradients of earlier micro-batches, which the buckets hold too.
         masked = averaged and not keeps_gradients and not self._accumulates
         with ExitStack() as hooks:
             hooks.callback(context.timer.backward_over)
@@ -204,26 +204,26 @@ class Step:
                 hooks.enter_context(layers.backward_pass(positive))
                 hooks.enter_context(gradients_without_nan(context.module, positive))
             elif self.count.is_zero:
-                hooks.enter_context(gradients_left_alone(context.module))
+                hooks.enter_context(gradients_unchanged(context.module))
             elif isinstance(positive, Tensor) and masked:
                 hooks.enter_context(context.mask.applied(positive))
             elif isinstance(positive, Tensor):
-                hooks.enter_context(gradients_left_alone(context.module, unless=positive))
+                hooks.enter_context(gradients_unchanged(context.module, unless=positive))
             if isinstance(self.weight, Tensor):
                 loss = loss * self.weight.to(loss.dtype)
-            elif self.weight != 1.0 and (layers is not None or not self.count.is_zero):  # else only its graph matters
+            elif self.weight != 1.0 and (layers is not None or not self.count.is_zero):  # else only its graph is used
                 loss = loss * self.weight
             yield loss
 
     def part_of_global_loss(self, loss: Tensor) -> Tensor:
-        """What this rank's loss adds to the mean over all ranks that is the loss of the global batch."""
+        """This rank's term of the mean over all ranks that gives the loss of the global batch."""
         part = loss.detach() * self.weight
         return torch.where(torch.as_tensor(self.count.is_positive, device=part.device), part, torch.zeros_like(part))
 
     def average_after_backward(self, parameters: Sequence[nn.Parameter]) -> None:
-        """The mean of the gradients over all ranks, after backward passes that each rank made by itself."""
+        """Average the gradients over all ranks, after backward passes that each rank ran locally."""
         context = self._context
-        context.timer.gradients_ready()  # it runs again when the backward pass is over
+        context.timer.gradients_ready()  # the timer resumes when the backward pass is over
         context.long_backward.enter(self.loaded.step)
         try:
             average_gradients(parameters, context.group)

@@ -1,4 +1,4 @@
-"""A warning about global batches in which nothing counts on any rank: they train nothing."""
+"""A warning about global batches with a loss count of 0: they don't train anything."""
 
 import warnings
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class ZeroCountWarning:
-    """Warns on the first rank, once a run, when a global batch has a loss count of 0; `rule` says what is counted."""
+    """Warns on rank 0, once per run, when a global batch has a loss count of 0; `rule` says what is counted."""
 
     def __init__(self, rule: str, rank: int) -> None:
         self._rule = rule
@@ -19,13 +19,13 @@ class ZeroCountWarning:
             self._warn(f"global batch {step}")
 
     def check_on_device(self, total: Tensor) -> None:
-        """For a count that only the device knows; the host reads it at the end of the epoch, so no step waits."""
+        """The same for a count that only the device knows; read at the end of the epoch, so that no step waits."""
         if not self._is_silent:
             found = total == 0
             self._on_device = found if self._on_device is None else self._on_device | found
 
     def end_epoch(self) -> None:
-        """Warn of what was found on the device; the host waits for it here."""
+        """Warn if a count on the device was 0; the host waits for the device here."""
         if self._on_device is not None and bool(self._on_device):
             self._warn("a global batch of this epoch")
         self._on_device = None
@@ -36,7 +36,7 @@ class ZeroCountWarning:
         self._is_silent = True
         warnings.warn(
             f"nothing in {where} counts on any rank ({self._rule}): its gradient is zero and its loss is left out of "
-            "what is logged. Later ones are not mentioned; if there are many, draw other samples, or see whether "
-            "ignore_index is the right one",
+            "what is logged. Later ones are not reported; if there are many, draw other samples, or check that "
+            "ignore_index is right",
             stacklevel=2,
         )

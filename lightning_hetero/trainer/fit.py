@@ -45,7 +45,7 @@ class Fit:
         self._recovery = recovery
         self._buffers = buffers
         run.loaders.begin_training()
-        counter = loss_count.find(module, job.options.loss_count)
+        counter = loss_count.find_loss_counter(module, job.options.loss_count)
         if counter.advice:
             rank_zero_warn(counter.advice)
         self._times = ComputeTimes()
@@ -187,14 +187,14 @@ class Fit:
         step, job = self._running_step(), self._job
         stepped = not (self._module.automatic_optimization and self._run.trainer.fit_loop._should_accumulate())
         self._receive(step)  # a module in manual optimization may not have gone backward
-        found = self._in_parts.found if self._in_parts is not None else None
-        self._memory.end(step.loaded.local_batch or 0, found)
+        bounds = self._in_parts.memory_bounds if self._in_parts is not None else None
+        self._memory.end(step.loaded.local_batch or 0, bounds)
         self._times.add(
             job.timer.stop(),
             step.loaded.share,
             self._planner.global_batch or 0,  # 0 where the user shards the data
             stepped=stepped,
-            in_parts=found is not None,
+            in_parts=bounds is not None,
             averaged_after_backward=self._in_parts is not None,
         )
         step.loaded.undo_borrowed()

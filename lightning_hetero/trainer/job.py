@@ -12,7 +12,7 @@ from lightning_hetero.device.memory import memory_capacity, memory_limits
 from lightning_hetero.device.name import device_name
 from lightning_hetero.device.step_timer import ComputeTimer, device_clock
 from lightning_hetero.exchange.failures import CollectiveErrors
-from lightning_hetero.exchange.groups import RankGroup, own_total
+from lightning_hetero.exchange.groups import RankGroup, all_reduce_in_own_group
 from lightning_hetero.planning.memory import MemoryLimits
 from lightning_hetero.step.gradients import GradientMask
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
@@ -95,7 +95,7 @@ class Job:
         planner_cache = PlannerCache()
         batch_norm_group = None
         if sync_batch_norm and world_size > 1:
-            batch_norm_group = BatchNormGroup(rank, world_size, own_total(timeout), timer.waiting)
+            batch_norm_group = BatchNormGroup(rank, world_size, all_reduce_in_own_group(timeout), timer.waiting)
         capacities = group.gather(memory_capacity(device))
         return cls(
             options=options,

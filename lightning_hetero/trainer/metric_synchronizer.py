@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.step.loss_count import find
+from lightning_hetero.step.loss_count import find_loss_counter
 from lightning_hetero.trainer.results import EvaluationResults, MetricExchange, SynchronizedResults
 from lightning_hetero.trainer.torchmetrics import MetricSync
 from lightning_hetero.trainer.training_results import TrainingResults
@@ -183,7 +183,7 @@ class MetricSynchronizer:
         module = trainer.lightning_module
 
         def count(batch: Any) -> float | Tensor:  # the rule is looked up each time, since criteria may change
-            return find(module, loss_count)(module, batch)
+            return find_loss_counter(module, loss_count)(module, batch)
 
         self._trainer, self._group, self._timer = trainer, group, timer
         self._is_due = trainer.fit_loop.epoch_loop._should_check_val_fx

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_hetero.device.name import machine
+from lightning_hetero.device.name import device_identity
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.shares import Shares
 
@@ -53,7 +53,7 @@ class ProfileStore:
 
     def __init__(self, group: RankGroup, device: torch.device) -> None:
         self._group = group
-        self._devices = group.gather(machine(device))
+        self._devices = group.gather(device_identity(device))
 
     def load(self, shares: Shares, folder: Path | None, facts: Mapping[str, Any]) -> Profile | None:
         """The profile that the user names, or else the newest of the same job in the run's folder or a sibling folder.

@@ -91,7 +91,7 @@ class RunReporter(SilentReporter):
             "first_step_seconds": before,
             "measured_gain": before / seconds if before else None,
             "predicted_gain": model.split_seconds(equal) / model.split_seconds(split) if model else None,
-            "fraction_of_limit": size / seconds / model.limit(size) if model else None,
+            "fraction_of_limit": size / seconds / model.throughput_limit(size) if model else None,
         }
         self._report(event, end_sentence(event) if model else None)
 
@@ -104,7 +104,7 @@ class RunReporter(SilentReporter):
             speed = plan.global_batch / seconds
             values |= {"hetero/step_seconds": seconds, "hetero/idle_fraction": idle, "hetero/samples_per_second": speed}
             if model is not None:
-                values["hetero/fraction_of_limit"] = speed / model.limit(plan.global_batch)
+                values["hetero/fraction_of_limit"] = speed / model.throughput_limit(plan.global_batch)
         return values
 
     def _report_plan(self, plan: Plan) -> None:
@@ -125,7 +125,7 @@ class RunReporter(SilentReporter):
         self.pause()  # the time for this belongs to no step
         size, ranks = self._planner.global_batch, range(len(self._devices))
         paying = model.paying(size)
-        others = sorted(set(ranks).difference(paying), key=lambda rank: -model.shortest[rank])[:MOST_NAMED]
+        others = sorted(set(ranks).difference(paying), key=lambda rank: -model.shortest_seconds[rank])[:MOST_NAMED]
         event = {
             "event": "paying",
             "step": self._step,

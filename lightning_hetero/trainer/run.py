@@ -84,7 +84,7 @@ class Run:
         """
         job, options, module = self.job, self.job.options, self.trainer.lightning_module
         minimum = smallest_local_batch(module, synchronized=job.batch_norm_group is not None)
-        facts = consistency.job(module, self.trainer.precision)
+        facts = consistency.job_facts(module, self.trainer.precision)
         facts |= {"global batch": global_batch, "minimum": minimum}
 
         def make() -> SplitPlanner:

@@ -48,7 +48,7 @@ class _HashingBatchSampler:
     def __iter__(self) -> Iterator[Any]:
         self.hashes.clear()
         for number, batch in enumerate(self._batch_sampler):
-            if number < DuplicateDataCheck.WATCHED:
+            if number < DuplicateDataCheck.COMPARED_STEPS:
                 self.hashes.append(index_hash([batch]))
             yield batch
 
@@ -226,7 +226,7 @@ class TrainingLoaders:
 
         It is 0 for later batches, where nothing in the batch can be compared, and where the strategy splits the data.
         """
-        if self._hashed >= DuplicateDataCheck.WATCHED or not (self.user_shards or self._loaders.unsplit):
+        if self._hashed >= DuplicateDataCheck.COMPARED_STEPS or not (self.user_shards or self._loaders.unsplit):
             return 0.0
         self._hashed += 1
         drawn = [sampler.hashes.popleft() for sampler in self._loaders.hashing if sampler.hashes]

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_hetero.exchange.consistency import require
+from lightning_hetero.exchange.consistency import require_equal
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, Index, index_hash
 
@@ -112,7 +112,7 @@ def require_same_loader(
         "batch sampler": name_of(loader.batch_sampler),
         "global batch": global_batch,
     }
-    require(group, facts, topic)
+    require_equal(group, facts, topic)
 
 
 def _length(dataset: Any) -> int | None:

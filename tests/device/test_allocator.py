@@ -1,4 +1,4 @@
-"""The allocator keeps what is freed: seen from outside, by the pages that the kernel has to bring in again."""
+"""The allocator keeps freed memory: measured from outside, by page faults."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def run(setting: str) -> tuple[bool, int]:
     "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="the C library is not glibc: nothing is set there"
 )
 def test_freed_memory_is_used_again() -> None:
-    """480 MiB in blocks of 48: fresh pages each time as it is, hardly any once the allocator keeps them."""
+    """480 MiB in blocks of 48: by default fresh pages each time, hardly any once the allocator keeps them."""
     _, fresh = run("default")
     taken, again = run("kept")
     assert taken

@@ -1,4 +1,4 @@
-"""What the system says of memory: control groups of both versions, from files as they are there."""
+"""What the system reports about memory: control groups of both versions, from files like the kernel's."""
 
 from pathlib import Path
 

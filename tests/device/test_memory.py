@@ -61,5 +61,5 @@ def gpu(total: float = 80.0) -> MemoryCapacity:
         ([gpu(8), cpu(job=9), cpu()], 20, [8, 9, 16]),
     ],
 )
-def test_limits_are_shared_by_those_who_are_in_them(capacities, memory_limit, expected) -> None:
+def test_limits_are_divided_among_the_ranks_that_share_them(capacities, memory_limit, expected) -> None:
     assert memory_limits(capacities, memory_limit) == pytest.approx(expected)

@@ -19,7 +19,7 @@ def test_the_peak_of_a_step_is_seen_and_only_where_it_can_be_trusted() -> None:
     peak = memory.of_step(8)
     assert 2**28 * 0.9 < peak - resting < 2**28 + 2**28
     assert memory.of_step(7) == 0, "what an allocator keeps would count for a smaller step"
-    peaks = [memory.of_step(8) for _ in range(PeakMemory.MEASURED)]
+    peaks = [memory.of_step(8) for _ in range(PeakMemory.MEASURED_STEPS)]
     assert min(peaks[:-1]) > 0
     assert peaks[-1] == 0, "it has been measured often enough"
     assert memory.of_step(9) > 0
@@ -35,7 +35,7 @@ def test_without_the_right_to_forget_peaks_that_of_the_process_counts(tmp_path: 
 
 
 def test_on_a_gpu_peaks_are_forgotten_in_a_few_steps_of_each_size_only(monkeypatch) -> None:
-    """The peaks that a user reads of torch later are untouched; a smaller step is measured too."""
+    """Peaks that a user reads from torch later are untouched; a smaller step is measured too."""
     resets = []
     stats = {"allocated_bytes": {"all": {"current": 5.0, "peak": 7.0}}}
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
@@ -46,5 +46,5 @@ def test_on_a_gpu_peaks_are_forgotten_in_a_few_steps_of_each_size_only(monkeypat
         memory.start(local_batch)
         peaks.append(memory.of_step(local_batch))
     assert memory.resting == 5.0
-    assert peaks == ([7.0] * PeakMemory.MEASURED + [0.0] * (20 - PeakMemory.MEASURED)) * 2
-    assert len(resets) == 2 * PeakMemory.MEASURED
+    assert peaks == ([7.0] * PeakMemory.MEASURED_STEPS + [0.0] * (20 - PeakMemory.MEASURED_STEPS)) * 2
+    assert len(resets) == 2 * PeakMemory.MEASURED_STEPS

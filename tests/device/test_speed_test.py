@@ -7,7 +7,7 @@ from lightning_hetero.device import speed_test
 
 
 class Clock:
-    """A machine's time: it goes on only where an image is convolved."""
+    """A clock that only advances when an image is convolved."""
 
     def __init__(self, seconds: float) -> None:
         self.now = 0.0

@@ -73,7 +73,7 @@ def test_an_unfinished_step_is_dropped() -> None:
 
 
 def test_a_device_that_is_behind_is_not_read() -> None:
-    """It can be read when the device has come to its end."""
+    """It can be read once the device has reached its end."""
     device = Device()
     timer = ComputeTimer(device)
     timer.start()

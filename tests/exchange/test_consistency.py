@@ -1,4 +1,4 @@
-"""What ranks have to agree on, and how it is said that they don't."""
+"""What ranks must agree on, and the error if they don't."""
 
 from importlib.metadata import PackageNotFoundError
 
@@ -9,7 +9,7 @@ from lightning_hetero.exchange import consistency
 
 
 def test_a_source_tree_that_is_not_installed_is_no_reason_to_stop(monkeypatch):
-    """As with PYTHONPATH; ranks that are installed all the same differ from it."""
+    """As with PYTHONPATH; ranks with an installed package differ from it."""
     installed = consistency.facts(nn.Linear(2, 1), "32-true")
     version = consistency.version
 

@@ -1,4 +1,4 @@
-"""Ranks that train on the same data are found out from their first batches."""
+"""Ranks that train on the same data are detected from their first batches."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_other_data_is_no_error(hashes: list[tuple[float, ...]]) -> None:
 
 
 def test_a_hash_stands_for_numbers_and_indices() -> None:
-    """It travels as a float, which has to hold it exactly; 0 means that there is none."""
+    """It is sent as a float, which must represent it exactly; 0 means no hash."""
     batch = {"image": torch.arange(6.0).view(2, 3), "name": "a"}
     same = {"image": torch.arange(6.0).view(2, 3), "name": "a"}
     value = content_hash(batch, "abc")

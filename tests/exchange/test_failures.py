@@ -1,4 +1,4 @@
-"""What a failed rank says in the end, by a store that the test holds."""
+"""The error of a failed rank, with a store that the test controls."""
 
 from datetime import timedelta
 
@@ -43,7 +43,7 @@ def test_a_cause_that_is_published_late_is_waited_for(monkeypatch: pytest.Monkey
 
 
 def test_the_first_failure_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second one keeps its own words; another run begins anew."""
+    """A second one keeps its own text; another run starts without failures."""
     store = dist.HashStore()
     monkeypatch.setattr(failures, "default_store", lambda: store)
     first, second, later = ValueError("first"), RuntimeError("second"), ValueError("later")
@@ -61,7 +61,7 @@ def test_the_first_failure_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("the ranks differ"), ValueError("the ranks differ"), KeyError("mine")])
 def test_only_what_may_be_a_lost_connection_gets_a_note(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """What all ranks raise alike is not said twice."""
+    """An error that all ranks raise is not repeated."""
     store = dist.HashStore()
     monkeypatch.setattr(failures, "default_store", lambda: store)
     explain(RuntimeError("the ranks differ"), rank=1)
@@ -80,7 +80,7 @@ class Gone(Late):
 
 
 @pytest.mark.parametrize("store", [Gone(), None])
-def test_without_a_store_each_keeps_its_own_words(monkeypatch: pytest.MonkeyPatch, store: Gone | None) -> None:
+def test_without_a_store_each_rank_keeps_its_own_text(monkeypatch: pytest.MonkeyPatch, store: Gone | None) -> None:
     monkeypatch.setattr(failures, "default_store", lambda: store)
     assert explain(ValueError("mine")) == "mine"
     said = explain(LostConnectionError("gone"))
@@ -108,6 +108,6 @@ def test_torchs_own_types_are_secondary(kind: type[Exception]) -> None:
         ConnectionResetError("connection reset by peer"),
     ],
 )
-def test_words_are_no_sign(error: Exception) -> None:
-    """As in a user's sentence, or in the name of a folder."""
+def test_the_text_of_an_error_is_never_evidence(error: Exception) -> None:
+    """It may be a user's own message, or the name of a folder."""
     assert not is_secondary_failure(error, CollectiveErrors())

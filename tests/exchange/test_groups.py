@@ -1,4 +1,4 @@
-"""Calls between ranks, without processes: rows on their way, and tables that are gathered."""
+"""Collective calls without processes: pending rows and gathered tables."""
 
 from datetime import timedelta
 
@@ -9,14 +9,14 @@ from lightning_hetero.exchange.groups import LostConnectionError, PendingRows, R
 
 
 class Work:
-    """Is over after so many waits that were given up; the last of these is given up a moment too early."""
+    """Completes after `given_up` waits that time out, and just after the last of these."""
 
     def __init__(self, given_up: int, error: str = "") -> None:
         self.given_up, self.error = given_up, error
 
-    def wait(self, patience: timedelta | None = None) -> None:
+    def wait(self, timeout: timedelta | None = None) -> None:
         if self.given_up:
-            assert patience is not None, "it is not over yet"
+            assert timeout is not None, "it is not over yet"
             self.given_up -= 1
             raise RuntimeError("Operation timed out!")
         if self.error:
@@ -27,7 +27,7 @@ class Work:
 
 
 @pytest.mark.parametrize("given_up", [0, 1, 3])
-def test_rows_that_come_just_after_patience_has_ended_are_taken(given_up: int) -> None:
+def test_rows_that_come_just_after_a_wait_timed_out_are_taken(given_up: int) -> None:
     asked: list[int] = []
     rows = PendingRows(torch.ones(2, 3, dtype=torch.float64), Work(given_up)).wait(lambda: asked.append(1))  # type: ignore[arg-type]
     assert rows.tolist() == [[1.0] * 3] * 2
@@ -42,7 +42,7 @@ def test_a_call_that_has_failed_says_why(given_up: int) -> None:
 
 
 def test_a_sum_of_tables_with_one_row_each_is_a_gather() -> None:
-    """On the device and in the type of the row; a number that is none stays on its own row."""
+    """On the row's device and in its dtype; a NaN stays in its own row."""
     rows = [torch.tensor([1.5, float("nan")]), torch.tensor([-2.0, 3.0]), torch.zeros(2)]
     tables: list[torch.Tensor] = []
     for rank, row in enumerate(rows):

@@ -32,7 +32,7 @@ class Held:
 
 
 def test_what_is_published_while_the_pass_ends_is_cleared() -> None:
-    """Else another rank, a step later, would take this one to be still in it, and end a healthy run."""
+    """Else another rank, a step later, would assume this one to be still in it, and end a healthy run."""
     store = Held()
     monitor = LongBackwardMonitor(0, 2, store, seconds=0.001)  # type: ignore[arg-type]
     monitor.enter(7)
@@ -66,7 +66,7 @@ class Seen:
         return self.store.get(key)
 
 
-def test_a_rank_that_has_skipped_a_backward_pass_is_found_out() -> None:
+def test_a_rank_that_has_skipped_a_backward_pass_is_detected() -> None:
     """At a later step; not at the same one, nor after the pass."""
     store = Seen()
     waits = LongBackwardMonitor(0, 3, store, seconds=0.001)  # type: ignore[arg-type]

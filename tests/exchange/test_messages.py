@@ -36,7 +36,7 @@ def test_a_count_that_can_not_be_weighted_is_named(count: float) -> None:
 
 
 def test_each_field_comes_back_under_its_name() -> None:
-    """Also what is measured: two fields that changed places would be a wrong plan, not an error."""
+    """Also the measurements: two swapped fields would give a wrong plan, not an error."""
     first = StepMessage(TRAINS, 7, 2.5, 5, 9, 4, 0.5, 0.25, 1, 2**30, 11, 0, 6, 2**20, 12, 13, 14)
     second = StepMessage(TRAINS, 7, 3.5, 5, 8, -1, stop_requested=True)
     messages = gathered(first, second)

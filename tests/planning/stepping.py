@@ -1,4 +1,4 @@
-"""Reports of ranks as they come with the messages of a step, for tests that have no messages."""
+"""Reports of ranks as messages contain them, for tests without messages."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from lightning_hetero.planning.shares import Shares
 
 
 def memory_reports(*ranks: tuple[float, ...]) -> MemoryReports:
-    """Of each rank: local batch, peak, resting, fits, fails; what is left out is 0."""
+    """For each rank: local batch, peak, resting, fits, fails; omitted values are 0."""
     table = np.array([(*rank, *[0.0] * (5 - len(rank))) for rank in ranks], dtype=np.float64)  # (W, columns)
     return MemoryReports(*table.T)
 
@@ -25,7 +25,7 @@ def step_reports(
     after_backward: Sequence[bool] = (),
     memory: MemoryReports | None = None,
 ) -> StepReports:
-    """Of W ranks; `drawn` is the step itself where nothing is said."""
+    """Reports of W ranks; `drawn` defaults to the step itself."""
     ranks = len(measured)
     return StepReports(
         step,

@@ -1,4 +1,4 @@
-"""Splits are exact: checked against all splits where these can be counted, elsewhere against an integer programme."""
+"""Splits are exact: checked against all splits if these can be enumerated, else against an integer program."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from lightning_hetero.planning.step_time import StepTimeModel
 
 
 def sample_by_sample(models: list[StepTimeModel], global_batch: int, limits: dict) -> tuple[int, ...]:
-    """The greedy order, walked: each step to the rank that would finish first with it."""
+    """The greedy order, step by step: each to the rank that would finish first with it."""
     step = limits["granularity"]
     split = [-(-least // step) * step for least in limits["minimum"]]
     most = limits.get("maximum", [global_batch] * len(models))
@@ -81,7 +81,7 @@ def test_no_other_split_is_faster(problem: tuple) -> None:
 
 @given(problems(ranks=12, largest=300))
 def test_one_bisection_for_all_ranks_gives_the_split_of_the_sample_by_sample_walk(problem: tuple) -> None:
-    """Two unlike algorithms agree on every sample, ties included: also the split is the same on all ranks."""
+    """Two different algorithms agree on every sample, also among equal times: so all ranks get the same split."""
     models, global_batch, limits = problem
     result = allocate(models, global_batch, **limits)
     assert_within_limits(result, global_batch, limits)
@@ -90,7 +90,7 @@ def test_one_bisection_for_all_ranks_gives_the_split_of_the_sample_by_sample_wal
 
 @given(st.lists(curves, min_size=1, max_size=6), st.integers(1, 70))
 def test_what_fits_into_a_time_is_exact_to_the_last_bit(models: list[StepTimeModel], local_batch: int) -> None:
-    """Inverting a curve in floating point is off by a sample now and then; the curve itself has the last word."""
+    """Inverting a curve in floating point is sometimes off by a sample, so the curve itself is checked."""
     every = Curves([model.packed for model in models])
     low, high = np.zeros(len(models), dtype=np.int64), np.full(len(models), 100)
     for model in models:
@@ -109,7 +109,7 @@ def test_an_integer_programme_finds_nothing_faster(seed: int) -> None:
     low, high = rng.integers(1, 9, world_size), rng.integers(40, 120, world_size)
     models = [StepTimeModel((0,), (float(f),), float(e)) for f, e in zip(fixed, each, strict=True)]
     global_batch = 160
-    # Unknowns: units of each rank, and the makespan, which is minimised.
+    # Unknowns: units of each rank, and the makespan, which is minimized.
     solved = milp(
         np.r_[np.zeros(world_size), 1.0],
         integrality=np.r_[np.ones(world_size), 0],
@@ -182,7 +182,7 @@ line = StepTimeModel((0,), (0.1,), 0.01)
         (0, 16, {}, "at least one rank"),
         (2, 0, {}, "at least 1 sample, got 0"),
         (2, 16, {"granularity": 0}, "granularity must be at least 1, got 0"),
-        (2, 16, {"minimum": [1, 1, 1]}, r"minimum must be an int, or one a rank for 2 ranks, got \[1, 1, 1\]"),
+        (2, 16, {"minimum": [1, 1, 1]}, r"minimum must be an int, or one per rank for 2 ranks, got \[1, 1, 1\]"),
         (2, 16, {"maximum": -1}, "maximum must not be negative, got -1"),
         (2, 16, {"maximum": 2.5}, "maximum must be an int"),
     ],
@@ -271,7 +271,7 @@ def test_caps_by_example() -> None:
     [
         ({"maximum": [30, 10]}, "^the caps of all ranks add up to 40 samples, 24 short of the global batch 64$"),
         ({"minimum": [1, 9], "maximum": [64, 8]}, "rank 1: no multiple of granularity 1"),
-        ({"maximum": [1, 2, 3]}, "maximum must be an int, or one a rank for 2 ranks"),
+        ({"maximum": [1, 2, 3]}, "maximum must be an int, or one per rank for 2 ranks"),
     ],
 )
 def test_caps_that_do_not_fit_raise(limits: dict, said: str) -> None:

@@ -59,7 +59,7 @@ def observe(
     *,
     after_backward: bool = False,
 ) -> None:
-    """A measured step; without sync seconds these are not known."""
+    """Record a measured step; without sync seconds they are unknown."""
     sync = tuple(sync) or (0.0,) * len(seconds)
     balancer.observe(MeasuredStep(step, split, tuple(seconds), sync, after_backward))
 
@@ -91,7 +91,7 @@ class Run:
             self.makespans.append(own.max())
             own *= self.rng.lognormal(0, self.noise, len(own))
             if step == 0:
-                own *= 10  # lazy initialisation
+                own *= 10  # lazy initialization
             if step == 1:
                 own *= self.rng.uniform(1, 1.3, len(own))
             if step in self.outliers:
@@ -106,7 +106,7 @@ class Run:
 
 
 def test_two_opposite_changes_of_a_cost_per_sample_are_followed() -> None:
-    """Ranks change places, and then are equal. What was scaled by the first change is wrong: fixed costs have stayed.
+    """Ranks swap speeds, and then are equal. What was scaled at the first change is wrong: fixed costs did not change.
 
     Kept as if it had been measured, it holds the plan at 13/51, a third above the best.
     """
@@ -136,7 +136,7 @@ def test_the_measured_pair_of_ranks_is_balanced_within_ten_steps_and_then_left_a
     corrections = []
     for seed in range(12):
         run = Run([measured(RANK_0), measured(RANK_1)], 64, noise, seed).steps(310)
-        assert run.makespans[10] <= 1.055 * BEST_MEASURED  # 62/2, the best one's neighbour, is 1.0502
+        assert run.makespans[10] <= 1.055 * BEST_MEASURED  # 62/2, the best one's neighbor, is 1.0502
         assert np.mean(run.makespans[10:]) <= 1.05 * BEST_MEASURED
         corrections.append(sum(step >= 10 for step, _ in run.changes))
     assert max(corrections) <= 2
@@ -224,7 +224,7 @@ def test_single_disturbed_steps_change_nothing() -> None:
 
 
 def test_the_first_step_of_a_process_is_not_a_measurement() -> None:
-    """Also not in a run that begins with a profile: lazy initialisation is paid again."""
+    """Also not in a run that starts with a profile: lazy initialization takes place again."""
     balancer = Balancer(2, 8)
     observe(balancer, 0, (4, 4), [100.0, 1.0])
     assert balancer.models() is None
@@ -237,7 +237,7 @@ def test_the_first_step_of_a_process_is_not_a_measurement() -> None:
 
 
 def test_the_first_step_moves_shares_where_ranks_are_very_unequal() -> None:
-    """It is no measurement, but each further step of an equal split would cost more than that can do harm."""
+    """It is not a measurement, but further steps with an equal split would cost more than a wrong guess."""
     balancer = Balancer(2, 64)
     assert balancer.propose((32, 32)) is None
     observe(balancer, 0, (32, 32), [0.5, 3.0])
@@ -250,7 +250,7 @@ def test_the_first_step_moves_shares_where_ranks_are_very_unequal() -> None:
 
 
 def test_the_first_step_says_nothing_where_ranks_are_nearly_equal() -> None:
-    """Lazy initialisation alone makes one rank look somewhat slower than another."""
+    """Lazy initialization alone makes one rank look somewhat slower than another."""
     balancer = Balancer(2, 64)
     observe(balancer, 0, (32, 32), [0.5, 0.7])
     assert balancer.propose((32, 32)) is None
@@ -298,7 +298,7 @@ def test_it_explores_until_a_plan_has_stayed() -> None:
 
 
 def test_exposed_communication_is_that_of_the_rank_for_which_all_others_wait() -> None:
-    """Where two are ready together, slow communication would be charged to the wrong one, for good."""
+    """If two are ready together, slow communication would permanently be attributed to the wrong one."""
     balancer = Balancer(3, 96)
     observe(balancer, 0, (32, 32, 32), [1.0, 1.0, 1.0])
     observe(balancer, 1, (32, 32, 32), [0.58, 0.56, 0.3], [0.20, 0.22, 0.48])
@@ -354,7 +354,7 @@ def test_equally_fast_ranks_are_charged_with_nothing() -> None:
 
 
 def test_a_useful_step_gives_a_proposal_and_it_is_not_repeated_while_the_old_plan_still_runs() -> None:
-    """Loaders prefetch, so steps under the old plan go on for a while; they are recorded, and decide nothing."""
+    """Loaders prefetch, so steps under the old plan continue for a while; they are recorded, but decide nothing."""
     balancer = Balancer(2, 64)
     observe(balancer, 0, (32, 32), [1.0, 1.0])
     assert balancer.propose((32, 32)) is None
@@ -375,7 +375,7 @@ def test_a_useful_step_gives_a_proposal_and_it_is_not_repeated_while_the_old_pla
 
 
 def test_a_pause_right_after_a_re_plan_does_not_undo_it() -> None:
-    """Once the first plans are through, one step, however slow, is no ground for the next."""
+    """After the first plans, a single step, however slow, is no reason for a new one."""
     balancer, plan = Balancer(2, 64), (32, 32)
     for step in range(3):
         observe(balancer, step, plan, [0.3, 1.2])
@@ -392,7 +392,7 @@ def test_a_pause_right_after_a_re_plan_does_not_undo_it() -> None:
 
 
 def test_a_noisy_second_step_is_no_reference_for_a_drift() -> None:
-    """The steps after it are all faster: that is the end of the initialisation, not a device that sped up."""
+    """The steps after it are all faster: initialization is over, no device has sped up."""
     balancer = Balancer(2, 64)
     for step, factor in enumerate([9.0, 1.3, 1.0, 1.0, 1.0, 1.0]):
         observe(balancer, step, (32, 32), [0.3 * factor, 1.2 * factor])
@@ -430,7 +430,7 @@ def test_what_a_run_has_measured_gives_the_next_one_a_split_as_good_as_its_last(
 
 @pytest.mark.parametrize("drawn", [1, 12, 30])
 def test_plans_follow_each_other_as_quickly_where_loaders_have_drawn_ahead(drawn: int) -> None:
-    """The steps of the old plan that are still to come are no sign that all is well."""
+    """The remaining steps of the old plan do not mean that the new plan has settled."""
     balancer, equal = Balancer(2, 64), (32, 32)
 
     def run(split: tuple[int, ...], steps: int) -> None:
@@ -488,7 +488,7 @@ def test_what_is_kept_is_bounded() -> None:
     ],
 )
 def test_what_cannot_have_been_measured_raises_with_the_numbers(local_batches: tuple, seconds: list, said: str) -> None:
-    """Also in the first step, which is not used: a broken clock is news at once."""
+    """Also in the first step, which is not used: a broken clock is reported at once."""
     with pytest.raises(ValueError, match=said):
         observe(Balancer(2, 8), 7, local_batches, seconds)
 
@@ -503,8 +503,8 @@ def test_limits_that_leave_no_split_raise_at_once() -> None:
 @pytest.mark.parametrize("steps", [(3, 2), (4, 3), (6, 3), (3, 5), (2, 3)])
 @pytest.mark.parametrize("factor", [2.0, 3.0, 6.0])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_disturbance_while_exploring_is_got_over(steps: tuple[int, int], factor: float, rank: int) -> None:
-    """A split that was tried during it was left at once, and would look bad for ever if it were not doubted."""
+def test_a_disturbance_while_exploring_is_recovered_from(steps: tuple[int, int], factor: float, rank: int) -> None:
+    """A split that was tried during it was abandoned at once, and would look bad forever if it were not retried."""
     first, number = steps
     for seed in range(3):
         run = Run([lambda b: 0.05 + 0.01 * b, lambda b: 0.1 + 0.04 * b], 64, 0.02, seed)
@@ -517,7 +517,7 @@ def test_a_disturbance_while_exploring_is_got_over(steps: tuple[int, int], facto
 
 
 @pytest.mark.parametrize("compiling", [1, 2])
-def test_a_local_batch_that_is_compiled_first_is_not_shunned(compiling: int) -> None:
+def test_a_local_batch_that_is_compiled_first_is_not_avoided(compiling: int) -> None:
     """`torch.compile` takes many times a step for each new shape, on every rank."""
     for seconds in (3.0, 30.0):
         run = Run([lambda b: 0.05 + 0.01 * b, lambda b: 0.1 + 0.04 * b], 64, 0.02, 0)

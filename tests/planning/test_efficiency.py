@@ -75,8 +75,8 @@ def test_every_subset_takes_what_its_best_split_takes(case):
 
 
 @given(cases())
-def test_who_does_not_pay_costs_more_than_the_margin(case):
-    """And who pays is as fast as the fastest of all subsets, within the margin."""
+def test_a_rank_that_does_not_pay_costs_more_than_the_margin(case):
+    """And the ranks that pay are as fast as the fastest of all subsets, within the margin."""
     model, global_batch = case
     everybody = tuple(range(len(model.models)))
     fastest = min(by_hand(model, ranks, global_batch) for ranks in subsets(len(everybody)))
@@ -95,7 +95,7 @@ def test_who_does_not_pay_costs_more_than_the_margin(case):
 
 
 @given(cases(), st.data())
-def test_from_its_global_batch_on_it_pays(case, data):
+def test_a_rank_pays_from_its_global_batch_on(case, data):
     model, global_batch = case
     rank = data.draw(st.integers(0, len(model.models) - 1))
     first = model.pays_from(rank, global_batch)
@@ -151,8 +151,8 @@ def test_alone_there_is_no_communication():
     assert model.pays_from(1, 10) in (20, 21), "half of it and 10 s against all of it, but for the margin"
 
 
-def test_twins_that_hold_everybody_up_are_left_out_together():
-    """Without one of them alone nothing would be gained. The less bad rank comes back first."""
+def test_equal_ranks_that_delay_all_others_are_left_out_together():
+    """Leaving out only one of them would gain nothing. The faster of the slow ranks pays again first."""
     model = without_communication([line(0.1, 0.01), line(0.1, 0.01), line(3, 0.1), line(3, 0.1), line(9, 0.1)])
     assert model.step_seconds(40, (0, 1, 3, 4)) == model.step_seconds(40, (0, 1, 2, 3, 4))
     assert model.paying(40) == (0, 1)
@@ -166,7 +166,7 @@ def test_the_minimum_is_what_a_rank_has_to_do():
     assert without_communication(models, minimum=2).paying(9) == (0,)
 
 
-def test_never_everybody_and_never_is_none():
+def test_never_paying_is_none_and_always_paying_is_the_global_batch_itself():
     model = without_communication([line(1, 0.0001), line(1000, 1)])
     assert model.paying(64) == (0,)
     assert model.pays_from(1, 64) is None
@@ -175,7 +175,7 @@ def test_never_everybody_and_never_is_none():
     assert same.paying(2) == (0, 1), "no harm in taking part"
 
 
-def test_who_is_needed_for_its_memory_pays():
+def test_a_rank_that_is_needed_for_its_memory_pays():
     model = without_communication([line(0, 0.01), line(100, 1)], maximum=[60, 60])
     assert model.paying(60) == (0,)
     assert model.paying(61) == (0, 1)
@@ -186,13 +186,14 @@ def test_who_is_needed_for_its_memory_pays():
 @given(cases())
 def test_the_limit_is_the_sum_of_all_alone(case):
     model, global_batch = case
-    assert model.limit(global_batch) == close(sum(global_batch / m.seconds(global_batch) for m in model.models))
+    expected = sum(global_batch / m.seconds(global_batch) for m in model.models)
+    assert model.throughput_limit(global_batch) == close(expected)
 
 
 def test_perfect_scaling_reaches_the_limit():
     model = without_communication([line(0, 0.01), line(0, 0.04)])
     assert model.step_seconds(100, (0, 1)) == close(0.8) == model.split_seconds((80, 20))
-    assert close(model.limit(100)) == 100 / 0.8
+    assert close(model.throughput_limit(100)) == 100 / 0.8
 
 
 def test_many_ranks_are_quick():

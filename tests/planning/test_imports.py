@@ -34,7 +34,7 @@ def printed(script: str) -> str:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_of_planning_can_be_imported_without_torch(module: str) -> None:
-    """Fails where a module of planning imports torch, or a folder above, or the package's own `__init__` needs it."""
+    """Fails if a module of planning, or the package's own `__init__`, imports torch or something that needs it."""
     imported = printed(SCRIPT.format(missing=MISSING, module=module))
     assert "lightning_hetero" in imported
     assert not any(f"'{name}'" in imported for name in ["jsonargparse", "torchvision", "scipy"])

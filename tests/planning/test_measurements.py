@@ -1,4 +1,4 @@
-"""Measurements of a rank: noise and disturbed steps are no change of speed, changes are; and how certain curves are."""
+"""Measurements of a rank: noise and disturbed steps are not changes of speed; uncertainty of curves."""
 
 import math
 
@@ -15,7 +15,7 @@ def seconds(local_batch: int) -> float:
 
 
 def measured(steps: dict[int, int], noise: float = 0.0, seed: int = 0) -> RankMeasurements:
-    """So many steps at each local batch, in that order."""
+    """Measurements with the given number of steps at each local batch, in that order."""
     rank, rng = RankMeasurements(), np.random.default_rng(seed)
     for local_batch, number in steps.items():
         for _ in range(number):
@@ -25,7 +25,7 @@ def measured(steps: dict[int, int], noise: float = 0.0, seed: int = 0) -> RankMe
 
 @given(st.integers(0, 50), st.sampled_from([(1.3, 8), (2.0, 4), (0.5, 4), (0.7, 8)]))
 def test_a_change_is_noticed_and_scales_what_is_older(seed: int, change: tuple[float, int]) -> None:
-    """A large one soon, a smaller one later: it may be an episode that passes."""
+    """A large one soon, a smaller one later: it may be a temporary episode."""
     factor, steps = change
     rank = measured({32: 12, 16: 12}, 0.02, seed)
     rng = np.random.default_rng(1000 + seed)
@@ -46,7 +46,7 @@ def test_a_slow_change_is_followed_but_is_no_drift(seed: int, stayed: int) -> No
 
 
 def test_a_curve_that_is_no_shorter_for_fewer_samples_is_no_change() -> None:
-    """A GPU may take longer for 29 samples than for 32, also for ever; what is known of 32 stays as it was."""
+    """A GPU may always take longer for 29 samples than for 32; measurements at 32 must not change."""
     rank = measured({32: 10})
     assert not any(rank.observe(29, 1.25 * seconds(32)) for _ in range(20))
     assert rank.seconds[32] == [seconds(32)] * 10
@@ -61,7 +61,7 @@ def test_one_disturbed_step_is_no_change(seed: int, factor: float) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.6])
-def test_few_measurements_that_do_not_fit_their_neighbours_are_left_out(factor: float) -> None:
+def test_few_measurements_that_do_not_fit_their_neighbors_are_left_out(factor: float) -> None:
     """One disturbed step at 15 would keep plans away from there until more is measured."""
     rank = measured({30: 6, 16: 6})
     rank.observe(15, factor * seconds(15))
@@ -93,8 +93,8 @@ def test_uncertainty_falls_with_measurements_and_rises_with_distance() -> None:
     assert math.isfinite(many.uncertainty(100_000))
 
 
-def test_a_neighbour_that_was_measured_once_takes_nothing_from_what_the_other_one_says() -> None:
-    """Else a split that was only passed through keeps the plan away from all that lies before it."""
+def test_a_neighbor_that_was_measured_once_does_not_add_uncertainty() -> None:
+    """Else a split that ran only once would keep the plan away from all splits near it."""
     noisy = [1.0, 1.2, 0.8, 1.1, 0.9] * 8
     between = RankMeasurements({58: noisy, 61: [1.3]})
     assert between.uncertainty(60) < 2 * between.uncertainty(58)

@@ -40,7 +40,7 @@ def test_a_line_is_found_again(fixed: float, per_sample: float, local_batches: l
     assert math.isclose(model.bytes(1000), fixed + per_sample * 1000, rel_tol=1e-6)
 
 
-def test_one_local_batch_alone_counts_for_samples_beyond_what_rested() -> None:
+def test_with_one_local_batch_all_bytes_beyond_the_resting_ones_are_the_samples() -> None:
     assert MemoryModel.fit({10: 30.0}) == MemoryModel(0.0, 3.0)
     assert MemoryModel.fit({10: 30.0}, resting=20.0) == MemoryModel(20.0, 1.0)
     assert MemoryModel.fit({10: 30.0}, resting=50.0) == MemoryModel(30.0, 0.0)
@@ -48,8 +48,8 @@ def test_one_local_batch_alone_counts_for_samples_beyond_what_rested() -> None:
 
 
 @pytest.mark.parametrize("observed", [{}, {0: 1.0}, {2: -1.0}, {2: math.nan}])
-def test_what_can_not_have_been_observed_raises(observed: dict[int, float]) -> None:
-    with pytest.raises(ValueError, match=r"observed|at least one"):
+def test_what_can_not_have_been_measured_raises(observed: dict[int, float]) -> None:
+    with pytest.raises(ValueError, match=r"measured|at least one"):
         MemoryModel.fit(observed)
 
 
@@ -150,7 +150,7 @@ def test_a_global_batch_that_fits_nowhere_says_by_how_much(limits, reports, opti
 
 
 def halving(capacity: int, local_batch: int) -> tuple[int, int]:
-    """What a rank learns that holds `capacity` and cuts its batch in halves: what fits, and what does not."""
+    """What a rank with memory for `capacity` samples finds by halving its batch: largest that fits, smallest not."""
     fails = part = local_batch
     while part > capacity:
         fails, part = part, -(-part // 2)
@@ -165,7 +165,7 @@ def halving(capacity: int, local_batch: int) -> tuple[int, int]:
     ],
 )
 def test_what_fits_is_found_however_the_first_tries_were_cut(capacities, granularity) -> None:
-    """Halves that fit are no proof that more would not: 6 cut in 3 and 3 where 5 would have done."""
+    """Halves that fit don't prove that more would not: 6 is cut into 3 and 3 when 5 would have fitted."""
     total = sum(capacities)
     known = caps([math.inf] * len(capacities), total, granularity=granularity, minimum=granularity)
     split = proportional(total, [1.0] * len(capacities), granularity=granularity)
@@ -193,7 +193,7 @@ def test_what_can_not_fit_is_still_an_error_and_says_what_may() -> None:
 
 
 def test_one_peak_within_the_limit_is_no_proof_that_twice_as_much_is_too_much() -> None:
-    """8 of its 12 GiB are the optimizer's, which one point can't tell from those of 32 samples."""
+    """8 of its 12 GiB are the optimizer's, which one point can't distinguish from those of 32 samples."""
     known = caps([21.6 * GIB, math.inf], 64)
     known.update(memory_reports((32, 20 * GIB, 8 * GIB, 0), (0, 0.0, 0.0, 16, 32)))
     first, second = known.maximum([32, 32])
@@ -246,7 +246,7 @@ def test_a_little_more_than_before_is_known_to_fit_where_the_model_says_so() -> 
 
 
 def memory_of(model: MemoryModel, limits: list[float], tried: list[list[int]]) -> Caps:
-    """Ranks alike, that have completed these splits."""
+    """Equal ranks that have completed these splits."""
     known = caps(limits, sum(tried[0]))
     for split in tried:
         known.update(memory_reports(*((b, model.bytes(b), model.fixed) for b in split)))

@@ -13,9 +13,9 @@ from lightning_hetero.planning.plan import Plan, Schedule
     ("arguments", "sentence"),
     [
         ((-1, (1, 1)), "can't start at step -1"),
-        ((0, ()), "no split of a global batch"),
-        ((0, (0, 0)), "no split of a global batch"),
-        ((0, (5, -1)), "no split of a global batch"),
+        ((0, ()), "not a split of a global batch"),
+        ((0, (0, 0)), "not a split of a global batch"),
+        ((0, (5, -1)), "not a split of a global batch"),
         ((0, (1, 1), (0.1,)), "1 predicted times for 2 ranks"),
     ],
 )
@@ -31,7 +31,7 @@ def test_a_plan_is_frozen_and_says_what_it_adds_up_to():
         plan.first_step = 4  # type: ignore[misc] # that is the point
 
 
-def test_checksums_tell_splits_apart_and_nothing_else():
+def test_checksums_distinguish_splits_and_nothing_else():
     assert Plan(0, (3, 1)).checksum == Plan(9, (3, 1), (0.1, 0.2), "drift").checksum
     checksums = {Plan(0, (a, b, 30 - a - b)).checksum for a in range(31) for b in range(31 - a)}
     assert len(checksums) == 31 * 32 // 2

@@ -113,7 +113,7 @@ def test_adaptive_shares_give_the_slow_rank_less_from_a_step_that_is_not_drawn_y
 
 
 def test_plans_start_in_order_also_after_a_pass_that_was_left_early():
-    """It was drawn further than the next one."""
+    """Its loaders had drawn further ahead than those of the next pass."""
     adaptive, starts = planner("auto", 2, 50), []
     for step in range(60):
         seconds = slow_second_rank(adaptive.schedule.at(step).local_batches)
@@ -158,10 +158,10 @@ def test_the_first_plan_follows_a_speed_test_where_nothing_else_is_known() -> No
         assert planner(shares, 2, 64, speeds=[4.0, 1.0]).schedule.newest.local_batches == (32, 32)
 
 
-# ---- whether it would use measurements before the next batch ----
+# ---- exploration ----
 
 
-def asks(adaptive: SplitPlanner, step: int, drawn: int, measured: int) -> bool:
+def is_exploring_after(adaptive: SplitPlanner, step: int, drawn: int, measured: int) -> bool:
     """Whether it is exploring, after ranks of which the second is slow have reported a step."""
     split = adaptive.schedule.at(max(measured, 0)).local_batches
     adaptive.update(step_reports(step, [measured] * 2, [0.01 * split[0], 0.04 * split[1]], drawn=drawn))
@@ -171,24 +171,24 @@ def asks(adaptive: SplitPlanner, step: int, drawn: int, measured: int) -> bool:
 def test_it_explores_before_a_batch_is_drawn_while_that_may_change_the_plan() -> None:
     adaptive = planner("auto", 2, 64)
     assert not adaptive.is_exploring, "nothing is measured before the first step"
-    assert asks(adaptive, 0, 0, -1)
-    assert asks(adaptive, 1, 0, 0)
+    assert is_exploring_after(adaptive, 0, 0, -1)
+    assert is_exploring_after(adaptive, 1, 0, 0)
     assert adaptive.schedule.newest.first_step == 1, "in force for the very next batch"
-    assert not asks(adaptive, 1, 2, 1), "loaders have drawn the next batch already"
+    assert not is_exploring_after(adaptive, 1, 2, 1), "loaders have drawn the next batch already"
     for step in range(2, 40):
-        asks(adaptive, step, step, step - 1)
+        is_exploring_after(adaptive, step, step, step - 1)
     assert not adaptive.is_exploring, "the plan has settled"
-    assert not asks(planner("equal", 2, 64), 0, 0, -1)
+    assert not is_exploring_after(planner("equal", 2, 64), 0, 0, -1)
 
 
 def test_it_gives_up_where_no_step_can_be_measured_until_one_is() -> None:
     """Every batch of an epoch may be a short one."""
     adaptive = planner("auto", 2, 64)
-    asked = [asks(adaptive, step, step, -1) for step in range(20)]
-    assert asked[0]
-    assert asked == sorted(asked, reverse=True)
-    assert not asked[-1]
-    assert asks(adaptive, 20, 20, 19)
+    explored = [is_exploring_after(adaptive, step, step, -1) for step in range(20)]
+    assert explored[0]
+    assert explored == sorted(explored, reverse=True)
+    assert not explored[-1]
+    assert is_exploring_after(adaptive, 20, 20, 19)
 
 
 # ---- memory ----
@@ -242,7 +242,7 @@ def steps_of(made: SplitPlanner, first: int, number: int, slower: float = 1.0) -
 
 
 def profile() -> dict:
-    """Of an earlier run, through JSON."""
+    """The profile of an earlier run, converted to JSON and back."""
     earlier = planner("auto", 2, 64)
     steps_of(earlier, 0, 60)
     return json.loads(json.dumps(earlier.state_dict()))
@@ -298,7 +298,7 @@ def test_fixed_shares_take_no_profile() -> None:
     ],
 )
 def test_a_profile_of_another_job_or_a_damaged_one_raises(change, world_size, global_batch) -> None:
-    """With errors that the caller knows, so that it can do without."""
+    """With errors that the caller catches, so that it can ignore the profile."""
     with pytest.raises((ValueError, KeyError, TypeError)):
         planner("auto", world_size, global_batch, profile=profile() | change)
 

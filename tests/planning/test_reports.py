@@ -44,7 +44,7 @@ def test_every_step_is_joined_once_however_late_ranks_are(delays: list[int], see
     assert all(measured.compute_seconds == tuple(seconds[measured.step]) for measured in joined)
 
 
-@pytest.mark.parametrize(("late", "complete"), [(MeasurementJoin.PATIENCE, 1), (MeasurementJoin.PATIENCE + 1, 0)])
+@pytest.mark.parametrize(("late", "complete"), [(MeasurementJoin.KEPT_STEPS, 1), (MeasurementJoin.KEPT_STEPS + 1, 0)])
 def test_what_a_rank_does_not_report_in_time_is_given_up(late: int, complete: int) -> None:
     """Memory stays bounded where a rank never measures anything."""
     join = MeasurementJoin(2)

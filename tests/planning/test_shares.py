@@ -1,4 +1,4 @@
-"""What a user says of the shares is parsed once; what can't be used is said in one sentence."""
+"""The option `shares` is parsed once; an invalid one raises an error of one sentence."""
 
 import math
 from typing import Any
@@ -12,11 +12,11 @@ from lightning_hetero.planning.shares import Shares
 @pytest.mark.parametrize(
     ("shares", "sentence"),
     [
-        ("fair", "shares='fair' is unknown: use 'auto', 'equal', one number a rank such as [4, 1], or the path"),
-        (3, "shares=3 has to be 'auto', 'equal', or one number a rank"),
-        (None, "shares=None has to be 'auto', 'equal', or one number a rank"),
-        (["a", "b"], "one number a rank such as [4, 1]"),
-        ([[1], [2]], "one number a rank such as [4, 1]"),
+        ("fair", "shares='fair' is unknown: use 'auto', 'equal', one number per rank such as [4, 1], or the path"),
+        (3, "shares=3 has to be 'auto', 'equal', or one number per rank"),
+        (None, "shares=None has to be 'auto', 'equal', or one number per rank"),
+        (["a", "b"], "one number per rank such as [4, 1]"),
+        ([[1], [2]], "one number per rank such as [4, 1]"),
         (np.array([[1], [2]]), "shares=[[1], [2]] has to be"),
         (np.array(3), "shares=3 has to be"),
         ([1, -2], "shares=[1, -2]: the share of rank 1 is -2; give a number of 0 or more"),
@@ -37,7 +37,7 @@ def test_what_can_not_be_used_is_said_in_one_sentence(shares: Any, sentence: str
 @pytest.mark.parametrize(
     ("shares", "world_size", "sentence"),
     [
-        ([1], 2, "shares=[1] has 1 number, but there are 2 ranks: give one a rank"),
+        ([1], 2, "shares=[1] has 1 number, but there are 2 ranks: give one per rank"),
         ([1, 2, 3], 2, "shares=[1, 2, 3] has 3 numbers, but there are 2 ranks"),
         (np.array([4, 1, 1]), 2, "shares=[4, 1, 1] has 3 numbers, but there are 2 ranks"),
         ([1, 2], 1, "has 2 numbers, but there is 1 rank:"),

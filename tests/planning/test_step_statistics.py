@@ -68,7 +68,7 @@ def test_accumulation_gives_means_of_micro_batches():
 
 
 def test_steps_that_are_not_measured_do_not_count():
-    """A short last batch is measured by nobody."""
+    """No rank measures a short last batch."""
     statistics = StepStatistics()
     now = run(statistics, range(4), A)
     statistics.begin(now)
@@ -116,7 +116,7 @@ def test_averages_are_those_of_the_measured_steps(data, delay, steps):
 
 
 def test_what_is_measured_too_late_is_given_up():
-    """So that memory stays bounded where nothing is measured, as with short batches only."""
+    """Keeps memory bounded if nothing is measured, as with only short batches."""
     statistics = StepStatistics()
     for step in range(100):
         statistics.end(step, step, stepped=True)

@@ -51,7 +51,7 @@ def test_a_rising_curve_of_any_shape_is_followed_through_its_points() -> None:
 
 
 def test_one_disturbed_step_among_three_does_no_harm() -> None:
-    """The median stands; a mean would be three times too high."""
+    """The median is not affected; a mean would be three times too high."""
     assert StepTimeModel.fit([8, 8, 8, 16], [1.0, 30.0, 1.1, 2.0]).seconds(8) == pytest.approx(1.1)
 
 

@@ -1,4 +1,4 @@
-"""A rank that ends, seen from the others: whether what they raise is known to be secondary, and what it then says."""
+"""A rank that exits: whether the errors of the others are recognized as secondary, and their text."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_hetero.device.step_timer import ComputeTimer, HostClock
 from lightning_hetero.exchange.failures import CollectiveErrors, explain, is_secondary_failure
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.step.gradients import average_gradients, averaging_hook, masked, until_last_bucket
+from lightning_hetero.step.gradients import average_gradients, averaging_hook, masked_hook, timed_hook
 from tests.ranks import fails_on_ranks, run_ranks
 
 LOST = "Connection"
-"""In what gloo says of a peer that has ended: closed, or reset."""
+"""Part of gloo's message about a peer that has exited: closed, or reset."""
 
 
 class Net(nn.Module):
@@ -54,8 +54,8 @@ def backward(meeting: Meeting, *, hook: bool = True) -> None:
     """In the gradients' all-reduce, after a step that went well."""
     model = DistributedDataParallel(Net(), bucket_cap_mb=1e-4)
     if hook:  # as the strategy registers it
-        averaging = masked(averaging_hook(meeting.errors), lambda: None)
-        model.register_comm_hook(None, until_last_bucket(averaging, ComputeTimer(HostClock()), may_wait=False))
+        averaging = masked_hook(averaging_hook(meeting.errors), lambda: None)
+        model.register_comm_hook(None, timed_hook(averaging, ComputeTimer(HostClock()), may_wait=False))
     model(torch.ones(2, 8)).sum().backward()
     model(torch.ones(2, 8)).sum().backward()
     loss = model(torch.ones(2, 8)).sum()
@@ -143,7 +143,7 @@ CALLS: dict[str, Callable[[Meeting], None]] = {
 
 
 def fails(call: Callable[[Meeting], None], folder: str, *, publishes: bool) -> None:
-    """Rank 0 writes down whether what it raises is secondary, what it says, and what it says once it is explained."""
+    """Rank 0 records whether its exception is secondary, its text, and its text once explained."""
 
     def end() -> None:
         if publishes:
@@ -175,7 +175,7 @@ def test_the_cause_is_named_and_the_own_text_is_kept(name: str, tmp_path: Path) 
     assert explained == f"{cause} (rank 0 then lost the connection: {text})"
 
 
-def test_a_rank_that_is_killed_has_said_nothing(tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_has_published_nothing(tmp_path: Path) -> None:
     """Then no cause is made up."""
     secondary, text, explained = seen_by_rank_0(tmp_path, gather, publishes=False)
     assert secondary
@@ -271,7 +271,7 @@ def mistakes() -> dict[str, tuple[bool, str, list[str]]]:
 
 
 def test_a_users_mistake_is_never_replaced() -> None:
-    """Whatever its words are, and also where another rank was first; then a note says so."""
+    """Whatever its text, and also if another rank failed first; then a note says so."""
     of_rank_0 = run_ranks(2, mistakes)[0]
     for run, (name, (secondary, kept, notes)) in enumerate(of_rank_0.items()):
         assert not secondary, name

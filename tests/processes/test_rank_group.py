@@ -29,7 +29,7 @@ def raising(error: Exception) -> Callable[[], None]:
 
 
 def relayed() -> tuple[list[tuple[str, str, bool]], str]:
-    """The type and the text that this rank raises, and whether it is the very exception; and what comes afterwards."""
+    """Type and text of this rank's exceptions, whether they are the original objects, and a later result."""
     group = RankGroup(dist.get_rank(), 3, timedelta(seconds=30))
     outcomes = []
     for error in RAISED:
@@ -73,7 +73,7 @@ def exchanged() -> dict[str, Any]:
 
 
 def test_all_ranks_see_the_same() -> None:
-    """Rows that are under way at the same time don't mix."""
+    """Rows that are exchanged at the same time don't mix."""
     expected = {
         "earlier": [[0, 1], [1, 1], [2, 1]],
         "later": [[0, 2], [1, 2], [2, 2]],

@@ -1,4 +1,4 @@
-"""Synchronised BatchNorm on real ranks is BatchNorm of one process with the whole batch."""
+"""Synchronized BatchNorm on real ranks equals BatchNorm in one process with the whole batch."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_hetero.exchange.groups import own_total
+from lightning_hetero.exchange.groups import all_reduce_in_own_group
 from lightning_hetero.step.sync_batch_norm import (
     BatchNormGroup,
     SynchronizedBatchNorm,
@@ -50,7 +50,7 @@ def passes(layer: Any, values: Any, factors: Any, borrowed: bool = False) -> Any
 
 def on_ranks(sizes: list[int], borrows: int | None = None, dtype: torch.dtype = torch.float64) -> Any:
     rank = torch.distributed.get_rank()
-    batch_norm_group = BatchNormGroup(rank, len(sizes), own_total(None))
+    batch_norm_group = BatchNormGroup(rank, len(sizes), all_reduce_in_own_group(None))
     start = sum(sizes[:rank])
     out = {}
     for name, (make, shape) in LAYERS.items():
@@ -91,7 +91,7 @@ def test_is_batch_norm_of_one_process(sizes: list[int], borrows: int | None) -> 
 def low(sizes: list[int]) -> Any:
     rank = torch.distributed.get_rank()
     layer = nn.BatchNorm2d(3)
-    convert_sync_batchnorm(layer, BatchNormGroup(rank, len(sizes), own_total(None)))
+    convert_sync_batchnorm(layer, BatchNormGroup(rank, len(sizes), all_reduce_in_own_group(None)))
     values, factors = data((4, 4), sum(sizes), torch.bfloat16)
     part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -116,7 +116,7 @@ def test_bfloat16_under_autocast() -> None:
 def one_value() -> None:
     layer = nn.BatchNorm1d(3)
     rank = torch.distributed.get_rank()
-    convert_sync_batchnorm(layer, BatchNormGroup(rank, 2, own_total(None)))
+    convert_sync_batchnorm(layer, BatchNormGroup(rank, 2, all_reduce_in_own_group(None)))
     layer(torch.zeros(1 - rank, 3))
 
 

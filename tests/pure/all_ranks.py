@@ -21,7 +21,7 @@ SEED = 11
 
 @dataclass
 class Rank:
-    """One rank: its sampler, a loader that draws ahead, and what it was given."""
+    """One rank: its sampler, a loader that prefetches, and the batches that it got."""
 
     sampler: LocalBatchSampler
     schedule: Schedule
@@ -45,7 +45,7 @@ class Rank:
 
 
 class Job:
-    """Ranks in one process; that they agree on indices goes through a list instead of an exchange."""
+    """All ranks in one process; they agree on indices through a list instead of a collective call."""
 
     def __init__(
         self, source: Any, grouping: Grouping, plan: Sequence[int], *, minimum: int = 1, ahead: Sequence[int] = ()
@@ -72,7 +72,7 @@ class Job:
         return Rank(sampler, schedule, batches, ahead)
 
     def disturb(self) -> None:
-        """What dropout and augmentation do between two draws, by other amounts on every rank."""
+        """Draw random numbers between two batches as dropout and augmentation do, differently many on every rank."""
         torch.rand(self.noise.randrange(4))
         np.random.rand(self.noise.randrange(4))
         for _ in range(self.noise.randrange(4)):
@@ -116,7 +116,7 @@ class Job:
 
 
 def steps(job: Job) -> list[list[Any]]:
-    """The samples that count, step by step, in the order of the ranks; with everything checked that a step owes."""
+    """The samples that count, by step, in rank order; checks everything that must hold in a step."""
     world_size = len(job.ranks)
     assert len({len(rank.trained) for rank in job.ranks}) == 1, "every rank takes the same number of steps"
     batches = []
@@ -140,7 +140,7 @@ def steps(job: Job) -> list[list[Any]]:
 
 
 def single(source: Any, grouping: Grouping, epochs: int) -> list[list[Any]]:
-    """What one process trains on."""
+    """The global batches that a single process trains on."""
     job = Job(source, grouping, [10**6])
     for _ in range(epochs):
         job.run()

@@ -17,7 +17,7 @@ from tests.sampling.samplers import SOURCES, Forever, LengthDraws, Own, Units, U
 
 @given(st.data(), st.integers(1, 16), st.integers(1, 2), st.booleans(), st.sampled_from([*SOURCES, "units"]))
 def test_every_index_once_in_order_whatever_the_plans(data, world_size, minimum, drop_last, kind):
-    """G1 and G3 over sizes, splits, re-plans in the midst of a run, loaders that draw ahead, and several epochs."""
+    """G1 and G3 over sizes, splits, re-plans during a run, loaders that prefetch, and several epochs."""
     global_batch = data.draw(st.integers(minimum * world_size, minimum * world_size + 20), "global batch")
     size = data.draw(st.integers(1, 70), "size")
     if kind == "units":
@@ -178,7 +178,7 @@ def test_a_sampler_that_never_ends(world_size, ahead, data):
 
 
 def test_a_length_that_is_far_exceeded_is_where_the_pass_ends():
-    """Some samplers go on for ever and trust the loader's length, as one process does."""
+    """Some samplers never end and rely on the loader's length, which a single process respects too."""
     job = Job(Forever(10), Grouping(4), (3, 1))
     job.run()
     assert list(map(len, steps(job))) == [4, 4, 2]

@@ -1,4 +1,4 @@
-"""Samplers as users write them, in all their variety."""
+"""Many kinds of samplers as users write them."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ class Own(Sampler[int]):
 
 
 class LengthDraws(Own):
-    """As some geographic samplers do: `len` draws the pass, and another pass may be longer."""
+    """Like some geographic samplers: `len` draws the pass, and another pass may be longer."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(torch.randint(1000, (self.size + int(torch.randint(4, ())),)).tolist())
@@ -80,7 +80,7 @@ class Unsized(Sampler[int]):
 
 
 class Forever(Own):
-    """Has a length, but goes on for ever."""
+    """Has a length, but never ends."""
 
     def __iter__(self) -> Iterator[int]:
         return chain.from_iterable(super(Forever, self).__iter__() for _ in count())
@@ -99,5 +99,5 @@ SOURCES: dict[str, Callable[[int], Any]] = {
 
 
 def agreeing(batches: list[list[Any]], *, complete: bool) -> list[list[Any]]:
-    """Ranks that have all drawn the same."""
+    """An `AgreeOnIndices` for ranks that have all drawn the same."""
     return batches

@@ -91,7 +91,7 @@ def test_an_endless_sampler_draws_no_more_than_it_must():
 
 
 class Place:
-    """An index that tells whether it is still kept."""
+    """An index with which to check whether it is still referenced."""
 
 
 class Places(Sampler[Place]):
@@ -108,7 +108,7 @@ class Places(Sampler[Place]):
 
 
 def test_global_batches_of_an_endless_pass_are_not_kept():
-    """But for those from which the pass may begin again, until a step of it was started."""
+    """Except those from which the pass may restart, until one of its steps has started."""
     places = Places()
     batches = GlobalBatches(places, Grouping(2), SEED, agreeing)
     batches.draw(0, 0)

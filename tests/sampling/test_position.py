@@ -9,7 +9,7 @@ from tests.sampling.samplers import SOURCES, agreeing
 
 
 class Training:
-    """Stands somewhere."""
+    """The position of a training run."""
 
     def __init__(self, epoch: int = 0, step: int = 0) -> None:
         self.at = Position(epoch, step)
@@ -48,7 +48,7 @@ def test_the_order_depends_on_the_epoch_and_not_on_what_was_drawn_before(stale, 
 
 
 def test_a_cycled_loader_goes_on_where_its_last_pass_ended():
-    """Where a length is not known, Lightning fetches a batch ahead: training stands one step behind what was read."""
+    """If the length is unknown, Lightning prefetches a batch: training is one step behind the loader."""
     training = Training(0, 5)
     passes = training.passes()
     first = [*passes.batches(passes.begin())]

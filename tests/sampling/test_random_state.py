@@ -18,7 +18,7 @@ def states() -> tuple[Any, ...]:
     return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
 
-def test_what_is_restored_is_drawn_again():
+def test_a_restored_state_repeats_its_draws():
     state = RandomState.current()
     first = draws()
     draws()

@@ -1,4 +1,4 @@
-"""How a global batch is split, what is known of the parts, and which samples a rank takes."""
+"""How a global batch is split, the shares that follow, and which samples a rank takes."""
 
 import random
 from itertools import chain, islice

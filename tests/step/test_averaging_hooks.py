@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_hetero.device.step_timer import ComputeTimer
-from lightning_hetero.step.gradients import masked, until_last_bucket
+from lightning_hetero.step.gradients import masked_hook, timed_hook
 
 
 class Device:
@@ -48,7 +48,7 @@ def test_compute_time_ends_with_the_last_bucket(may_wait: bool, compute: float) 
         device.time += 3
         return torch.futures.Future()
 
-    hook = until_last_bucket(takes_3, timer, may_wait=may_wait)
+    hook = timed_hook(takes_3, timer, may_wait=may_wait)
     timer.start()
     device.time += 1
     hook(None, Bucket(torch.ones(2), last=False))
@@ -75,5 +75,5 @@ def test_a_mask_makes_exact_zeros(mask: Tensor | None, expected: list[float]) ->
         seen.append(bucket.buffer().clone())
         return torch.futures.Future()
 
-    masked(hook, lambda: mask)(None, Bucket(gradients, last=True))  # type: ignore[arg-type]
+    masked_hook(hook, lambda: mask)(None, Bucket(gradients, last=True))  # type: ignore[arg-type]
     assert torch.equal(seen[0].nan_to_num(7.0), torch.tensor(expected).nan_to_num(7.0))

@@ -1,4 +1,4 @@
-"""What the samples of a batch look like, however many there are, and how many there are."""
+"""The input shape of a batch, independent of the number of samples, and that number."""
 
 from collections import namedtuple
 

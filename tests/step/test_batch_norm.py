@@ -55,7 +55,7 @@ def test_running_statistics_of_one_step(sizes: list[int], seed: int) -> None:
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any), st.integers(0, 1000))
 def test_equal_parts_give_exactly_themselves(sizes: list[int], seed: int) -> None:
-    """Frozen layers keep every bit, and parts that count nothing may hold anything."""
+    """Frozen layers stay bitwise the same, and parts with a count of 0 may contain anything."""
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(4, generator=generator, dtype=torch.float64)
     variance = torch.rand(4, generator=generator, dtype=torch.float64)

@@ -31,7 +31,7 @@ def rows(size: int) -> torch.Tensor:
     return torch.arange(size * 3).reshape(size, 3)
 
 
-def test_everything_that_has_one_entry_a_sample_is_cut() -> None:
+def test_everything_that_has_one_entry_per_sample_is_sliced() -> None:
     batch = {
         "image": rows(5),
         "array": np.arange(5),
@@ -110,7 +110,7 @@ def test_halves_of_halves_have_every_sample_once(size: int, smallest: int, fits:
     assert seen == list(range(size))
 
 
-def test_outputs_are_join_outputs() -> None:
+def test_outputs_of_parts_are_joined() -> None:
     loss = torch.tensor(7.0)
     assert join_outputs([torch.tensor(1.0), torch.tensor(2.0)], [2, 1], loss) is loss
     outputs = [

@@ -10,7 +10,7 @@ from lightning_hetero.step.compute_times import ComputeTimes, StepMeasurement
 
 
 def timing(seconds: float, sync: float = 0.0) -> StepTiming:
-    """Compute time of so many seconds, and then the gradients' way to their averages."""
+    """A timing with these seconds of compute time, and then of sync time."""
     return StepTiming(HostClock(), ((0.0, seconds),), ((seconds, seconds + sync),))
 
 
@@ -55,7 +55,7 @@ def test_an_optimizer_step_of_short_batches_measures_nothing() -> None:
     ids=["borrowed samples", "another plan", "in parts", "not timed", "the user shards"],
 )
 def test_what_can_not_be_compared(other: dict[str, Any]) -> None:
-    """It spoils its own optimizer step, and not the next one."""
+    """It invalidates its own optimizer step, but not the next one."""
     times = ComputeTimes()
     times.add(timing(1.0), share(0, 6, 2), 8, stepped=False)
     times.add(**other, global_batch=8, stepped=True)
@@ -64,7 +64,7 @@ def test_what_can_not_be_compared(other: dict[str, Any]) -> None:
 
 
 class Behind:
-    """A device that comes to a point when the test says so."""
+    """A device that reaches a point when the test says so."""
 
     passed = False
 

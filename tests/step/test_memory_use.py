@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_hetero.step.memory_use import MemoryReport, MemoryUse
-from lightning_hetero.step.out_of_memory import MemoryFound
+from lightning_hetero.step.out_of_memory import MemoryBounds
 
 
 class Peaks:
@@ -30,7 +30,7 @@ def memory_of(rank: int = 0, world_size: int = 1) -> MemoryUse:
     return MemoryUse(Peaks(), rank, world_size)  # type: ignore[arg-type]
 
 
-def step(memory: MemoryUse, local_batch: int, found: MemoryFound | None = None) -> MemoryReport:
+def step(memory: MemoryUse, local_batch: int, found: MemoryBounds | None = None) -> MemoryReport:
     """One step of the only rank, and what its next message says."""
     memory.start(local_batch)
     memory.end(local_batch, found)
@@ -46,17 +46,17 @@ def test_steps_in_one_piece() -> None:
     assert not memory.is_too_large(10**9), "memory has never run out"
 
 
-def test_a_step_in_parts_tells_no_peak() -> None:
+def test_a_step_in_parts_reports_no_peak() -> None:
     memory = memory_of()
-    assert step(memory, 8, MemoryFound(fits=4, fails=8)) == MemoryReport(0, 0.0, 100.0, 4, 8)
-    assert step(memory, 8, MemoryFound(fits=4, fails=None)) == MemoryReport(0, 0.0, 100.0, 4, 8)
+    assert step(memory, 8, MemoryBounds(fits=4, fails=8)) == MemoryReport(0, 0.0, 100.0, 4, 8)
+    assert step(memory, 8, MemoryBounds(fits=4, fails=None)) == MemoryReport(0, 0.0, 100.0, 4, 8)
 
 
 def test_borrowed_samples_are_no_measure() -> None:
     """They are other ranks' and may be more than this rank ever gets."""
     memory = memory_of()
     assert step(memory, 0) == MemoryReport(0, 0.0, 100.0, 0, 0)
-    memory.end(0, MemoryFound(fits=1, fails=2))
+    memory.end(0, MemoryBounds(fits=1, fails=2))
     assert memory.report == MemoryReport(0, 0.0, 100.0, 0, 0)
 
 
@@ -78,7 +78,7 @@ STEPS = st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1), st.floats(0, 1),
 def test_of_a_device_with_a_limit_the_truth_lies_between_what_fits_and_what_fails(
     limit: int, steps: list[tuple[int, float, float, bool]]
 ) -> None:
-    """Wherever in between the parts were, and whether memory ran out or was known to; and it only becomes better known.
+    """Whatever the sizes of the parts, and whether memory ran out or was known to; and bounds only become tighter.
 
     Args:
         limit: samples that fit.
@@ -92,7 +92,7 @@ def test_of_a_device_with_a_limit_the_truth_lies_between_what_fits_and_what_fail
         if local_batch > limit:
             fails = limit + 1 + int(high * (local_batch - limit - 1))
             anew = tried or not memory.is_too_large(local_batch)
-            found = MemoryFound(fits=1 + int(low * (limit - 1)), fails=fails if anew else None)
+            found = MemoryBounds(fits=1 + int(low * (limit - 1)), fails=fails if anew else None)
         reports.append(step(memory, local_batch, found))
         largest = max(largest, local_batch if found is None else 0)
         assert reports[-1].fits >= largest or not reports[-1].fails, "what was computed is known to fit"
@@ -114,14 +114,14 @@ def test_of_a_device_with_a_limit_the_truth_lies_between_what_fits_and_what_fail
 
 @pytest.mark.parametrize(("fits", "fails"), [(4, 8), (1, 2)])
 def test_a_limit_that_has_moved_below_what_once_fitted_is_the_new_one(fits: int, fails: int) -> None:
-    """Somebody else takes memory, or samples are larger: an earlier success says nothing then."""
+    """Another process uses memory, or samples are larger: then an earlier success proves nothing."""
     memory = memory_of()
     step(memory, 16)
-    report = step(memory, 16, MemoryFound(fits=fits, fails=fails))
+    report = step(memory, 16, MemoryBounds(fits=fits, fails=fails))
     assert (report.fits, report.fails) == (fits, fails)
 
 
 def test_a_limit_that_has_moved_up_is_found_by_what_was_computed() -> None:
     memory = memory_of()
-    step(memory, 8, MemoryFound(fits=4, fails=8))
+    step(memory, 8, MemoryBounds(fits=4, fails=8))
     assert step(memory, 12) == MemoryReport(12, 220.0, 100.0, 12, 13)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_hetero.step.out_of_memory import (
-    MemoryFound,
+    MemoryBounds,
     OutOfMemoryRecovery,
     PartialStep,
     Passes,
@@ -73,7 +73,7 @@ class Net(nn.Module):
 
 
 def step_of(batch: Any, weight: float | Tensor = 1.0, count: Callable[[Any], float] | None = None) -> PartialStep:
-    """The step at hand, in which valid entries count."""
+    """A step whose loss count is the number of valid entries."""
     count = count or (lambda part: float(part["valid"].sum()))
 
     def count_of(part: Any, samples: int) -> float:
@@ -84,7 +84,7 @@ def step_of(batch: Any, weight: float | Tensor = 1.0, count: Callable[[Any], flo
 
 
 class Logs:
-    """Gathers what parts log."""
+    """Collects what parts log."""
 
     def __init__(self) -> None:
         self.parts: list[tuple[int, float]] = []
@@ -98,7 +98,7 @@ class Logs:
 
 
 class Logging:
-    """Hands out `Logs`."""
+    """Provides `Logs`."""
 
     def __init__(self) -> None:
         self.logs = Logs()
@@ -176,7 +176,7 @@ def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def test_parts_have_the_gradients_of_the_whole(
     size: int, fits: int, where: str, too_large: bool, invalid: set[int]
 ) -> None:
-    """However the batch is cut, and though the loss of a part of which nothing is valid is NaN."""
+    """However the batch is cut, and even if the loss of a part without valid samples is NaN."""
     too_large = too_large and size > fits
     batch = batch_of(size, invalid=tuple(i for i in invalid if i < size - 1))
     net = Net(fits, where=where)
@@ -186,23 +186,23 @@ def test_parts_have_the_gradients_of_the_whole(
     assert output["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-12)
     torch.testing.assert_close(output["out"], expected["out"], rtol=1e-12, atol=1e-12)
     assert float(net.seen) == size, "buffers have seen each sample once"
-    assert (parts.found is not None) == (size > fits)
-    if parts.found is not None:
-        assert parts.found.fits <= fits
-        assert parts.found.fails is None or parts.found.fails > fits
-        assert parts.found.fails is not None or too_large
+    assert (parts.memory_bounds is not None) == (size > fits)
+    if parts.memory_bounds is not None:
+        assert parts.memory_bounds.fits <= fits
+        assert parts.memory_bounds.fails is None or parts.memory_bounds.fails > fits
+        assert parts.memory_bounds.fails is not None or too_large
 
 
 def test_halves_are_tried_until_they_fit_and_nothing_is_tried_in_vain_twice() -> None:
     net, batch = Net(fits=3), batch_of(12)
     parts, _, logged = in_parts(net, step_of(batch), batch)
     assert net.tried == [12, 6, 3, 3, 3, 3]
-    assert parts.found == MemoryFound(fits=3, fails=6)
+    assert parts.memory_bounds == MemoryBounds(fits=3, fails=6)
     assert [count for count, _ in logged] == [3, 3, 3, 3]
     net = Net(fits=3)
     parts, _, _ = in_parts(net, step_of(batch_of(6)), batch_of(6), too_large=True)
     assert net.tried == [3, 3]
-    assert parts.found == MemoryFound(fits=3, fails=None)
+    assert parts.memory_bounds == MemoryBounds(fits=3, fails=None)
 
 
 def test_what_is_logged_after_a_whole_forward_pass_is_not_logged_again() -> None:
@@ -239,7 +239,7 @@ def test_the_weight_the_accumulation_and_earlier_gradients() -> None:
 
 
 def test_a_closure_that_is_called_twice() -> None:
-    """As LBFGS does: the second time the batch is known to be too large, and what was found before is kept."""
+    """As LBFGS does: the second time the batch is known to be too large, and the bounds found before are kept."""
     net, batch = Net(fits=2), batch_of(4)
     parts = StepInParts(recovery_of(net, DistributedDataParallel(net)), step_of(batch), too_large=False)
     for _ in range(2):
@@ -247,7 +247,7 @@ def test_a_closure_that_is_called_twice() -> None:
         go(parts, Logging(), batch)
         torch.testing.assert_close(gradients_of(net), gradients_of(whole(batch)[0]), rtol=1e-12, atol=1e-12)
     assert net.tried == [4, 2, 2, 2, 2]
-    assert parts.found == MemoryFound(fits=2, fails=4)
+    assert parts.memory_bounds == MemoryBounds(fits=2, fails=4)
 
 
 def test_what_does_not_fit_at_all_says_so() -> None:
@@ -285,7 +285,7 @@ def on_ranks(sizes: tuple[int, ...], where: str) -> Tensor:
 
     parts, logging = StepInParts(recovery, step, too_large=False), Logging()
     output = parts.training_step(logging, own)
-    loss = output["loss"] if parts.found is not None else output["loss"] * step.weight()
+    loss = output["loss"] if parts.memory_bounds is not None else output["loss"] * step.weight()
     parts.backward(loss, output["loss"], average=average)
     return gradients_of(net)
 
@@ -339,7 +339,7 @@ def test_the_first_step_of_a_static_graph_can_not_recover() -> None:
             raise MemoryError
 
 
-def test_an_explanation_names_place_reason_and_mending_and_keeps_the_cause() -> None:
+def test_an_explanation_names_place_reason_and_remedy_and_keeps_the_cause() -> None:
     original = RuntimeError(f"{DETAILS}\nmany lines\nof a stack")
     with (
         pytest.raises(RankOutOfMemoryError) as caught,

@@ -1,4 +1,4 @@
-"""Measurements of optimizer steps wait for their device, and are handed out once, in order."""
+"""Measurements of optimizer steps wait for their device, and are returned once, in order."""
 
 import pytest
 
@@ -11,7 +11,7 @@ FULL = 8
 
 
 class Device:
-    """A device that has come to `time`, as the test says."""
+    """A device that has reached `time`, which the test sets."""
 
     time = 0.0
 
@@ -101,12 +101,12 @@ def test_what_was_not_timed_or_is_sharded_by_the_user_is_left_out() -> None:
 
 
 def test_of_a_device_that_is_far_behind_the_oldest_steps_are_dropped() -> None:
-    """So that what waits stays bounded."""
+    """Keeps the number of waiting steps bounded."""
     device, times = Device(), ComputeTimes()
-    steps = 3 * ComputeTimes.WAITING
+    steps = 3 * ComputeTimes.MAX_PENDING
     for step in range(steps):
         add(times, device, step)
     device.time = 1e9
-    found = [measured(times) for _ in range(ComputeTimes.WAITING)]
-    assert [one[0] for one in found if one is not None] == list(range(steps - ComputeTimes.WAITING, steps))
+    found = [measured(times) for _ in range(ComputeTimes.MAX_PENDING)]
+    assert [one[0] for one in found if one is not None] == list(range(steps - ComputeTimes.MAX_PENDING, steps))
     assert measured(times) is None

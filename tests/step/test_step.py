@@ -1,4 +1,4 @@
-"""A training step without a Trainer: what a batch counts, what its loss weighs, and what it leaves behind."""
+"""A training step without a Trainer: loss counts, loss weights, and side effects."""
 
 import random
 import warnings
@@ -57,7 +57,7 @@ def step_of(context: StepContext, share: Share | None, count: LocalCount, *, acc
 
 
 class Stateful(nn.Module):
-    """Has what a forward pass changes."""
+    """Has all the state that a forward pass may change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_borrowed_samples_leave_no_trace() -> None:
 
 
 def test_random_numbers_go_on_from_before_a_borrowed_batch_was_loaded() -> None:
-    """Loading in the main process draws some too, before anybody knows of the batch."""
+    """Loading in the main process draws some too, before the step begins."""
     random_state = RandomState.current()
     following = draws()
     random_state.restore()
@@ -165,7 +165,7 @@ def test_a_count_that_only_the_device_knows_is_never_read() -> None:
 
 
 def failures() -> tuple[str, str]:
-    """What this rank raises where rank 1's rule fails, and what a second look at the messages brings."""
+    """What this rank raises if rank 1's rule fails, and what a second call of `receive` does."""
     rank = dist.get_rank()
     group = RankGroup(rank, 2, timedelta(seconds=30))
     module = nn.Linear(1, 1)
@@ -178,7 +178,7 @@ def failures() -> tuple[str, str]:
 
 
 def test_an_error_of_counting_ends_the_step_on_all_ranks() -> None:
-    """The rank itself raises what the user's rule has raised; the others say which rank."""
+    """That rank raises the error of the user's rule; the others name the rank."""
     other, own = run_ranks(2, failures)
     assert own == ("KeyError", "'mask'")
     assert other[0] == "ValueError"
@@ -218,7 +218,7 @@ def weights() -> dict[str, Any]:
 
 
 def test_weights_follow_from_the_counts_of_all_ranks() -> None:
-    """A loss is logged with the samples of its rank, or else so that the mean over them is that over counts."""
+    """A loss is logged with its rank's samples as weight, or with one that gives the count-weighted mean."""
     ranks = run_ranks(2, weights)
     for name, (samples, counts) in COUNTS.items():
         total = sum(counts)

@@ -1,4 +1,4 @@
-"""A global batch in which nothing counts is warned of once, on the first rank, and never waited for in a step."""
+"""A global batch with a count of 0 gives one warning, on rank 0, and no step waits for the device."""
 
 import warnings
 from collections.abc import Callable

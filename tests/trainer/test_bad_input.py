@@ -26,7 +26,7 @@ def sized(size: int, batch_size: int, **options: Any) -> DataLoader[Any]:
         ({"shares": [float("nan"), 1]}, r"the share of rank 0 is nan"),
         ({"shares": [0, 0]}, r"add up to 0"),
         ({"shares": "fastest"}, r"shares='fastest' is unknown"),
-        ({"shares": 3}, r"one number a rank"),
+        ({"shares": 3}, r"one number per rank"),
         ({"global_batch": 0}, r"at least 1 sample"),
         ({"global_batch": 2.5}, r"whole number"),
         ({"granularity": 0}, r"granularity=0"),

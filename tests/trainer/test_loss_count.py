@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_hetero import cross_entropy_count
 from lightning_hetero.step.batch_contents import sample_count
-from lightning_hetero.step.loss_count import find
+from lightning_hetero.step.loss_count import find_loss_counter
 from tests.ranks import run_ranks
 from tests.trainer import geography
 from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, plain_fit, relative_error
@@ -147,16 +147,16 @@ def test_torchgeo_tasks_are_exact() -> None:
 def test_the_rule_of_a_known_task(name: str) -> None:
     """The rule is read from the class and the live criterion."""
     module, _, rule = TASKS[name]
-    assert find(module(), None).rule.removesuffix("Task") == rule
+    assert find_loss_counter(module(), None).rule.removesuffix("Task") == rule
 
 
 def test_order_of_the_rules() -> None:
     """The strategy's callable comes before the module's method, that before what is known, that before samples."""
     task = segmentation()
-    assert find(task, lambda _, __: 1.0).rule == "the strategy's loss_count"
+    assert find_loss_counter(task, lambda _, __: 1.0).rule == "the strategy's loss_count"
     task.loss_count = lambda _: 1.0
-    assert find(task, None).rule == "the module's loss_count"
-    assert find(nn.Linear(1, 1), None).rule == "samples"
+    assert find_loss_counter(task, None).rule == "the module's loss_count"
+    assert find_loss_counter(nn.Linear(1, 1), None).rule == "samples"
 
 
 def test_an_overridden_training_step_is_not_trusted() -> None:
@@ -166,16 +166,16 @@ def test_an_overridden_training_step_is_not_trusted() -> None:
         def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
             return super().training_step(batch, batch_idx, dataloader_idx)
 
-    counter = find(Own(**FCN, num_classes=4, ignore_index=0), None)
+    counter = find_loss_counter(Own(**FCN, num_classes=4, ignore_index=0), None)
     assert counter.rule == "samples"
     assert "cross_entropy_count(self.criterion, batch['mask'])" in counter.advice
-    assert not find(Own(**FCN, num_classes=4), None).advice, "nothing is ignored: samples are right"
+    assert not find_loss_counter(Own(**FCN, num_classes=4), None).advice, "nothing is ignored: samples are right"
 
 
 def test_the_live_criterion_counts() -> None:
     """A criterion that was replaced after construction is the one that is read."""
     task = segmentation()
-    counter = find(task, None)
+    counter = find_loss_counter(task, None)
     batch = {"mask": torch.tensor([[0, 1], [1, 1]])}
     assert float(counter(task, batch)) == 4
     task.criterion = nn.CrossEntropyLoss(ignore_index=1)
@@ -185,7 +185,7 @@ def test_the_live_criterion_counts() -> None:
 @pytest.mark.parametrize("loss", ["jaccard", "focal"])
 def test_losses_that_are_no_means_count_samples(loss: str) -> None:
     """No weighting makes them exact."""
-    assert find(segmentation(loss=loss), None).rule == "samples"
+    assert find_loss_counter(segmentation(loss=loss), None).rule == "samples"
 
 
 @pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 2.0, 3.0])])
@@ -270,8 +270,8 @@ def test_a_compiled_task_counts_as_it_does_uncompiled() -> None:
     """Lightning sets a compiled module's steps on the instance, where otherwise only the user does."""
     geography.tolerate_torchgeo()
     task = from_compiled(torch.compile(segmentation(loss="ce", ignore_index=0)))
-    assert find(task, None).rule.startswith("valid targets")
+    assert find_loss_counter(task, None).rule.startswith("valid targets")
     own = segmentation(loss="ce", ignore_index=0)
     own.training_step = lambda batch, batch_idx: None
-    assert find(own, None).rule == "samples"
-    assert find(from_compiled(torch.compile(own)), None).rule == "samples"
+    assert find_loss_counter(own, None).rule == "samples"
+    assert find_loss_counter(from_compiled(torch.compile(own)), None).rule == "samples"

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning_hetero import HeteroStrategy
 from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.batch_norm import smallest_local_batch
-from lightning_hetero.step.loss_count import find
+from lightning_hetero.step.loss_count import find_loss_counter
 from tests.ranks import run_ranks
 from tests.trainer.fits import make_trainer, parameters_of, relative_error
 from tests.trainer.geography import has, tolerate_torchgeo
@@ -46,7 +46,7 @@ def test_what_the_documentation_says(case: Case) -> None:
     """The rule that is found, and the gradient: exact where the table says so, and not where it says why not."""
     counted, exact = table()[case.task, case.loss]
     module = case.make()
-    counter = find(module, None)
+    counter = find_loss_counter(module, None)
     rule = re.match(r"valid targets|target elements|images|samples", counter.rule)
     assert rule is not None
     assert counted.startswith(rule[0])
@@ -73,7 +73,7 @@ def test_batches_of_boxes_count_images() -> None:
     module = detection.make()
     batch = collate([Images(3, "boxes")[i] for i in range(3)])
     assert sample_count(batch) != 3
-    assert find(module, None)(module, batch) == 3
+    assert find_loss_counter(module, None)(module, batch) == 3
 
 
 @pytest.mark.parametrize("synchronized", [False, True])

@@ -77,7 +77,7 @@ def test_the_same_batches_on_all_ranks_are_refused(run: Any) -> None:
     assert set(errors) == {0, 1}
     for error in errors.values():
         assert (
-            "ValueError: all ranks train on the same data: the training data is an iterable that is no DataLoader"
+            "ValueError: all ranks train on the same data: the training data is an iterable that is not a DataLoader"
             in error
         )
 

@@ -1,11 +1,11 @@
 """Running out of memory: a rank computes the batch of a step in parts, or the error says why it can't.
 
-A fit needs `OutOfMemoryRecovery`, `StepInParts` and `PartialStep`; may import what `step` may.
+A fit uses `OutOfMemoryRecovery`, `StepInParts` and `PartialStep`. May import the same as `step`.
 """
 
 from lightning_hetero.step.out_of_memory.errors import RankOutOfMemoryError
 from lightning_hetero.step.out_of_memory.recovery import (
-    MemoryFound,
+    MemoryBounds,
     OutOfMemoryRecovery,
     PartialStep,
     Passes,
@@ -14,7 +14,7 @@ from lightning_hetero.step.out_of_memory.recovery import (
 )
 
 __all__ = [
-    "MemoryFound",
+    "MemoryBounds",
     "OutOfMemoryRecovery",
     "PartialStep",
     "Passes",

@@ -1,4 +1,4 @@
-"""Slices of a batch between samples, and the outputs of several slices put together."""
+"""Slices a batch into parts, and joins the outputs of these parts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class CannotSliceError(TypeError):
-    """A batch is not made of things that have one entry for each sample."""
+    """A batch contains something that does not have one entry per sample."""
 
 
 def slice_batch(batch: Any, size: int, start: int, stop: int) -> Any:
     """Samples `start` to `stop` of a batch of `size` samples; tensors are views, not copies.
 
-    Tensors and arrays are sliced along their first dimension, sequences with one entry for each sample between their
-    entries. The batch itself, mappings, dataclasses and other sequences are collections of such things. Numbers,
-    strings and tensors without dimensions belong to the batch as a whole.
+    Tensors and arrays are sliced along their first dimension, and so are sequences with one entry per sample. The batch
+    itself, mappings, dataclasses and other sequences are collections of such values. Numbers, strings and 0-d tensors
+    belong to the batch as a whole.
 
     Raises:
-        CannotSliceError: something in it does not have one entry for each sample, or may be read in two ways.
+        CannotSliceError: something in it does not have one entry per sample, or is ambiguous.
     """
     return _slice(batch, size, slice(start, stop), is_batch=True)
 
@@ -48,7 +48,7 @@ def _slice_sequence(value: Sequence[Any], size: int, span: slice, *, is_batch: b
         entries: list[Any] | None = [_slice(entry, size, span) for entry in value]
     except CannotSliceError:
         entries = None
-    # Numbers and strings alone do not show where samples begin and end.
+    # A sequence of only numbers and strings is not a collection: each of them may belong to one sample.
     is_collection = entries is not None and any(_has_samples(entry) for entry in value)
     one_each = len(value) == size
     if one_each and not is_collection:
@@ -66,7 +66,7 @@ def _slice_sequence(value: Sequence[Any], size: int, span: slice, *, is_batch: b
 
 
 def _has_samples(value: Any) -> bool:
-    """Whether there is a tensor or an array with dimensions in it."""
+    """Whether it contains a tensor or an array with at least one dimension."""
     if isinstance(value, Tensor | np.ndarray):
         return value.ndim > 0
     if isinstance(value, Mapping):
@@ -82,24 +82,24 @@ def _same_type(value: Any, entries: Any) -> Any:
     try:
         return type(value)(entries)
     except TypeError:
-        raise CannotSliceError(f"a {type(value).__name__} is in it, which can't be made of its entries") from None
+        raise CannotSliceError(f"a {type(value).__name__} is in it, which can't be rebuilt from its entries") from None
 
 
 def halves(size: int, smallest: int) -> tuple[int, int] | None:
-    """Two nearly equal parts of at least `smallest` samples each; None where there are none."""
+    """Sizes of two nearly equal parts of at least `smallest` samples each; None if there are none."""
     return (size - size // 2, size // 2) if size // 2 >= smallest else None
 
 
 def join_outputs(outputs: Sequence[Any], sizes: Sequence[int], loss: Tensor) -> Any:
     """What a training step would have returned for the batch, from what it returned for its parts.
 
-    Entries with one row for each sample are concatenated, other tensors become their mean over the samples, and of
-    everything else the last part's is taken.
+    Tensors with one row per sample are concatenated, other tensors become their mean over the samples, and everything
+    else is taken from the last part.
 
     Args:
-        outputs: of P parts: a loss, or a mapping with the key "loss".
+        outputs: of P parts, each a loss or a mapping with the key "loss".
         sizes: P numbers of samples.
-        loss: of the whole batch.
+        loss: the loss of the whole batch.
     """
     if not isinstance(outputs[0], Mapping):
         return loss

@@ -1,4 +1,4 @@
-"""Errors that say that memory ran out: how they are recognized, and how they are explained to the user."""
+"""Out-of-memory errors: how they are recognized, and how they are explained to the user."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +10,19 @@ _MESSAGES = (
     "not enough memory",  # the same on Windows
     "bad_alloc",  # C++
     "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN and the like
-    "CUDA error: out of memory",  # CUDA itself, past torch's allocator
+    "CUDA error: out of memory",  # CUDA itself, not torch's allocator
 )
 
 
 class RankOutOfMemoryError(RuntimeError):
-    """A rank ran out of memory, and the run can't go on; says where, why, and what to do."""
+    """A rank ran out of memory, and the run can't continue; says where, why, and what to do."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on CUDA or on the CPU.
 
-    Lightning's `is_oom_error` knows neither `MemoryError` nor most of the messages, and it takes an input that cuDNN
-    does not support for one.
+    Lightning's `is_oom_error` knows neither `MemoryError` nor most of the messages, and mistakes an input that cuDNN
+    does not support for an out-of-memory error.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -31,22 +31,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained(place: str, local_batch: int | None, reason: str) -> Iterator[None]:
-    """Turn an out-of-memory error inside into a RankOutOfMemoryError, whose cause it is; see `explanation`."""
+    """Raise a RankOutOfMemoryError from an out-of-memory error inside; see `out_of_memory_error`."""
     try:
         yield
     except Exception as error:
         if isinstance(error, RankOutOfMemoryError) or not is_out_of_memory(error):
             raise
-        raise explanation(place, local_batch, reason, str(error)) from error
+        raise out_of_memory_error(place, local_batch, reason, str(error)) from error
 
 
-def explanation(place: str, local_batch: int | None, reason: str, details: str) -> RankOutOfMemoryError:
+def out_of_memory_error(place: str, local_batch: int | None, reason: str, details: str) -> RankOutOfMemoryError:
     """The error that ends the run.
 
     Args:
         place: rank and device, such as "rank 1 (cpu)".
-        local_batch: samples of the rank; None if not known.
-        reason: why the run can't go on, as the end of a sentence.
+        local_batch: the rank's samples; None if not known.
+        reason: why the run can't continue, as the end of a sentence.
         details: the message of the original error.
     """
     samples = f" at a local batch of {local_batch}" if local_batch is not None else ""

@@ -1,7 +1,8 @@
 """Recovery from running out of memory: a rank computes the batch of a step in parts, and no sample is lost or skipped.
 
-Where it may happen, in steps with a larger local batch than before, each rank goes forward and backward past DDP's
-wrapper, and the ranks average their gradients afterwards. So the others only wait while one repeats its batch in parts.
+In steps where it may happen, which are those with a larger local batch than before, each rank runs forward and backward
+without DDP's wrapper, and the ranks average their gradients afterwards. So while one rank repeats its batch in parts,
+the others only wait.
 """
 
 import contextlib
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_hetero.step.batch_contents import sample_count
-from lightning_hetero.step.gradients import gradients_left_alone
+from lightning_hetero.step.gradients import gradients_unchanged
 from lightning_hetero.step.out_of_memory.batch_slicing import CannotSliceError, halves, join_outputs, slice_batch
-from lightning_hetero.step.out_of_memory.errors import explained, explanation, is_out_of_memory
+from lightning_hetero.step.out_of_memory.errors import explained, is_out_of_memory, out_of_memory_error
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
@@ -34,13 +35,13 @@ def find_obstacle(
 ) -> str | None:
     """Why no step of this run can be repeated in parts, as the end of a sentence; None if steps can.
 
-    `model` is what the strategy has wrapped the module in; `custom_hook` says whether the user gave DDP a communication
-    hook, or a wrapper for one.
+    `model` is the strategy's wrapper around the module; `custom_hook` says whether the user gave DDP a communication
+    hook or a wrapper for one.
     """
     layers = list(module.modules())
     is_ddp = isinstance(model, DistributedDataParallel) and model.mixed_precision is None
     sparse = any(isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse for layer in layers)
-    # DDP marks what a pass past its wrapper uses, and misses the gradients of it in the next one.
+    # DDP marks the parameters used in a pass without its wrapper, and then misses their gradients in the next pass.
     finds_unused = isinstance(model, DistributedDataParallel) and model.find_unused_parameters
     synchronized = any(isinstance(layer, nn.SyncBatchNorm | SynchronizedBatchNorm) for layer in layers)
     obstacles = (
@@ -55,48 +56,48 @@ def find_obstacle(
 
 
 class PartLogs(Protocol):
-    """Gathers what the parts of a batch log; see `trainer.training_results`."""
+    """Collects what the parts of a batch log; see `trainer.training_results`."""
 
     def begin(self, batch: Any) -> None:
-        """A part begins; what a part that was not kept has logged is forgotten."""
+        """Begin a part; drop what an earlier part has logged that was not kept."""
 
     def keep(self, loss: Tensor, count: float) -> None:
-        """The part is done."""
+        """Keep what the part has logged: it is done."""
 
 
 class PartLogging(Protocol):
-    """What handles `self.log`."""
+    """The handler of `self.log`."""
 
     def in_parts(self) -> AbstractContextManager[PartLogs]:
-        """A batch is computed in parts inside; each key is updated once, when all of them are done."""
+        """A batch is computed in parts inside; each logged key is updated once, when all parts are done."""
 
 
 @dataclass(frozen=True)
 class PartialStep:
-    """What is needed to know of a step whose batch is computed in parts."""
+    """What a step whose batch may be computed in parts needs to know about that batch."""
 
-    local_batch: int | None  # this rank's samples, 0 if they are borrowed; None where the user shards
-    weight: Callable[[], float | Tensor]  # of this rank's loss; waits for the other ranks the first time in a step
-    count: Callable[[], float]  # of this rank's batch
-    count_of: Callable[[Any, int], float]  # of a part of the batch, from that and its number of samples
+    local_batch: int | None  # this rank's samples, 0 if borrowed; None if the user shards
+    weight: Callable[[], float | Tensor]  # of this rank's loss; the first call in a step waits for other ranks
+    count: Callable[[], float]  # the loss count of this rank's batch
+    count_of: Callable[[Any, int], float]  # the loss count of a part of the batch, given its number of samples
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of a training step, as this run's precision and optimization make them."""
+    """The forward and backward passes of a training step, with this run's precision and optimization."""
 
-    forward: Callable[..., Any]  # the module's training step, past DDP's wrapper
-    scaled: Callable[[Tensor], Tensor]  # a loss divided by the micro-batches of a step, and times the loss scale if any
-    backward: Callable[[Tensor], None]  # goes backward from a scaled loss
+    forward: Callable[..., Any]  # the module's training step, without DDP's wrapper
+    scaled: Callable[[Tensor], Tensor]  # a loss divided by the micro-batches of a step, times any loss scale
+    backward: Callable[[Tensor], None]  # of a scaled loss
     without_logging: Callable[[], AbstractContextManager[None]]  # `self.log` does nothing inside
 
 
 @dataclass(frozen=True)
-class MemoryFound:
-    """What a step in parts has shown of this rank's memory."""
+class MemoryBounds:
+    """Bounds on this rank's local batch, from a step that ran in parts."""
 
-    fits: int  # samples of the largest part that was computed
-    fails: int | None  # the fewest with which memory ran out; None where the batch was known to be too large before
+    fits: int  # samples in the largest part that was computed
+    fails: int | None  # the fewest with which memory ran out; None if it did not run out again in this step
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class OutOfMemoryRecovery:
     """How the steps of a fit recover on this rank."""
 
     module: nn.Module
-    model: nn.Module | None  # what the strategy has wrapped it in
+    model: nn.Module | None  # the strategy's wrapper around it
     passes: Passes
     place: str  # rank and device, such as "rank 1 (cpu)", for messages
     smallest: int  # the fewest samples that can be computed
@@ -113,18 +114,18 @@ class OutOfMemoryRecovery:
     def can_recover(self) -> bool:
         """Whether a step that begins now can be repeated in parts.
 
-        With `static_graph`, DDP records the graph in the first step, and never averages if that went past its wrapper.
+        With `static_graph`, DDP records the graph in the first step; without its wrapper, it would never average.
         """
         if self.obstacle is not None or not isinstance(self.model, DistributedDataParallel):
             return False
         return not self.model.static_graph or bool(self.model._static_graph_delay_allreduce_enqueued)  # noqa: SLF001 - no other way
 
     def explained(self, local_batch: int | None, *, risky: bool) -> AbstractContextManager[None]:
-        """As the function `explained`, with the reason why a step was not repeated in parts.
+        """Like the function `explained`, with the reason why a step was not repeated in parts.
 
         Args:
-            local_batch: samples of the rank; None where the user shards.
-            risky: a rank had more samples in the step than ever before.
+            local_batch: the rank's samples; None if the user shards.
+            risky: whether any rank had more samples in the step than ever before.
         """
         static = "with static_graph the first step can't be repeated in parts"
         reason = self.obstacle or (static if risky else "it has computed as many samples in an earlier step")
@@ -135,25 +136,25 @@ class OutOfMemoryRecovery:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of a batch that has been computed; output and loss have no graph."""
+    """A computed part of a batch; output and loss are detached."""
 
     samples: int
-    fraction: float  # of what the whole batch counts for
+    fraction: float  # of the loss count of the whole batch
     output: Any
     loss: Tensor
 
 
 class StepInParts:
-    """A step past DDP's wrapper, in one piece if it fits, else in parts; LBFGS goes through it several times.
+    """A step without DDP's wrapper, in one piece if it fits, else in parts; LBFGS calls it several times per step.
 
     Args:
-        recovery: of this fit, which can recover.
-        step: of this rank.
-        too_large: memory is known to run out with as many samples as this rank has in it.
+        recovery: of this fit; it must be able to recover.
+        step: what to know about this rank's batch.
+        too_large: whether memory is already known to run out at this rank's local batch.
     """
 
     def __init__(self, recovery: OutOfMemoryRecovery, step: PartialStep, *, too_large: bool) -> None:
-        self.found: MemoryFound | None = None  # once the batch was computed in parts
+        self.memory_bounds: MemoryBounds | None = None  # set once the batch was computed in parts
         self._recovery = recovery
         self._module = recovery.module
         self._passes = recovery.passes
@@ -161,10 +162,10 @@ class StepInParts:
         self._too_large = too_large
         self._args: tuple[Any, ...] = ()
         self._kwargs: dict[str, Any] = {}
-        self._gradients: Gradients | None = None  # of the whole batch, where it was computed in parts
+        self._gradients: Gradients | None = None  # of the whole batch, if it was computed in parts
 
     def training_step(self, logging: PartLogging, *args: Any, **kwargs: Any) -> Any:
-        """The module's training step, of a batch and further arguments; if memory runs out, that and backward in parts.
+        """Call the module's training step on a batch; if memory runs out, run it and the backward pass in parts.
 
         Raises:
             RankOutOfMemoryError: not even a part can be computed.
@@ -178,7 +179,7 @@ class StepInParts:
         if details is None:
             return output
         before.restore()
-        earlier = _take_gradients(self._module)  # Lightning is yet to clear those of the last step
+        earlier = _take_gradients(self._module)  # Lightning has not cleared those of the last step yet
         with logging.in_parts() as logs:
             self._gradients, output = self._in_parts(details, logs)
         _add_gradients(self._module, earlier)
@@ -187,23 +188,23 @@ class StepInParts:
     def backward(
         self, loss: Tensor, *graph: Tensor, average: Callable[[Sequence[nn.Parameter]], None] | None = None
     ) -> None:
-        """Go backward on this rank alone, in parts if memory runs out, and then average the gradients over all ranks.
+        """Run backward on this rank alone, in parts if memory runs out, and then average the gradients over all ranks.
 
         Args:
-            loss: to go backward from, scaled as the precision in use wants it.
-            *graph: further tensors that hold its graph, the unscaled loss for instance.
+            loss: the loss to call backward on, scaled for the precision in use.
+            *graph: further tensors that hold its graph, for instance the unscaled loss.
             average: called with the parameters when their gradients are complete; None before the last micro-batch.
         """
         earlier = _take_gradients(self._module)
         gradients, self._gradients = self._gradients, None
         details = _attempt(self._passes.backward, loss)[1] if gradients is None else None
         if details is not None:
-            _take_gradients(self._module)  # what the broken backward pass has left is dropped
+            _take_gradients(self._module)  # drop what the failed backward pass has left
             for tensor in (loss, *graph):
-                # Lightning still holds the loss: the graph behind it would take the memory that the parts need.
+                # Lightning still references the loss, whose graph would occupy the memory that the parts need.
                 with contextlib.suppress(RuntimeError):
                     tensor.detach_()
-            # The forward pass of the whole batch was done: its buffers and what it logged stay.
+            # The forward pass of the whole batch has succeeded: keep its buffers and what it has logged.
             after = ModuleSnapshot(self._module)
             with self._passes.without_logging():
                 gradients, _ = self._in_parts(details, None)
@@ -216,40 +217,40 @@ class StepInParts:
             average([p for name, p in self._module.named_parameters() if p.requires_grad and name not in ignored])
 
     def _prepare_forward(self) -> None:
-        """Do what DDP's forward does before it calls the module's."""
+        """Do what DDP's forward does before it calls the module's forward."""
         model = self._recovery.model
         if not isinstance(model, DistributedDataParallel):
-            raise TypeError(f"{type(model).__name__} is not DDP's wrapper: a step can't go past it")
+            raise TypeError(f"{type(model).__name__} is not DDP's wrapper: a step can't run without it")
         if model.will_sync_module_buffers():
             model._sync_buffers()  # noqa: SLF001 - this stands in for DDP's forward
         model.require_forward_param_sync = model.require_backward_grad_sync
 
     def _in_parts(self, details: str, logs: PartLogs | None) -> tuple[Gradients, Any]:
-        """Forward and backward of halves of the batch, and of halves of those, until they fit.
+        """Run forward and backward on halves of the batch, and on halves of those, until they fit.
 
         Returns the gradients, with the rank's weight, and what the training step would have returned. `details` is the
-        message of the error that led here; `logs` gathers what is logged, where that was not done before.
+        message of the error that led here; `logs` collects what is logged, unless the batch has already been logged.
         """
         place, size = self._recovery.place, self._step.local_batch or sample_count(self._args[0])
         weight, total = self._step.weight(), self._step.count()
         gradients: Gradients = [None for _ in self._module.parameters()]
         parts: list[_Part] = []
-        waiting, too_many, ran_out = [(0, size)], size, not self._too_large
+        pending, too_many, ran_out = [(0, size)], size, not self._too_large
         self._too_large = True
-        while waiting:
-            start, stop = waiting.pop()
+        while pending:
+            start, stop = pending.pop()
             if stop - start >= too_many:
                 _release_memory()
                 two = halves(stop - start, self._recovery.smallest)
                 if two is None:
-                    raise explanation(place, size, f"{stop - start} of its samples alone do not fit", details)
-                waiting += [(start + two[0], stop), (start, start + two[0])]
+                    raise out_of_memory_error(place, size, f"{stop - start} of its samples alone do not fit", details)
+                pending += [(start + two[0], stop), (start, start + two[0])]
                 continue
             before = ModuleSnapshot(self._module)
             try:
                 batch = slice_batch(self._args[0], size, start, stop)
             except CannotSliceError as error:
-                raise explanation(place, size, f"its batch can't be cut into parts: {error}", details) from None
+                raise out_of_memory_error(place, size, f"its batch can't be cut into parts: {error}", details) from None
             part, _ = _attempt(self._compute, batch, stop - start, weight, total, logs)
             if part is not None:
                 parts.append(part)
@@ -257,15 +258,15 @@ class StepInParts:
                 gradients = _take_gradients(self._module)
             else:
                 too_many, ran_out = stop - start, True
-                waiting.append((start, stop))
+                pending.append((start, stop))
                 before.restore()
-                _take_gradients(self._module)  # what a broken backward pass has left is dropped
-        if ran_out or self.found is None:  # else an earlier closure of the same step has found more
-            self.found = MemoryFound(max(part.samples for part in parts), too_many if ran_out else None)
+                _take_gradients(self._module)  # drop what a failed backward pass has left
+        if ran_out or self.memory_bounds is None:  # else an earlier closure of this step has found these bounds
+            self.memory_bounds = MemoryBounds(max(part.samples for part in parts), too_many if ran_out else None)
         return _joined(parts, gradients)
 
     def _compute(self, batch: Any, samples: int, weight: float | Tensor, total: float, logs: PartLogs | None) -> _Part:
-        """Forward and backward of one part."""
+        """Run forward and backward on one part."""
         if logs is not None:
             logs.begin(batch)
         count = self._step.count_of(batch, samples)
@@ -275,8 +276,8 @@ class StepInParts:
         if not isinstance(loss, Tensor):
             raise TypeError(f"training_step returned {type(loss).__name__} and no loss for a part of its batch")
         factor = weight.to(loss.dtype) if isinstance(weight, Tensor) else weight
-        # Weight 0 is not enough for a part of which nothing counts: its loss may be NaN.
-        with gradients_left_alone(self._module) if fraction == 0 else nullcontext():
+        # A weight of 0 is not enough for a part with a loss count of 0: its loss may be NaN.
+        with gradients_unchanged(self._module) if fraction == 0 else nullcontext():
             self._passes.backward(self._passes.scaled(loss * (factor * fraction)))
         if logs is not None:
             logs.keep(loss.detach(), count)
@@ -290,7 +291,7 @@ class StepInParts:
 def _attempt(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, str | None]:
     """What `call` returns, and None; or None and the error's message if memory runs out.
 
-    The error is gone then, and with it the frames that held the activations.
+    The error itself is released, and with it the frames that hold the activations.
     """
     try:
         return call(*args, **kwargs), None
@@ -304,7 +305,7 @@ def _joined(parts: Sequence[_Part], gradients: Gradients) -> tuple[Gradients, An
     """The gradients of all parts together, and what the training step would have returned for all of them."""
     counted = sum(part.fraction for part in parts)
     if counted > 0 and not math.isclose(counted, 1.0, rel_tol=1e-9):
-        # The user's counts of parts don't add up to that of the batch: then only their ratios mean something.
+        # The user's counts of the parts don't add up to that of the batch, so only their ratios are used.
         gradients = [None if gradient is None else gradient.div_(counted) for gradient in gradients]
     sizes = [part.samples for part in parts]
     weights = [part.fraction / counted if counted > 0 else part.samples / sum(sizes) for part in parts]
@@ -315,7 +316,7 @@ def _joined(parts: Sequence[_Part], gradients: Gradients) -> tuple[Gradients, An
 
 
 def _take_gradients(module: nn.Module) -> Gradients:
-    """Take the gradients away from the parameters."""
+    """Return the gradients, and clear them on the parameters."""
     taken = [parameter.grad for parameter in module.parameters()]
     for parameter in module.parameters():
         parameter.grad = None
@@ -324,10 +325,10 @@ def _take_gradients(module: nn.Module) -> Gradients:
 
 @torch.no_grad()
 def _add_gradients(module: nn.Module, gradients: Gradients) -> None:
-    """Add gradients to those that the parameters have; the tensors given are used up."""
+    """Add gradients to those of the parameters; the given tensors must not be used afterwards."""
     for parameter, gradient in zip(module.parameters(), gradients, strict=True):
         if gradient is not None:
-            # Adding to the tensor that was there first keeps DDP's views of its buckets.
+            # Adding in place to the earlier tensor keeps it a view of DDP's buckets.
             parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
 

@@ -124,8 +124,8 @@ def test_every_schedule_compares_all_sides_and_then_trains(max_steps):
     schedule = Schedule.within(max_steps)
     steps = range(schedule.max_steps)
     assert schedule.max_steps == (max_steps or Schedule().max_steps)
-    assert any(schedule.compared(step) for step in steps)
-    assert sum(schedule.others_turn(step + 1) for step in steps) == schedule.rounds
+    assert any(schedule.is_compared(step) for step in steps)
+    assert sum(schedule.is_others_turn(step + 1) for step in steps) == schedule.rounds
     # the weights of hetero are compared after as many steps as a turn has, in its first turn at the latest
     assert schedule.warm_up + schedule.steps <= schedule.last_compared < schedule.max_steps
 

@@ -166,13 +166,13 @@ CASES: list[Case] = [
     Case("MoCo", "contrastive", {"model": "test_resnet"}, "views", None, random=True),
     Case(
         "BYOL",
-        "of its views",
+        "between views",
         {"model": "test_resnet"},
         "views",
         "hetero_find_unused_parameters_true",
         random=True,
     ),
-    Case("MAE", "of hidden patches", {"model": "vit_tiny_patch16_224", "size": EDGE}, "views", None, random=True),
+    Case("MAE", "on masked patches", {"model": "vit_tiny_patch16_224", "size": EDGE}, "views", None, random=True),
 ]
 
 

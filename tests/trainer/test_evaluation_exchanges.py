@@ -14,7 +14,7 @@ from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 
 FOLDER = ""
-ERROR = "lightning_hetero.trainer.evaluation.UnmatchedExchangeError"
+ERROR = "lightning_hetero.trainer.evaluation_exchanges.UnmatchedExchangeError"
 
 CALLS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "reduce": ("reduce", lambda trainer: float(trainer.strategy.reduce(torch.tensor(2.0 * trainer.global_rank)))),

@@ -80,7 +80,7 @@ class SplitPlanner:
         first = self._unmeasured = Plan(0, self._proportional(self._proportions), reason=reason)
         adaptive = shares.adaptive and world_size > 1
         self._balancer = self._new_balancer(profile) if adaptive else None
-        self._has_profile = adaptive and profile is not None
+        self.has_profile = adaptive and profile is not None  # and has not discarded it
         if self._balancer is not None and profile is not None:
             first = self._balancer.first_plan()
         elif self._balancer is not None and speeds is not None:
@@ -107,7 +107,7 @@ class SplitPlanner:
 
         The next `update` plans equal shares, from the first step that no loader has drawn.
         """
-        self._discards_profile = self._has_profile
+        self._discards_profile = self.has_profile
 
     @property
     def is_exploring(self) -> bool:
@@ -129,7 +129,7 @@ class SplitPlanner:
         decided = len(self.schedule.plans)
         start = max(reports.last_drawn + 1, self.schedule.newest.first_step)
         if self._discards_profile:
-            self._has_profile = self._discards_profile = False
+            self.has_profile = self._discards_profile = False
             self._balancer = self._new_balancer(None)
             self.schedule.append(replace(self._unmeasured, first_step=start))
         warnings = self.caps.update(reports.memory) if self.caps is not None else ()

@@ -69,7 +69,7 @@ class Fit:
             batch_norm_group=job.batch_norm_group,
         )
         self._input_shape = ""  # of the first batch
-        self._profile = run.profile  # None once its input shape was compared with this run's
+        self._profile = job.planner_cache.profile  # None once its input shape was compared with this run's
         self._content_hash = 0.0
         self._loaded: LoadedBatch | None = None  # from the batch to its end
         self._step: Step | None = None  # from the call of training_step to the end of the batch
@@ -316,7 +316,7 @@ class Fit:
         loaders, steps = self._run.loaders, self._run.trainer.num_training_batches
         self._duplicates.check(messages, steps, loaders.duplicate_data_sentence)
         if self._job.planner_cache.current is not self._planner:  # the training data was set up anew, and differs
-            self._planner, self._profile = self._job.planner_cache.current, self._run.profile
+            self._planner, self._profile = self._job.planner_cache.current, self._job.planner_cache.profile
             self._reporter = make_reporter(self._run.trainer, self._planner, self._job.devices, self._folder)
         self._compare_with_profile(messages)
         update = self._planner.update(messages.reports())
@@ -333,7 +333,7 @@ class Fit:
         if self._profile is None or not self._input_shape or not isinstance(self._planner, SplitPlanner):
             return
         profile, self._profile = self._profile, None
-        if int(messages.column("input_shape")[0]) != shape_number(profile.input_shape):
+        if self._planner.has_profile and int(messages.column("input_shape")[0]) != shape_number(profile.input_shape):
             self._planner.discard_profile()
             rank_zero_warn(
                 f"the profile {profile.path} is of samples of another shape ({profile.input_shape}; here "

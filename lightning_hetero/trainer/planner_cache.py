@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.planner import Planner, SplitPlanner, UserSharded
+from lightning_hetero.trainer.profiles import Profile
 
 NO_PLAN = "there is no plan: it is made with the training loader, and stays in the process that trains"
 
@@ -15,6 +16,8 @@ class PlannerCache:
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
         """Identify the job of the planner and of its measurements; empty before there is one."""
+        self.profile: Profile | None = None
+        """What the planner began with, if anything."""
         self._planner: Planner = UserSharded()
 
     @property
@@ -22,17 +25,19 @@ class PlannerCache:
         """The current planner; `UserSharded` before the training data is set up, and where the user shards it."""
         return self._planner
 
-    def get(self, facts: dict[str, Any], make: Callable[[], SplitPlanner], *, first: bool) -> SplitPlanner:
+    def get(
+        self, facts: dict[str, Any], make: Callable[[], tuple[SplitPlanner, Profile | None]], *, first: bool
+    ) -> SplitPlanner:
         """The planner of a job; a new one is made where the current one belongs to another job.
 
         Args:
             facts: identify the job.
-            make: makes a planner for it.
+            make: makes a planner for it, and returns it with the profile that it begins with, if any.
             first: whether it is for the first of several training loaders; the others use its planner in any case.
         """
         if not isinstance(self._planner, SplitPlanner) or (first and self.facts != facts):
-            self.facts, planner = facts, make()
-            self._planner = planner
+            planner, self.profile = make()
+            self.facts, self._planner = facts, planner
             return planner
         return self._planner
 

@@ -33,7 +33,6 @@ class Run:
 
     Attributes:
         number: of this run, the same on all ranks.
-        profile: the profile of an earlier run that the planner began with, if any.
         stop: handles SIGTERM.
         log_dirs: the broadcast values of `Trainer.log_dir`, for hooks of evaluation batches.
         loaders: the training loaders.
@@ -45,7 +44,6 @@ class Run:
         self.trainer = trainer
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed()) % 2**32
         seed, self.number = job.group.broadcast((seed, failures.new_run()))
-        self.profile: Profile | None = None
         self.stop = StopRequest(trainer)
         self.log_dirs = BroadcastCache()
         self.loaders = TrainingLoaders(trainer, job, seed, self.planner_for)
@@ -87,8 +85,8 @@ class Run:
         facts = consistency.job_facts(module, self.trainer.precision)
         facts |= {"global batch": global_batch, "minimum": minimum}
 
-        def make() -> SplitPlanner:
-            self.profile = job.profiles.load(options.shares, run_folder(self.trainer), facts)
+        def make() -> tuple[SplitPlanner, Profile | None]:
+            profile = job.profiles.load(options.shares, run_folder(self.trainer), facts)
             split = partial(
                 SplitPlanner,
                 options.shares,
@@ -98,14 +96,13 @@ class Run:
                 granularity=options.granularity,
                 memory=job.memory,
             )
-            if self.profile is not None:
+            if profile is not None:
                 try:
-                    return split(profile=self.profile.state)
+                    return split(profile=profile.state), profile
                 except (ValueError, KeyError, TypeError) as error:  # the same on all ranks
-                    rank_zero_warn(f"the profile {self.profile.path} is ignored: {error}")
-                    self.profile = None
+                    rank_zero_warn(f"the profile {profile.path} is ignored: {error}")
             tests_speed = options.shares.adaptive and job.on_cpus and job.group.world_size > 1
-            return split(speeds=job.group.gather(speed()) if tests_speed else None)
+            return split(speeds=job.group.gather(speed()) if tests_speed else None), None
 
         return job.planner_cache.get(facts, make, first=first)
 

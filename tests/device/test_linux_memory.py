@@ -5,16 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_hetero.device.linux_memory import control_group_limits
-
-GIB = 2.0**30
-
-
-def system(folder: Path, files: dict[str, str]) -> tuple[Path, Path]:
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder / "proc", folder / "cgroup"
+from tests.device.system_files import GIB, system
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,7 @@ import pytest
 import torch
 
 from lightning_hetero.device.memory import MemoryCapacity, memory_capacity, memory_limits
-
-GIB = 2.0**30
-
-
-def system(folder: Path, files: dict[str, str]) -> tuple[Path, Path]:
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder / "proc", folder / "cgroup"
+from tests.device.system_files import GIB, system
 
 
 def test_a_rank_on_the_cpu_has_the_machine_and_its_groups(tmp_path: Path) -> None:

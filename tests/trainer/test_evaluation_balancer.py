@@ -210,7 +210,7 @@ def test_before_a_measurement_the_shares_of_training_hold_where_they_adapt() -> 
     adaptive, fixed, equal = (balancer_of(None, shares, planners) for shares in ("auto", [1, 4], "equal"))
     for balancer, expected in ((adaptive, 1.0), (fixed, 4.0), (equal, 1.0)):
         assert ratio(balancer.seconds(RunningStage.VALIDATING, Scope(), 8)) == pytest.approx(expected)
-    planners.get({}, lambda: SplitPlanner(Shares.parse([3, 1]), 2, 8), first=True)  # (6, 2)
+    planners.get({}, lambda: (SplitPlanner(Shares.parse([3, 1]), 2, 8), None), first=True)  # (6, 2)
     for balancer, expected in ((adaptive, 1 / 3), (fixed, 4.0), (equal, 1.0)):
         assert ratio(balancer.seconds(RunningStage.VALIDATING, Scope(), 8)) == pytest.approx(expected)
 

@@ -7,11 +7,11 @@ from lightning_hetero.planning.shares import Shares
 from lightning_hetero.trainer.planner_cache import NO_PLAN, PlannerCache
 
 
-def planner_of(global_batch: int = 8) -> SplitPlanner:
-    return SplitPlanner(Shares.parse([3, 1]), 2, global_batch)
+def planner_of(global_batch: int = 8) -> tuple[SplitPlanner, None]:
+    return SplitPlanner(Shares.parse([3, 1]), 2, global_batch), None
 
 
-def never() -> SplitPlanner:
+def never() -> tuple[SplitPlanner, None]:
     raise AssertionError("a planner is there")
 
 

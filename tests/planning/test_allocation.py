@@ -101,7 +101,7 @@ def test_what_fits_into_a_time_is_exact_to_the_last_bit(models: list[StepTimeMod
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_an_integer_programme_finds_nothing_faster(seed: int) -> None:
+def test_an_integer_program_finds_nothing_faster(seed: int) -> None:
     """An independent solver, on as many ranks as it can take: fixed costs, costs per sample, limits, granularity."""
     rng = np.random.default_rng(seed)
     world_size, step = 6, int(rng.choice([1, 4]))

@@ -28,7 +28,7 @@ EXACT = 1e-12
 SPLITS = [
     pytest.param(1, {}, id="alone"),
     pytest.param(2, {"shares": [4, 1]}, id="two, 4:1"),
-    pytest.param(3, {"shares": "auto"}, id="three, learnt"),
+    pytest.param(3, {"shares": "auto"}, id="three, learned"),
     pytest.param(4, {"shares": [5, 1, 2, 1]}, id="four, 5:1:2:1"),
 ]
 

@@ -1,4 +1,4 @@
-"""The strategy as a user meets it: names, plans learnt and written down, signals, and a Trainer left as it was."""
+"""The strategy as a user meets it: names, plans learned and written down, signals, and a Trainer left as it was."""
 
 import contextlib
 import inspect
@@ -72,7 +72,7 @@ def learn(folder: str) -> Any:
     return strategy.plan.local_batches, [len(seen) for seen in module.seen], trainer.log_dir
 
 
-def test_shares_are_learnt_and_written_down(tmp_path: Path) -> None:
+def test_shares_are_learned_and_written_down(tmp_path: Path) -> None:
     """A rank that is ten times as slow gets less within a few steps; every plan is a line of plan.jsonl."""
     (plan, sizes0, folder), (plan1, sizes1, _) = run_ranks(2, learn, str(tmp_path))
     assert plan == plan1

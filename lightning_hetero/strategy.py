@@ -339,7 +339,7 @@ class HeteroStrategy(DDPStrategy):
         """Raise inside a hook of an evaluation batch, since ranks have different numbers of batches."""
         hook = batch_hook(self.lightning_module)
         if hook is not None and self.world_size > 1:
-            raise exchange_error(call, hook, self.job.place)
+            raise exchange_error(call, hook, self.run.trainer.state.stage, self.job.place)
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:

@@ -72,7 +72,7 @@ class SplitPlanner:
         self.world_size, self.global_batch, self.granularity = world_size, global_batch, granularity
         self.minimum = max(1, min(minimum, global_batch // world_size))
         # The smallest local batch of a plan: the minimum, rounded up to a multiple of the granularity.
-        self._least = -(-self.minimum // granularity) * granularity
+        self.least = -(-self.minimum // granularity) * granularity
         self._memory = memory
         self.forget_memory()
         self._join = MeasurementJoin(world_size)
@@ -92,14 +92,14 @@ class SplitPlanner:
         self.schedule = Schedule(first)
 
     def _new_balancer(self, profile: Mapping[str, Any] | None) -> Balancer:
-        least, granularity = self._least, self.granularity
+        least, granularity = self.least, self.granularity
         return Balancer(self.world_size, self.global_batch, minimum=least, granularity=granularity, state=profile)
 
     def forget_memory(self) -> None:
         """Drop what is known about memory, for another fit: its samples may be larger."""
         self.caps: Caps | None = None
         if self._memory is not None:
-            least, granularity = self._least, self.granularity
+            least, granularity = self.least, self.granularity
             self.caps = Caps(self._memory, self.global_batch, minimum=least, granularity=granularity)
 
     def discard_profile(self) -> None:
@@ -175,7 +175,7 @@ class SplitPlanner:
 
     def _proportional(self, shares: Sequence[float], maximum: Sequence[int] | None = None) -> tuple[int, ...]:
         return proportional(
-            self.global_batch, shares, minimum=self._least, maximum=maximum, granularity=self.granularity
+            self.global_batch, shares, minimum=self.least, maximum=maximum, granularity=self.granularity
         )
 
 

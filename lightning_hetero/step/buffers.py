@@ -36,9 +36,9 @@ def exclude_broadcast_from_compute_time(
 
     def timed_broadcast() -> None:
         with waiting():
-            broadcast()  # type: ignore[no-untyped-call]
+            broadcast()  # type: ignore[no-untyped-call] # torch has no types for it
 
-    model._sync_buffers = timed_broadcast  # type: ignore[method-assign] # noqa: SLF001
+    model._sync_buffers = timed_broadcast  # type: ignore[method-assign] # noqa: SLF001 - for this model only
 
 
 def running_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""Exchanges in hooks of an evaluation batch, where ranks have different numbers of them: refused, or had before."""
+"""Exchanges in hooks of an evaluation batch, which some ranks have more of: refused, or answered from before."""
 # ruff: noqa: SLF001 - what is read of a Trainer is guarded by `tests/test_private_names.py`
 
 from collections.abc import Iterator
@@ -32,18 +32,21 @@ class UnmatchedExchangeError(RuntimeError):
     """One rank alone would exchange with the others; its cause is never another rank, so it has a type of its own."""
 
 
-def exchange_error(call: str, hook: str, place: str) -> UnmatchedExchangeError:
+def exchange_error(call: str, hook: str, stage: RunningStage | None, place: str) -> UnmatchedExchangeError:
     """The error where one rank alone would exchange with the others.
 
     Args:
         call: the name of the call, such as "all_gather".
         hook: the hook of an evaluation batch that makes it.
+        stage: of the evaluation.
         place: rank and device.
     """
-    stage = next((stage for stage in ("test", "predict") if stage in hook), "validation")
+    name = "validation"
+    if stage in (RunningStage.TESTING, RunningStage.PREDICTING):
+        name = "test" if stage == RunningStage.TESTING else "predict"
     return UnmatchedExchangeError(
         f"{place} calls {call} in {hook}, but ranks evaluate different numbers of batches, so the others may never "
-        f"join: exchange at the end, such as in on_{stage}_epoch_end, or let self.log do it"
+        f"join: exchange at the end, such as in on_{name}_epoch_end, or let self.log do it"
     )
 
 

@@ -59,7 +59,7 @@ def check_devices(devices: Sequence[torch.device]) -> str | None:
         A warning, or None.
 
     Raises:
-        ValueError: they can't.
+        ValueError: it does not support one of them.
     """
     unsupported = sorted({device.type for device in devices} - {"cpu", "cuda"})
     if unsupported:

@@ -1,4 +1,5 @@
 """Reports a run to its user: in the log, in the Trainer's loggers and in `plan.jsonl`; waits for no device."""
+# ruff: noqa: SLF001 - `tests/test_private_names.py` guards what is read of the Trainer
 
 import json
 from collections.abc import Mapping, Sequence
@@ -58,10 +59,10 @@ class RunReporter(SilentReporter):
     def end_batch(self, step: int, *, stepped: bool) -> None:
         self._step = step
         self._statistics.end(perf_counter(), step, stepped=stepped)
-        if stepped and self._trainer.loggers and self._trainer._logger_connector.should_update_logs:  # noqa: SLF001
+        if stepped and self._trainer.loggers and self._trainer._logger_connector.should_update_logs:
             values = self.scalars()
             for logger in self._trainer.loggers:
-                logger.log_metrics(values, step=self._trainer.fit_loop.epoch_loop._batches_that_stepped)  # noqa: SLF001
+                logger.log_metrics(values, step=self._trainer.fit_loop.epoch_loop._batches_that_stepped)
         latest, plan = self._statistics.splits[-1:], self._planner.schedule.newest.local_batches
         settled = latest and latest[0].local_batches == plan and len(latest[0].seconds) >= SETTLED_STEPS
         if settled and not self._reported_paying and (model := self._efficiency()) is not None:
@@ -79,7 +80,7 @@ class RunReporter(SilentReporter):
         first, last, planner = self._statistics.splits[0], self._statistics.splits[-1], self._planner
         split, seconds, size = last.local_batches, median(last.seconds), planner.global_batch
         before = median(first.seconds) if first.local_batches != split else None
-        equal = proportional(size, [1.0] * len(split), minimum=planner.minimum, granularity=planner.granularity)
+        equal = proportional(size, [1.0] * len(split), minimum=planner.least, granularity=planner.granularity)
         model = self._efficiency()
         event = {
             "event": "end",
@@ -140,9 +141,8 @@ class RunReporter(SilentReporter):
         planner, models = self._planner, self._planner.models()
         if models is None:
             return None
-        least = -(-planner.minimum // planner.granularity) * planner.granularity
         maximum = planner.caps.allowed if planner.caps is not None else None
-        return EfficiencyModel(models, planner.exposed_communication(), least, planner.granularity, maximum)
+        return EfficiencyModel(models, planner.exposed_communication(), planner.least, planner.granularity, maximum)
 
     def _report(self, event: Mapping[str, Any], text: str | None) -> None:
         """Add a line to `plan.jsonl`, and log a text; a folder that can't be written to does not end the run."""

@@ -29,14 +29,14 @@ class Work:
 @pytest.mark.parametrize("given_up", [0, 1, 3])
 def test_rows_that_come_just_after_a_wait_timed_out_are_taken(given_up: int) -> None:
     asked: list[int] = []
-    rows = PendingRows(torch.ones(2, 3, dtype=torch.float64), Work(given_up)).wait(lambda: asked.append(1))  # type: ignore[arg-type]
+    rows = PendingRows(torch.ones(2, 3, dtype=torch.float64), Work(given_up)).wait(lambda: asked.append(1))  # type: ignore[arg-type] # a stand-in
     assert rows.tolist() == [[1.0] * 3] * 2
     assert len(asked) == max(0, given_up - 1)
 
 
 @pytest.mark.parametrize("given_up", [0, 1, 2])
 def test_a_call_that_has_failed_says_why(given_up: int) -> None:
-    pending = PendingRows(torch.ones(2, 3, dtype=torch.float64), Work(given_up, "connection closed"))  # type: ignore[arg-type]
+    pending = PendingRows(torch.ones(2, 3, dtype=torch.float64), Work(given_up, "connection closed"))  # type: ignore[arg-type] # a stand-in
     with pytest.raises(LostConnectionError, match="connection closed"):
         pending.wait()
 

@@ -34,7 +34,7 @@ class Held:
 def test_what_is_published_while_the_pass_ends_is_cleared() -> None:
     """Else another rank, a step later, would assume this one to be still in it, and end a healthy run."""
     store = Held()
-    monitor = LongBackwardMonitor(0, 2, store, seconds=0.001)  # type: ignore[arg-type]
+    monitor = LongBackwardMonitor(0, 2, store, seconds=0.001)  # type: ignore[arg-type] # a stand-in
     monitor.enter(7)
     assert store.begun.wait(SECONDS), "the pass is being published"
     leaving = threading.Thread(target=monitor.leave)
@@ -43,7 +43,7 @@ def test_what_is_published_while_the_pass_ends_is_cleared() -> None:
     store.released.set()
     leaving.join(SECONDS)
     monitor.stop()
-    other = LongBackwardMonitor(1, 2, store)  # type: ignore[arg-type]
+    other = LongBackwardMonitor(1, 2, store)  # type: ignore[arg-type] # a stand-in
     other.check_others(8)
     other.stop()
     assert list(store.values.values()) == [""]
@@ -69,8 +69,8 @@ class Seen:
 def test_a_rank_that_has_skipped_a_backward_pass_is_detected() -> None:
     """At a later step; not at the same one, nor after the pass."""
     store = Seen()
-    waits = LongBackwardMonitor(0, 3, store, seconds=0.001)  # type: ignore[arg-type]
-    other = LongBackwardMonitor(2, 3, store)  # type: ignore[arg-type]
+    waits = LongBackwardMonitor(0, 3, store, seconds=0.001)  # type: ignore[arg-type] # a stand-in
+    other = LongBackwardMonitor(2, 3, store)  # type: ignore[arg-type] # a stand-in
     other.check_others(3)
     waits.enter(3)
     assert store.written.wait(SECONDS)

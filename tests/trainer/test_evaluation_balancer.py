@@ -77,16 +77,18 @@ def test_a_module_that_belongs_to_no_trainer_is_in_no_hook() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hook", "end"),
+    ("stage", "hook", "end"),
     [
-        ("validation_step", "on_validation_epoch_end"),
-        ("on_test_batch_end", "on_test_epoch_end"),
-        ("predict_step", "on_predict_epoch_end"),
-        ("transfer_batch_to_device", "on_validation_epoch_end"),
+        (RunningStage.VALIDATING, "validation_step", "on_validation_epoch_end"),
+        (RunningStage.SANITY_CHECKING, "validation_step", "on_validation_epoch_end"),
+        (RunningStage.TESTING, "on_test_batch_end", "on_test_epoch_end"),
+        (RunningStage.PREDICTING, "predict_step", "on_predict_epoch_end"),
+        (RunningStage.VALIDATING, "transfer_batch_to_device", "on_validation_epoch_end"),
+        (RunningStage.TESTING, "transfer_batch_to_device", "on_test_epoch_end"),
     ],
 )
-def test_the_sentence_says_who_calls_what_where_and_what_to_do(hook: str, end: str) -> None:
-    error = exchange_error("all_gather", hook, "rank 3 (cpu)")
+def test_the_sentence_says_who_calls_what_where_and_what_to_do(stage: RunningStage, hook: str, end: str) -> None:
+    error = exchange_error("all_gather", hook, stage, "rank 3 (cpu)")
     assert isinstance(error, RuntimeError)
     assert str(error).startswith(f"rank 3 (cpu) calls all_gather in {hook}, but ranks evaluate different numbers")
     assert f"such as in {end}, or" in str(error)

@@ -140,7 +140,7 @@ class StandInPlanner:
     """Two ranks; rank 1 takes `fixed` seconds for a step, however small, and rank 0 takes 1 s for the whole batch."""
 
     def __init__(self, fixed: float, maximum: int | None = None, *, fitted: bool = True) -> None:
-        self.minimum, self.granularity, self.global_batch = 1, 1, 64
+        self.least, self.granularity, self.global_batch = 1, 1, 64
         self.schedule = Schedule(Plan(0, (32, 32)))
         self.caps = None if maximum is None else SimpleNamespace(allowed=(maximum, 64), peaks=lambda: [2.0**30, 0.0])
         self._models = (StepTimeModel((0,), (0.0,), 1 / 64), StepTimeModel((0,), (fixed,), 0.02)) if fitted else None

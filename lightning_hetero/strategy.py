@@ -24,11 +24,11 @@ from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
 from lightning_hetero.step.gradients import averaging_hook, masked_hook, timed_hook
-from lightning_hetero.trainer.evaluation_exchanges import batch_hook, exchange_error
 from lightning_hetero.trainer.fit import Fit
 from lightning_hetero.trainer.hooks import TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
+from lightning_hetero.trainer.log_dir import in_evaluation_batch
 from lightning_hetero.trainer.options import Options, check_devices, check_trainable
 from lightning_hetero.trainer.passes import make_recovery
 from lightning_hetero.trainer.planner_cache import NO_PLAN
@@ -232,8 +232,6 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if not self._is_interrupted():
-            self._require_all_ranks("save_checkpoint")
         super().save_checkpoint(*args, **kwargs)
         if self._fit is not None:
             self._fit.pause()
@@ -330,20 +328,13 @@ class HeteroStrategy(DDPStrategy):
         self.job.evaluation.end_batch()
         return output
 
-    # ---- exchanges by Lightning and the user's code: not compute time, and never by one rank alone ----
+    # ---- exchanges by Lightning and the user's code: not compute time ----
 
     def _waiting(self) -> AbstractContextManager[None]:
         return self._job.timer.waiting() if self._job is not None else nullcontext()
 
-    def _require_all_ranks(self, call: str) -> None:
-        """Raise inside a hook of an evaluation batch, since ranks have different numbers of batches."""
-        hook = batch_hook(self.lightning_module)
-        if hook is not None and self.world_size > 1:
-            raise exchange_error(call, hook, self.run.trainer.state.stage, self.job.place)
-
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        self._require_all_ranks("reduce")
         if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg") and not tensor.is_floating_point():
             # Lightning averages the sample counts of logged values as integers, rounded down: 55 on 3 ranks is 18.
             tensor = tensor.double()
@@ -355,15 +346,18 @@ class HeteroStrategy(DDPStrategy):
         # A rank that fails runs hooks with barriers in them while the others wait in another exchange.
         if self._is_interrupted():
             return
-        self._require_all_ranks("barrier")
         with self._waiting():
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self._run is not None and src == 0 and obj in self._run.log_dirs and batch_hook(self.lightning_module):
+        if (
+            self._run is not None
+            and src == 0
+            and obj in self._run.log_dirs
+            and in_evaluation_batch(self.lightning_module)
+        ):
             return self._run.log_dirs[obj]
-        self._require_all_ranks("broadcast")
         with self._waiting():
             result = super().broadcast(obj, src)
         if self._run is not None and src == 0:
@@ -372,7 +366,6 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        self._require_all_ranks("all_gather")
         with self._waiting():
             return super().all_gather(tensor, group, sync_grads)
 

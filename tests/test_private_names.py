@@ -74,7 +74,6 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         [
             "_accelerator_connector",
             "_data_connector",
-            "_evaluation_loop",
             "_logger_connector",
             "_results",
             "_signal_connector",
@@ -86,7 +85,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
     "Trainer._logger_connector": (
         "lightning",
         of_trainer("_logger_connector"),
-        ["_evaluation_epoch_end", "_first_loop_iter"],
+        ["_evaluation_epoch_end"],
     ),
     "Trainer.fit_loop": (
         "lightning",
@@ -108,13 +107,17 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         f"Trainer.{path}": (
             "lightning",
             of_trainer(path),
-            ["_combined_loader", "_is_sequential", "_logged_outputs", "_results"],
+            ["_combined_loader", "_results"],
         )
         for path in ("fit_loop.epoch_loop.val_loop", "validate_loop", "test_loop")
     },
-    "Trainer.predict_loop": ("lightning", of_trainer("predict_loop"), ["_combined_loader"]),
+    "Trainer.predict_loop": ("lightning", of_trainer("predict_loop"), ["_combined_loader", "_predictions"]),
     "CombinedLoader": ("lightning", lambda: CombinedLoader([]), ["_mode", "_spec"]),
-    "_ResultCollection": ("lightning", lambda: _ResultCollection(training=True), ["_forked_name", "_get_cache"]),
+    "_ResultCollection": (
+        "lightning",
+        lambda: _ResultCollection(training=True),
+        ["_extract_batch_size", "_forked_name", "_get_cache"],
+    ),
     "_ResultMetric": ("lightning", result_metric, ["_computed", "_forward_cache", "_update_count"]),
     "_Metadata": ("lightning", lambda: _Metadata("training_step", "loss"), ["_sync"]),
     "_Sync": ("lightning", _Sync, ["_fn", "_should"]),
@@ -188,12 +191,13 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         "torchmetrics",
         MeanMetric,
         [
+            "_cache",
             "_computed",
+            "_copy_state_dict",
             "_forward_cache",
             "_is_synced",
             "_reductions",
             "_sync_dist",
-            "_to_sync",
             "_update_count",
         ],
     ),
@@ -215,15 +219,14 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     for owner, methods in {
         _LoggerConnector: {
             "_evaluation_epoch_end": ["self"],
-            "epoch_end_reached": ["self"],
             "on_batch_end": ["self"],
-            "on_batch_start": ["self", "batch", "dataloader_idx"],
             "on_epoch_end": ["self"],
             "reset_results": ["self"],
             "update_eval_epoch_metrics": ["self"],
             "update_train_step_metrics": ["self"],
         },
         _ResultCollection: {
+            "_extract_batch_size": ["self", "value", "batch_size", "meta"],
             "_get_cache": ["result_metric", "on_step"],
             "metrics": ["self", "on_step"],
             "update_metrics": ["self", "key", "value", "batch_size"],
@@ -236,7 +239,10 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], list[str]]] = {
         },
         DistributedDataParallel: {"_sync_buffers": ["self"]},
         EarlyStopping: {"on_train_epoch_end": ["self", "trainer", "pl_module"]},
-        MeanMetric: {"_sync_dist": ["self", "dist_sync_fn", "process_group"], "compute": ["self"]},
+        MeanMetric: {
+            "_sync_dist": ["self", "dist_sync_fn", "process_group"],
+            "sync": ["self", "dist_sync_fn", "process_group", "should_sync", "distributed_available"],
+        },
         torch.nn.BatchNorm1d: {"_check_input_dim": ["self", "input"]},
         _DataConnector: {"_prepare_dataloader": ["self", "dataloader", "shuffle", "mode"]},
         _SignalConnector: {"_sigterm_notifier_fn": ["self", "signum", "_"]},

@@ -1,75 +1,66 @@
-"""Which samples of an evaluation each rank takes, given how long its earlier evaluation batches took.
+"""How the samples of an evaluation are split: into steps that all ranks take, and each step over the ranks.
 
-No rank waits for another during an evaluation, so steps need not match across ranks. The loader's batches, as a single
-process would draw them, are assigned in order, the first ones to the first rank. So at most W - 1 of them are cut, and
-no rank ever has a batch that is larger than the loader's own.
+All ranks take the same number of steps, so that what a user's code exchanges while a batch is evaluated finds all of
+them at the same place.
 """
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 from lightning_hetero.planning.allocation import allocate
 from lightning_hetero.planning.measurements import RankMeasurements
 from lightning_hetero.planning.step_time import StepTimeModel
 
-# Batches stay whole if that costs no more than this part of the time: then a module computes the same for each batch as
-# in a single process. Chosen: below the noise of step times.
-_TOLERANCE = 0.02
-
 BatchTimes = Mapping[Hashable, Sequence[tuple[int, float]]]
 """Local batch and seconds of each batch, by what was evaluated."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What a rank takes of one of the loader's batches: samples `first` to `last`, exclusive, of batch `batch`."""
+def step_sizes(batches: Sequence[int], world_size: int, *, equal: bool) -> tuple[int, ...]:
+    """Samples of all ranks in each step of an evaluation, from those in each of the loader's own batches.
 
-    batch: int
-    first: int
-    last: int
-
-
-def _fastest_split(units: int, seconds: Sequence[float]) -> tuple[int, ...]:
-    """W numbers of units, so that the last rank finishes as early as possible; some may be 0."""
-    return allocate([StepTimeModel((0, 1), (0.0, time), time) for time in seconds], units, minimum=0)
-
-
-def samples_of_ranks(sizes: Sequence[int], seconds: Sequence[float], *, whole: bool = False) -> tuple[int, ...]:
-    """W numbers of samples that the ranks take, consecutively from the first sample on; some may be 0.
+    A step takes the next W batches. Each has at least W samples as long as there are so many in all, so that every rank
+    has one: where the last ones would have fewer, they take some of the step before, or become a part of it.
 
     Args:
-        sizes: samples in each of the loader's batches.
-        seconds: W seconds for one batch; only their ratios matter.
-        whole: never cut a batch.
+        batches: samples in each of the loader's batches.
+        world_size: W.
+        equal: whether samples may be moved between all steps, to make these equally large, give or take one. A mean
+            over a rank's batches is then a mean over its samples.
     """
-    if not sum(sizes):
-        return (0,) * len(seconds)
-    batches = _fastest_split(len(sizes), seconds)
-    ends = (0, *accumulate(sizes))
-    bounds = (0, *accumulate(batches))
-    in_batches = tuple(ends[b] - ends[a] for a, b in pairwise(bounds))
-    if whole:
-        return in_batches
-    in_samples = _fastest_split(ends[-1], seconds)
-    cheap = _makespan(in_batches, seconds) <= (1 + _TOLERANCE) * _makespan(in_samples, seconds)
-    return in_batches if cheap else in_samples
+    steps = full_steps(batches, world_size)
+    total = sum(steps)
+    if equal and total:
+        number = max(1, min(len(steps), total // world_size))
+        size, larger = divmod(total, number)
+        return (size + 1,) * larger + (size,) * (number - larger)
+    while len(steps) > 1 and steps[-1] < world_size:
+        missing = world_size - steps[-1]
+        if steps[-2] - missing >= world_size:
+            steps[-2:] = steps[-2] - missing, world_size
+        else:
+            steps[-2:] = [steps[-2] + steps[-1]]
+    return tuple(steps)
 
 
-def _makespan(samples: Sequence[int], seconds: Sequence[float]) -> float:
-    return max(n * time for n, time in zip(samples, seconds, strict=True))
+def full_steps(batches: Sequence[int], world_size: int) -> list[int]:
+    """The same, where no sample may move to another step: the last step may have fewer samples than ranks."""
+    return [sum(batches[first : first + world_size]) for first in range(0, len(batches), world_size)]
 
 
-def pieces_of(sizes: Sequence[int], samples: Sequence[int], rank: int) -> list[Piece]:
-    """What one rank takes of batches of these sizes, given the W numbers of samples from `samples_of_ranks`."""
-    start, stop = sum(samples[:rank]), sum(samples[: rank + 1])
-    ends = (0, *accumulate(sizes))
-    return [
-        Piece(number, max(start - ends[number], 0), min(stop - ends[number], size))
-        for number, size in enumerate(sizes)
-        if max(start, ends[number]) < min(stop, ends[number + 1])
-    ]
+def split_step(size: int, models: Sequence[StepTimeModel]) -> tuple[int, ...]:
+    """How many of a step's samples each of W ranks evaluates, so that the last one is done as early as possible.
+
+    Each rank gets at least one; of fewer samples than ranks, the fastest ranks get one each, and the others none.
+
+    Args:
+        size: samples in the step.
+        models: seconds that each rank takes for a local batch.
+    """
+    ranks = range(len(models))
+    if size < len(models):
+        fastest = sorted(ranks, key=lambda rank: models[rank].seconds(1))[:size]
+        return tuple(int(rank in fastest) for rank in ranks)
+    return allocate(models, size, minimum=1)
 
 
 class EvaluationTimes:
@@ -82,22 +73,24 @@ class EvaluationTimes:
         )
 
     def update(self, ranks: Sequence[BatchTimes]) -> None:
-        """Record what W ranks have measured in a finished evaluation; some may have had nothing to evaluate."""
+        """Record what W ranks have measured in a finished evaluation."""
         for rank, measured in enumerate(ranks if self._adaptive else ()):
             for key, batches in measured.items():
                 for local_batch, seconds in batches:
                     self._histories[key][rank].observe(local_batch, seconds)
 
-    def seconds(self, key: Hashable, batch: int, proportions: Sequence[float]) -> tuple[float, ...]:
-        """W seconds that a batch of `batch` samples takes on each rank; only their ratios matter.
+    def models(self, key: Hashable, local_batch: int, proportions: Sequence[float]) -> tuple[StepTimeModel, ...]:
+        """W models of the seconds that a batch takes on each rank; only their ratios matter.
 
-        Speeds of ranks that were not measured for this key follow from `proportions`, relative to those that were.
+        Speeds of ranks that were not measured for this key follow from `proportions`, relative to those that were at
+        `local_batch` samples.
         """
-        assumed = tuple(1 / max(share, 1e-9) for share in proportions)
-        histories = self._histories.get(key)
-        if histories is None:
-            return assumed
-        known = [history.model().seconds(batch) if history.seconds else None for history in histories]
-        scales = [time / other for time, other in zip(known, assumed, strict=True) if time is not None]
-        scale = sum(scales) / len(scales)
-        return tuple(other * scale if time is None else time for time, other in zip(known, assumed, strict=True))
+        assumed = tuple(1 / max(share, 1e-9) for share in proportions)  # seconds per sample
+        histories = self._histories.get(key, [RankMeasurements() for _ in assumed])
+        known = [history.model() if history.seconds else None for history in histories]
+        scales = [m.seconds(local_batch) / s for m, s in zip(known, assumed, strict=True) if m is not None]
+        scale = sum(scales) / len(scales) / local_batch if scales else 1.0
+        return tuple(
+            StepTimeModel((0, 1), (0.0, seconds * scale), seconds * scale) if model is None else model
+            for model, seconds in zip(known, assumed, strict=True)
+        )

@@ -1,13 +1,15 @@
-"""The part of a loader that one rank evaluates, in batches no larger than the loader's own."""
+"""The part of a loader that one rank evaluates: in each step, its part of the samples that all ranks evaluate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from typing import Protocol
 
 from torch.utils.data import Sampler
 
-from lightning_hetero.planning.evaluation_split import Piece, pieces_of, samples_of_ranks
+from lightning_hetero.planning.evaluation_split import full_steps, step_sizes
 from lightning_hetero.sampling.global_batches import GlobalBatches, Index
+from lightning_hetero.sampling.train_sampler import local_indices
 
 
 @dataclass(frozen=True)
@@ -15,15 +17,16 @@ class Scope:
     """How much of a loader is evaluated, and whether loaders are evaluated one after the other or side by side."""
 
     number: int = 0  # index of the loader, if evaluated one after the other; 0 side by side
-    batches: int | None = None  # how many of its batches Lightning takes (`limit_val_batches`, sanity check); None: all
-    steps: int | None = None
-    """Side by side, the number of steps of all loaders together; a step is then never cut, so that batches paired in a
-    single process stay paired. None if one after the other."""
-    cycles: bool = False  # side by side, a loader with fewer batches than steps starts again
+    steps: int | None = None  # how many Lightning takes (`limit_val_batches`, sanity check); None: all
+    side_by_side: bool = False
 
 
 class EvaluationPasses(Protocol):
     """What a sampler needs to know about the evaluation that its passes belong to."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
 
     def epoch(self) -> int:
         """The trainer's epoch."""
@@ -31,49 +34,71 @@ class EvaluationPasses(Protocol):
     def scope(self, sampler: "EvaluationSampler") -> Scope:
         """How much of the sampler's loader is evaluated."""
 
-    def seconds(self, scope: Scope, samples: int) -> Sequence[float]:
-        """W seconds that a batch of `samples` samples takes on each rank; only their ratios matter."""
+    def splits(self, scope: Scope, sizes: Sequence[int]) -> Sequence[Sequence[int]]:
+        """For each step of `sizes` samples, W numbers of samples."""
 
-    def begin(self, scope: Scope, sizes: Sequence[int]) -> None:
-        """Called when a pass begins, in which this rank evaluates batches of these sizes."""
+    def begin(self, scope: Scope, local_batches: Sequence[int]) -> None:
+        """Called when a pass begins, with the samples of this rank in each step; 0 where it repeats another's."""
 
 
 class EvaluationSampler(Sampler[list[Index]]):
-    """The batch sampler of one rank in evaluation: its part of the loader's batches, each sample on one rank only.
+    """The batch sampler of one rank in evaluation: its part of each step, each sample on one rank only.
 
-    On every rank its length is the number of batches that a single process would evaluate, so that no rank skips what
-    Lightning does before and after the batches; a rank draws fewer, or none at all. `batches` are the loader's, as a
-    single process would draw them.
+    All ranks take the same number of steps. If there are fewer samples than ranks, a rank without one repeats one of
+    another rank.
+
+    Args:
+        batches: the loader's own, as a single process would draw them.
+        rank: whose part is drawn.
+        passes: the evaluation.
+        equal: whether all steps may be made equally large, see `step_sizes`.
+        fit_in_a_batch: whether these samples fit in one batch; asked, on all ranks together, where the last step would
+            be larger than all others. Images of different sizes, in batches of one, don't.
     """
 
-    def __init__(self, batches: GlobalBatches, rank: int, passes: EvaluationPasses) -> None:
-        self._batches, self._rank, self._passes = batches, rank, passes
+    def __init__(
+        self,
+        batches: GlobalBatches,
+        rank: int,
+        passes: EvaluationPasses,
+        *,
+        equal: bool,
+        fit_in_a_batch: Callable[[Sequence[Index]], bool],
+    ) -> None:
+        self._batches, self._rank, self._passes, self._equal = batches, rank, passes, equal
+        self._fit_in_a_batch = fit_in_a_batch
         self._drawn = False
 
-    def _draw(self) -> None:
+    def _draw(self) -> list[list[Index]]:
         self._batches.draw(self._passes.epoch(), 0)
         self._drawn = True
+        return list(self._batches.batches(lambda: False))
+
+    def _sizes(self, batches: Sequence[Sequence[Index]], scope: Scope) -> Sequence[int]:
+        world_size, sizes = self._passes.world_size, [len(batch) for batch in batches]
+        full = full_steps(sizes, world_size)
+        steps: Sequence[int] = step_sizes(sizes, world_size, equal=self._equal and not scope.side_by_side)
+        if len(steps) < len(full) and not self._fit_in_a_batch(list(chain.from_iterable(batches))[-steps[-1] :]):
+            steps = full
+        if scope.steps is not None and scope.steps < len(steps):  # a limited evaluation takes full steps
+            steps = full[: scope.steps]
+        return steps
 
     def __iter__(self) -> Iterator[list[Index]]:
-        self._draw()
-        batches = list(self._batches.batches(lambda: False))
+        batches = self._draw()
         scope = self._passes.scope(self)
-        pieces = self._pieces([len(batch) for batch in batches[: scope.batches]], scope)
-        self._passes.begin(scope, [piece.last - piece.first for piece in pieces])
-        return iter([list(batches[piece.batch][piece.first : piece.last]) for piece in pieces])
-
-    def _pieces(self, sizes: Sequence[int], scope: Scope) -> list[Piece]:
-        full = max(sizes, default=0)
-        if not full:
-            return []
-        if scope.steps is None:
-            return pieces_of(sizes, samples_of_ranks(sizes, self._passes.seconds(scope, full)), self._rank)
-        steps = [1] * scope.steps
-        own = pieces_of(steps, samples_of_ranks(steps, self._passes.seconds(scope, full), whole=True), self._rank)
-        numbers = [step.batch % len(sizes) if scope.cycles else step.batch for step in own]
-        return [Piece(number, 0, sizes[number]) for number in numbers if number < len(sizes)]
+        sizes = self._sizes(batches, scope)
+        splits = self._passes.splits(scope, sizes)
+        indices = list(chain.from_iterable(batches))
+        ends = pairwise((0, *accumulate(sizes)))
+        self._passes.begin(scope, [counts[self._rank] for counts in splits])
+        return iter(
+            [
+                local_indices(indices[first:last], counts, self._rank)
+                for (first, last), counts in zip(ends, splits, strict=True)
+            ]
+        )
 
     def __len__(self) -> int:
-        if not self._drawn:
-            self._draw()
-        return len(self._batches)
+        batches = list(self._batches.batches(lambda: False)) if self._drawn else self._draw()
+        return len(self._sizes(batches, Scope()))

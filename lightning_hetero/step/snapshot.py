@@ -1,6 +1,9 @@
 """Saves what a training step changes besides gradients, so that it can be restored."""
 
+# ruff: noqa: SLF001 - a metric has no public names for this
+
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +14,10 @@ from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
 _METRIC_ATTRIBUTES = ("_update_count", "_computed", "_forward_cache")
 """Attributes of a torchmetrics metric besides its states."""
+
+
+_UNDONE = 0.5
+"""The update count of a metric whose updates were all undone: any number between 0 and 1."""
 
 
 class ModuleSnapshot:
@@ -40,6 +47,23 @@ class ModuleSnapshot:
         for metric, state in self._metrics:
             for name, value in state.items():
                 setattr(metric, name, value)
+
+    def undo(self) -> None:
+        """Restore the saved values after a batch that counts on other ranks only: their metrics have been updated.
+
+        So a metric's cached value stays what the batch has made it, as on the other ranks, or some would wait for
+        others that don't compute; and a metric counts as updated, but by less than one update, so that computing it
+        does not warn.
+        """
+        cached = [metric._computed for metric, _ in self._metrics]
+        self.restore()
+        for (metric, _), value in zip(self._metrics, cached, strict=True):
+            metric._computed = value
+            metric._update_count = max(metric._update_count, _UNDONE)  # type: ignore[assignment] # torchmetrics counts up
+
+    def state_of(self, metric: Metric) -> Mapping[str, Any] | None:
+        """What was saved of a metric; None if it is not part of the module."""
+        return next((state for saved, state in self._metrics if saved is metric), None)
 
 
 def _copied(value: Any) -> Any:

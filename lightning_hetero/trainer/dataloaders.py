@@ -6,7 +6,7 @@ So the method that prepares a loader is replaced on the strategy's Trainer.
 # ruff: noqa: SLF001 - a test guards the Trainer's private names used here
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,8 +15,10 @@ from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.sampling.eval_sampler import EvaluationSampler, Scope
-from lightning_hetero.sampling.global_batches import Grouping
+from lightning_hetero.sampling.global_batches import Grouping, Index
+from lightning_hetero.sampling.random_state import SeparateRandomState
 from lightning_hetero.trainer.evaluation import EvaluationBalancer
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.training_loaders import TrainingLoaders, epoch_of
@@ -65,14 +67,39 @@ class TrainerDataLoaders:
             return self._lightnings_prepare(loader, False, stage)
         group = self._job.group
         require_same_loader(group, loader, f"the {stage.dataloader_prefix} data")
-        grouping = Grouping(1, batched=True, finite=True)
-        if has_plain_batches(loader):
+        grouping, plain = Grouping(1, batched=True, finite=True), has_plain_batches(loader)
+        if plain:
             # Like Lightning, predict a last batch that is not full even with `drop_last`.
             grouping = Grouping(source.batch_size, drop_last=source.drop_last and not predicts, finite=True)
             source = source.sampler
         batches = agreed_batches(group, source, grouping, self._seed)
-        sampler = EvaluationSampler(batches, group.rank, _StagePasses(self._trainer, stage, self._job.evaluation))
+        passes = _StagePasses(self._trainer, stage, self._job.evaluation)
+        fit_in_a_batch = _Collation(loader, group, self._seed)
+        sampler = EvaluationSampler(batches, group.rank, passes, equal=plain, fit_in_a_batch=fit_in_a_batch)
         return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(sampler) if predicts else sampler)
+
+
+@dataclass
+class _Collation:
+    """Whether samples of a loader fit in one batch: rank 0 tries it once, under a random state of its own."""
+
+    loader: DataLoader[Any]
+    group: RankGroup
+    seed: int
+    _answer: bool | None = field(default=None, init=False)
+
+    def __call__(self, indices: Sequence[Index]) -> bool:
+        if self._answer is None:
+            self._answer = self.group.from_rank_zero(lambda: self._collates(indices))
+        return self._answer
+
+    def _collates(self, indices: Sequence[Index]) -> bool:
+        try:
+            with SeparateRandomState(self.seed).active():
+                self.loader.collate_fn([self.loader.dataset[index] for index in indices])
+        except Exception:  # noqa: BLE001 - whatever a user's code raises
+            return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -82,6 +109,10 @@ class _StagePasses:
     trainer: "pl.Trainer"
     stage: RunningStage
     balancer: EvaluationBalancer
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.world_size
 
     def epoch(self) -> int:
         return epoch_of(self.trainer)
@@ -95,12 +126,8 @@ class _StagePasses:
         numbers = [n for n, own in enumerate(samplers) if sampler in (own, getattr(own, "_batch_sampler", None))]
         if not numbers:
             return Scope()
-        limit = int(loop.max_batches[numbers[0]])
-        if combined._mode == "sequential":
-            return Scope(numbers[0], limit)
-        finite = [int(batches) for batches in loop.max_batches if batches != float("inf")]
-        steps = min(finite) if combined._mode == "min_size" else max(finite)
-        return Scope(0, limit, steps, cycles=combined._mode == "max_size_cycle")
+        side_by_side = combined._mode != "sequential"
+        return Scope(0 if side_by_side else numbers[0], int(loop.max_batches[numbers[0]]), side_by_side)
 
     def _loop(self) -> _EvaluationLoop | _PredictionLoop:
         if self.stage == RunningStage.PREDICTING:
@@ -110,8 +137,8 @@ class _StagePasses:
         fits = self.trainer.state.fn == TrainerFn.FITTING
         return self.trainer.fit_loop.epoch_loop.val_loop if fits else self.trainer.validate_loop
 
-    def seconds(self, scope: Scope, samples: int) -> Sequence[float]:
-        return self.balancer.seconds(self.stage, scope, samples)
+    def splits(self, scope: Scope, sizes: Sequence[int]) -> Sequence[Sequence[int]]:
+        return self.balancer.splits(self.stage, scope, sizes)
 
-    def begin(self, scope: Scope, sizes: Sequence[int]) -> None:
-        self.balancer.begin(self.stage, scope, sizes)
+    def begin(self, scope: Scope, local_batches: Sequence[int]) -> None:
+        self.balancer.begin(self.stage, scope, local_batches)

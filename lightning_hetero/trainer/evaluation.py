@@ -2,13 +2,13 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
 
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_hetero.device.step_timer import DeviceClock
-from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.planning.evaluation_split import BatchTimes, EvaluationTimes
+from lightning_hetero.device.step_timer import ComputeTimer, StepTiming
+from lightning_hetero.planning.evaluation_split import BatchTimes, EvaluationTimes, split_step
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.eval_sampler import Scope
 from lightning_hetero.trainer.planner_cache import PlannerCache
@@ -20,61 +20,100 @@ class _EvaluatedLoader:
 
     Args:
         key: what is evaluated: stage and loader.
-        sizes: samples in each of the rank's batches.
-        times: when the loader began, and when each batch ended, on the rank's device.
+        local_batches: this rank's samples in each step; 0 where it repeats another rank's.
+        timings: of the steps so far.
+        begun: steps so far.
     """
 
     key: tuple[str, int]
-    sizes: Sequence[int]
-    times: list[Any] = field(default_factory=list)
+    local_batches: Sequence[int]
+    timings: list[StepTiming | None] = field(default_factory=list)
+    begun: int = 0
 
 
 class EvaluationBalancer:
     """Measures how long ranks take to evaluate, which decides how the next evaluation is split.
 
     Args:
-        group: of all ranks.
-        clock: of this rank's device.
+        world_size: the number of ranks.
+        timer: of this rank's compute time; training does not use it during an evaluation.
         shares: those of the user.
         planner_cache: has the plan of training, whose shares are used until evaluations have been measured.
     """
 
-    def __init__(self, group: RankGroup, clock: DeviceClock, shares: Shares, planner_cache: PlannerCache) -> None:
-        self._group = group
-        self._clock = clock
+    def __init__(self, world_size: int, timer: ComputeTimer, shares: Shares, planner_cache: PlannerCache) -> None:
+        self._world_size = world_size
+        self._timer = timer
         self._shares = shares
         self._planner_cache = planner_cache
-        self._times = EvaluationTimes(group.world_size, adaptive=shares.adaptive)
+        self._times = EvaluationTimes(world_size, adaptive=shares.adaptive)
         self._loaders: list[_EvaluatedLoader] = []
+        self._warned = False
 
-    def seconds(self, mode: RunningStage, scope: Scope, batch: int) -> tuple[float, ...]:
-        """Seconds that a batch of the loader takes on each rank: W numbers, of which only the ratios matter."""
+    def splits(self, stage: RunningStage, scope: Scope, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        """For each step of `sizes` samples, W numbers of samples; the same on all ranks."""
+        if not sizes:
+            return []
         training = self._planner_cache.newest_split() if self._shares.adaptive else None
-        proportions = training or self._shares.proportions_for(self._group.world_size)
-        return self._times.seconds((mode.dataloader_prefix or "", scope.number), batch, proportions)
+        proportions = training or self._shares.proportions_for(self._world_size)
+        usual = max(1, max(sizes) // self._world_size)
+        models = self._times.models(_key(stage, scope), usual, proportions)
+        splits = {size: split_step(size, models) for size in set(sizes)}
+        if min(sizes) < self._world_size and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"a step of the {stage.dataloader_prefix} loader has fewer samples ({min(sizes)}) than there are ranks "
+                f"({self._world_size}): a rank without one repeats another's, so that all take part in what the "
+                "module exchanges. What it computes then is left out of logged values, predictions and the module's "
+                "metrics, but not of lists and of metrics held elsewhere"
+            )
+        return [splits[size] for size in sizes]
 
-    def begin(self, mode: RunningStage, scope: Scope, sizes: Sequence[int]) -> None:
-        """This rank begins with a loader."""
-        key = (mode.dataloader_prefix or "", scope.number)
-        self._loaders.append(_EvaluatedLoader(key, sizes, [self._clock.now()]))
+    def begin(self, stage: RunningStage, scope: Scope, local_batches: Sequence[int]) -> None:
+        """This rank begins with a loader; see `_EvaluatedLoader`."""
+        if scope.side_by_side and self._loaders:
+            if self._loaders[0].begun:  # a loader that is cycled
+                return
+            pairs = zip_longest(self._loaders.pop().local_batches, local_batches, fillvalue=0)
+            local_batches = [max(pair) for pair in pairs]
+        self._loaders.append(_EvaluatedLoader(_key(stage, scope), local_batches))
+        self._timer.start()
+
+    def begin_batch(self) -> int | None:
+        """A batch has been loaded; returns its samples, 0 if it repeats another rank's, None where that is unknown."""
+        if not self._loaders or self._loaders[-1].begun >= len(self._loaders[-1].local_batches):
+            return None
+        loader = self._loaders[-1]
+        loader.begun += 1
+        return loader.local_batches[loader.begun - 1]
+
+    def repeated_batches(self) -> list[set[int]]:
+        """The batches of each loader of this evaluation in which this rank has repeated another rank's samples."""
+        loaders = [loader for loader in self._loaders if loader.begun]
+        return [{batch for batch, size in enumerate(loader.local_batches) if size == 0} for loader in loaders]
 
     def end_batch(self) -> None:
         """This rank has evaluated a batch."""
         if self._loaders:
-            self._loaders[-1].times.append(self._clock.now())
+            self._loaders[-1].timings.append(self._timer.stop())
+            self._timer.start()
 
     def measured(self) -> BatchTimes:
-        """What this rank has measured since the last call, by stage and loader."""
+        """What this rank has measured since the last call, by stage and loader; the evaluation is over."""
+        self._timer.stop()
         loaders, self._loaders = self._loaders, []
         measured: dict[Hashable, list[tuple[int, float]]] = {}
         for loader in loaders:
-            times = [time for time in loader.times if self._clock.has_passed(time)]  # the host does not wait
-            for size, start, end in zip(loader.sizes, times, times[1:], strict=False):
-                seconds = self._clock.seconds(start, end)
-                if seconds > 0:
+            for size, timing in zip(loader.local_batches, loader.timings, strict=False):
+                # The host does not wait for what the device has not reached.
+                if size and timing is not None and timing.has_passed() and (seconds := timing.compute_seconds()) > 0:
                     measured.setdefault(loader.key, []).append((size, seconds))
         return measured
 
     def update(self, measured: Sequence[BatchTimes]) -> None:
         """All ranks have reported what they have measured."""
         self._times.update(measured)
+
+
+def _key(stage: RunningStage, scope: Scope) -> tuple[str, int]:
+    return stage.dataloader_prefix or "", scope.number

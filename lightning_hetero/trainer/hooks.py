@@ -32,6 +32,8 @@ class HookCallback(Callback):
         hooks: of the training.
         end_training: the last epoch ends, on all ranks.
         begin_evaluation: a validation, test or prediction begins, on all ranks.
+        begin_evaluation_batch: a batch of a validation, test or prediction begins.
+        end_prediction: a prediction has no more batches.
         end_evaluation: it ends, on all ranks.
     """
 
@@ -40,11 +42,15 @@ class HookCallback(Callback):
         hooks: TrainingHooks,
         end_training: Callable[[], None],
         begin_evaluation: Callable[[], None],
+        begin_evaluation_batch: Callable[[], None],
+        end_prediction: Callable[[], None],
         end_evaluation: Callable[[], None],
     ) -> None:
         self._hooks = hooks
         self._end_training = end_training
         self._begin_evaluation = begin_evaluation
+        self._begin_evaluation_batch = begin_evaluation_batch
+        self._end_prediction = end_prediction
         self._end_evaluation = end_evaluation
 
     @override
@@ -72,6 +78,22 @@ class HookCallback(Callback):
     @override
     def on_predict_start(self, *_: Any, **__: Any) -> None:
         self._begin_evaluation()
+
+    @override
+    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
+        self._begin_evaluation_batch()
+
+    @override
+    def on_test_batch_start(self, *_: Any, **__: Any) -> None:
+        self._begin_evaluation_batch()
+
+    @override
+    def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
+        self._begin_evaluation_batch()
+
+    @override
+    def on_predict_epoch_end(self, *_: Any, **__: Any) -> None:
+        self._end_prediction()
 
     @override
     def on_validation_end(self, *_: Any, **__: Any) -> None:

@@ -108,7 +108,7 @@ class Job:
             memory=MemoryLimits(memory_limits(capacities, options.memory_limit), devices),
             profiles=ProfileStore(group, device),
             planner_cache=planner_cache,
-            evaluation=EvaluationBalancer(group, device_clock(device), options.shares, planner_cache),
+            evaluation=EvaluationBalancer(world_size, timer, options.shares, planner_cache),
             lockstep_group=cache(lambda _position: RankGroup(rank, world_size, timeout)),
             batch_norm_group=batch_norm_group,
             batches=BatchCounter(),

@@ -24,30 +24,23 @@ class SynchronizedLoggerConnector(_LoggerConnector):
     """Lightning's logger connector; wherever its values are used, they are those over all ranks.
 
     In training, ranks exchange at the end of a batch after which values are used: before its hooks, and after them if
-    the hooks log values; and before and after the hooks at the end of an epoch. In evaluation, where ranks may have
-    different numbers of batches, they exchange only before and after the hooks at its end.
+    the hooks log values; and before and after the hooks at the end of an epoch. In evaluation they exchange at the end
+    of each loader, and after the hooks at the end.
     """
 
-    def __init__(self, connector: _LoggerConnector, metrics: MetricSync) -> None:
+    def __init__(self, connector: _LoggerConnector) -> None:
         super().__init__(connector.trainer)
         vars(self).update(vars(connector))  # continues with the state of Lightning's own
-        self._metrics = metrics
         self._values_used = False  # after the current step
         self._batch_end_exchanged = False  # once, so that all ranks know the keys that hooks at a batch's end log
-        self._batches_exchanged = False  # in evaluation: what batches have logged; the hooks at its end follow
-        self._first_before_end: bool | None = None  # Lightning's `_first_loop_iter` before a loader's end
+        self._loaders_evaluated = False  # the hooks at the end of the evaluation follow, or are over
 
     @override
     def reset_results(self) -> None:
         """A run, an evaluation or a training epoch begins or ends."""
-        self._metrics.attach(self.trainer.lightning_module)
         super().reset_results()
-
-    @override
-    def on_batch_start(self, batch: Any, dataloader_idx: int | None = None) -> None:
-        if self._first_loop_iter is None:  # hooks at the start of an epoch or evaluation may make metrics
-            self._metrics.attach(self.trainer.lightning_module)
-        super().on_batch_start(batch, dataloader_idx)
+        if isinstance(results := self.trainer._results, SynchronizedResults):
+            results.begin_epoch()
 
     # ---- training ----
 
@@ -71,6 +64,8 @@ class SynchronizedLoggerConnector(_LoggerConnector):
             if not self._batch_end_exchanged or logged:
                 results.exchange_steps()
             self._batch_end_exchanged = True
+        if isinstance(results, EvaluationResults):
+            results.end_batch()
         super().on_batch_end()
 
     @override
@@ -108,38 +103,20 @@ class SynchronizedLoggerConnector(_LoggerConnector):
     # ---- evaluation ----
 
     @override
-    def epoch_end_reached(self) -> None:
-        self._first_before_end = self._first_loop_iter
-        super().epoch_end_reached()
-
-    @override
     def _evaluation_epoch_end(self) -> None:
-        """This rank has no more batches, and the hooks at the end of the evaluation follow."""
-        self._metrics.attach(self.trainer.lightning_module)
-        loop, results = self.trainer._evaluation_loop, self.trainer._results
-        assert isinstance(results, EvaluationResults)
-        self.exchange_epoch(results)
-        several = loop._is_sequential and loop.num_dataloaders > 1
-        loaders = [i for i, batches in enumerate(loop.max_batches) if batches] if several else [None]
-        outputs = []
-        for index in loaders:
-            results.dataloader_idx = index
-            outputs.append(super().update_eval_epoch_metrics())
-        loop._logged_outputs = outputs  # of all loaders, also those of which this rank has had no batch
-        self._batches_exchanged = True
+        """All loaders are evaluated, and the hooks at the end of the evaluation follow."""
+        self._loaders_evaluated = True
         super()._evaluation_epoch_end()
 
     @override
     def update_eval_epoch_metrics(self) -> _OUT_DICT:
-        if self._batches_exchanged:
-            self._batches_exchanged = False
-            return super().update_eval_epoch_metrics()
+        """A loader is evaluated; or the hooks at the evaluation's end are over, whose values were exchanged before."""
         results = self.trainer._results
         assert isinstance(results, EvaluationResults)
-        results.end_loader()
-        # The evaluation goes on: what the next loader logs must not reset what this one has logged.
-        self._first_loop_iter = self._first_before_end
-        return {}
+        if not self._loaders_evaluated:
+            self.exchange_epoch(results)
+        self._loaders_evaluated = False
+        return super().update_eval_epoch_metrics()
 
     @override
     def on_epoch_end(self) -> None:
@@ -162,12 +139,12 @@ class MetricSynchronizer:
         timer: of this rank's compute time.
         device: of this rank.
         loss_count: the user's function of the module and a batch, if any.
-        in_evaluation_batch: whether this rank is in a hook of an evaluation batch, which other ranks may not have.
 
     Attributes:
         training_results: the collection of the training loop.
         evaluation_results: the collections of the loops of validation in `fit`, of `validate`, and of `test`.
         connector: replaces the Trainer's logger connector.
+        metric_sync: synchronizes torchmetrics; None with one rank.
     """
 
     def __init__(
@@ -178,7 +155,6 @@ class MetricSynchronizer:
         device: torch.device,
         *,
         loss_count: Callable[[Any, Any], float | Tensor] | None,
-        in_evaluation_batch: Callable[[], bool],
     ) -> None:
         module = trainer.lightning_module
 
@@ -187,16 +163,21 @@ class MetricSynchronizer:
 
         self._trainer, self._group, self._timer = trainer, group, timer
         self._is_due = trainer.fit_loop.epoch_loop._should_check_val_fx
-        self._metrics = MetricSync(group, timer, in_evaluation_batch)
+        self.metric_sync = MetricSync(group, timer) if group.world_size > 1 else None
         self.connector: _LoggerConnector = trainer._logger_connector
         self._lightnings_connector = self.connector
         exchange = MetricExchange(group, timer, trainer.strategy.reduce, module, device)
         self.training_results = TrainingResults(exchange)
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
         self.evaluation_results: tuple[_ResultCollection, ...] = tuple(loop._results for loop in loops)
-        if exchange.is_needed:
-            self.evaluation_results = tuple(EvaluationResults(exchange, count) for _ in loops)
-            self.connector = SynchronizedLoggerConnector(self.connector, self._metrics)
+        if self.metric_sync is not None:
+            self.evaluation_results = tuple(EvaluationResults(exchange, self.metric_sync, count) for _ in loops)
+            self.connector = SynchronizedLoggerConnector(self.connector)
+
+    def begin_evaluation_batch(self, samples: int | None) -> None:
+        """A batch of an evaluation begins; see `EvaluationBalancer.begin_batch`."""
+        if isinstance(results := self._trainer._results, EvaluationResults):
+            results.begin_batch(samples)
 
     def end_batch(self, loss_weight: float | Tensor | None) -> None:
         """The training step is over, and the hooks at the end of its batch follow; see `TrainingResults.end_batch`."""
@@ -218,9 +199,8 @@ class MetricSynchronizer:
             return self._group.broadcast(due)
 
     def close(self) -> None:
-        """The run is over: restore torchmetrics and Lightning's connector, with our connector's state; idempotent."""
+        """The run is over: restore Lightning's connector, with our connector's state; idempotent."""
         if isinstance(self.connector, SynchronizedLoggerConnector):
             state, own = vars(self.connector), vars(self._lightnings_connector)
             own.update({name: state[name] for name in own})  # Lightning's continues with it
             self.connector = self._lightnings_connector
-        self._metrics.detach()

@@ -5,13 +5,16 @@ Lightning has no public interface for them; a test fails when a release no longe
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partialmethod
 from operator import attrgetter
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, EarlyStopping
+from torchmetrics import Metric
 
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
+from lightning_hetero.trainer.torchmetrics import MetricSync
 
 
 def patch_trainer(
@@ -21,6 +24,7 @@ def patch_trainer(
     prepare_dataloader: Callable[..., object],
     before_batch: Callable[[], None],
     on_sigterm: Callable[[int, Any], None],
+    repeats_sample: Callable[[], bool],
     callbacks: Sequence[Callback] = (),
 ) -> ExitStack:
     """Connect a strategy to its Trainer for one run.
@@ -31,6 +35,7 @@ def patch_trainer(
         prepare_dataloader: in place of Lightning's, which injects samplers.
         before_batch: called before a batch is fetched, in place of a broadcast; see `signals.StopRequest`.
         on_sigterm: the handler of SIGTERM.
+        repeats_sample: whether this rank's evaluation batch is another rank's, so that its prediction isn't written.
         callbacks: called before the user's.
 
     Returns:
@@ -60,7 +65,13 @@ def patch_trainer(
             except AttributeError:
                 raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
             _replace(stack, owner, name, value)
+        if metrics.metric_sync is not None:
+            stack.callback(setattr, Metric, "sync", Metric.sync)
+            Metric.sync = partialmethod(_sync, metrics.metric_sync)  # type: ignore[assignment, method-assign] # of all metrics, wherever they are held
         trainers_callbacks = vars(trainer)["callbacks"]  # set where mypy can't see it
+        for callback in trainers_callbacks:
+            if isinstance(callback, BasePredictionWriter):
+                _skip_borrowed_batches(stack, callback, repeats_sample)
         _call_before_monitors(stack, trainers_callbacks, metrics.exchange_epoch)
         stack.callback(_remove_callbacks, trainer, callbacks)
         trainers_callbacks[:0] = callbacks
@@ -92,6 +103,20 @@ def _call_before_monitors(stack: ExitStack, callbacks: list[Callback], call: Cal
             hook(*args, **kwargs)
 
         _replace(stack, first, "on_train_epoch_end", on_train_epoch_end)
+
+
+def _sync(metric: Metric, metric_sync: MetricSync, *args: Any, **kwargs: Any) -> None:
+    metric_sync.sync(metric, *args, **kwargs)
+
+
+def _skip_borrowed_batches(stack: ExitStack, writer: BasePredictionWriter, repeats_sample: Callable[[], bool]) -> None:
+    hook = writer.on_predict_batch_end
+
+    def on_predict_batch_end(*args: Any, **kwargs: Any) -> None:
+        if not repeats_sample():
+            hook(*args, **kwargs)
+
+    _replace(stack, writer, "on_predict_batch_end", on_predict_batch_end)
 
 
 def _remove_callbacks(trainer: "pl.Trainer", own: Sequence[Callback]) -> None:

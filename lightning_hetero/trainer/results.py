@@ -7,7 +7,7 @@ communicates.
 # ruff: noqa: SLF001 - it overrides the private parts of Lightning's collection; a test guards them
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
@@ -26,8 +26,10 @@ from typing_extensions import override
 
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.trainer.logged_values import LoggedKey, Numbers, combined, on_host, union
+from lightning_hetero.trainer.torchmetrics import MetricSync
 
 COLUMNS = 4  # numbers that a rank sends for each key: see `_epoch_row`, and `TrainingResults._step_row`
 
@@ -55,12 +57,34 @@ class SynchronizedResults(_ResultCollection):
         super().__init__(training)
         self._exchange = exchange
         self._keys: dict[str, LoggedKey] = {}  # the same on all ranks, in the same order
-        self._loader_states: dict[str, ModuleSnapshot] = {}  # of torchmetrics that several loaders use in turn
+        self._batches = self._samples_seen = 0  # of this rank, in this epoch or evaluation
 
     @property
     def logged_keys(self) -> list[LoggedKey]:
         """What any rank had logged by the last exchange."""
         return list(self._keys.values())
+
+    def begin_epoch(self) -> None:
+        """An epoch or an evaluation begins, or the last one is over."""
+        self._batches = self._samples_seen = 0
+
+    def count_batch(self, samples: int | None) -> None:
+        """A batch of so many samples of this rank begins; None if the user shards the data."""
+        self._batches += 1
+        if samples is None:
+            try:
+                samples = sample_count(self.batch)
+            except TypeError:
+                samples = 1
+        self._samples_seen += samples
+
+    @override
+    def _extract_batch_size(self, value: _ResultMetric, batch_size: int | None, meta: _Metadata) -> int:
+        """As Lightning's; a mean that is logged after the batches of an epoch is of all samples that the rank had."""
+        after_batches = batch_size is None and meta.fx.endswith("_epoch_end") and self._batches > 0
+        if self._exchange.is_needed and after_batches and meta.is_mean_reduction:
+            return self._samples_seen
+        return super()._extract_batch_size(value, batch_size, meta)
 
     def exchange_epoch(self) -> None:
         """Epoch values become those over all ranks, for each key that any rank has logged since the last exchange."""
@@ -74,12 +98,30 @@ class SynchronizedResults(_ResultCollection):
                 present = rows[rows[:, 1] > 0]  # (n, 4), of the ranks that have logged it
                 metric._computed = self._tensor(metric, key, present)  # type: ignore[assignment] # torchmetrics says only what it is at first
             else:
-                state = self._state(key, logged=bool(rows[self._exchange.group.rank, 1]))
-                metrics.append((metric, state, bool(rows[:, 2].any())))
-        for metric, state, updated in metrics:
+                metrics.append((metric, bool(rows[:, 2].any())))
+        for metric, updated in metrics:
             with self._exchange.timer.waiting():
-                self._compute(metric, state, updated=updated)
-        self._loader_states.clear()
+                self._compute(metric, updated=updated)
+        if metrics:
+            self._agree([metric for metric, _ in metrics])
+
+    def _agree(self, metrics: Sequence[_ResultMetric]) -> None:
+        """Make computed metrics the same on all ranks, also those that the user has told not to synchronize.
+
+        Where ranks have other values, each weighs by its samples.
+        """
+        values: list[Any] = [metric._computed for metric in metrics]
+        numbers = [value if isinstance(value, Tensor) and value.numel() == 1 else 0.0 for value in values]
+        own = on_host([value.reshape(()) if isinstance(value, Tensor) else value for value in numbers])
+        with self._exchange.timer.waiting():
+            table = self._exchange.group.start([float(self._samples_seen), *own]).wait()  # (W, 1 + metrics)
+        weights, rest = table[:, 0], table[:, 1:]  # (W,), (W, metrics)
+        if not weights.any():
+            weights = np.ones_like(weights)
+        for metric, value, column in zip(metrics, values, rest.T, strict=True):
+            if not np.array_equal(column, np.full_like(column, column[0]), equal_nan=True):
+                mean = np.average(column[weights > 0], weights=weights[weights > 0])
+                metric._computed = torch.full_like(value, mean)  # type: ignore[assignment] # as above
 
     @override
     def _get_cache(self, result_metric: _ResultMetric, on_step: bool) -> Tensor | None:  # type: ignore[override] # it is only called on the instance
@@ -159,23 +201,9 @@ class SynchronizedResults(_ResultCollection):
         value = combined(key.reduction, rows[:, 2], rows[:, 3])
         return torch.tensor(value, dtype=dtype, device=metric.value.device)
 
-    def _state(self, key: LoggedKey, *, logged: bool) -> ModuleSnapshot | None:
-        """The state in which this rank computes a torchmetrics object; None for its current one."""
-        if logged or key.meta.dataloader_idx is None:
-            return self._loader_states.get(key.key)
-        metric = self._registered(key).value
-        current = ModuleSnapshot(metric)  # it may hold what another loader has added
-        metric.reset()
-        empty = ModuleSnapshot(metric)
-        current.restore()
-        return empty
-
     @staticmethod
-    def _compute(metric: _ResultMetric, state: ModuleSnapshot | None, *, updated: bool) -> None:
+    def _compute(metric: _ResultMetric, *, updated: bool) -> None:
         """Compute a torchmetrics object, which gathers its states, on all ranks; `updated`: it was on any of them."""
-        current = ModuleSnapshot(metric.value) if state is not None else None
-        if state is not None:
-            state.restore()
         for part in metric.value.modules():
             if isinstance(part, Metric):
                 part._computed = None  # a value that is kept on some ranks only would leave the others waiting
@@ -183,24 +211,43 @@ class SynchronizedResults(_ResultCollection):
             if updated:  # no reason to warn on a rank where it was not
                 warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             metric._computed = metric.value.compute()
-        if current is not None:
-            current.restore()
 
 
 @final
 class EvaluationResults(SynchronizedResults):
     """The collection of a loop that validates or tests; a NaN is left out of a mean where the batch's count is 0."""
 
-    def __init__(self, exchange: MetricExchange, count: Callable[[Any], float | Tensor]) -> None:
+    def __init__(self, exchange: MetricExchange, metrics: MetricSync, count: Callable[[Any], float | Tensor]) -> None:
         super().__init__(exchange, training=False)
+        self._metrics = metrics
         self._count = count  # from a batch to its loss count
         self._counted: tuple[Any, float | Tensor] = (None, 1.0)
+        self._before_borrowed: ModuleSnapshot | None = None  # while this rank repeats a sample of another rank
+
+    def begin_batch(self, samples: int | None) -> None:
+        """A batch begins, before its hooks; see `EvaluationBalancer.begin_batch`."""
+        self.count_batch(samples)
+        if samples == 0:
+            self._before_borrowed = ModuleSnapshot(self._exchange.module)
+            self._metrics.begin_borrowed(self._before_borrowed)
+
+    def end_batch(self) -> None:
+        """A batch and its hooks are over."""
+        if self._before_borrowed is not None:
+            self._before_borrowed.undo()
+            self._metrics.end_borrowed()
+            self._before_borrowed = None
 
     @override
     def update_metrics(self, key: str, value: Metric | Tensor, batch_size: int) -> None:
         metric = self[key]
         without_exchange(metric)
         metric.has_reset = False
+        if self._before_borrowed is not None:  # the key is registered, and its value stays as it was
+            if isinstance(value, Metric):
+                metric.value = value
+            metric._update_count += 1
+            return
         weight: Any = batch_size
         if isinstance(value, Tensor) and metric.meta.is_mean_reduction and self.batch is not None:
             if value.device.type == "cpu":
@@ -219,12 +266,6 @@ class EvaluationResults(SynchronizedResults):
             except Exception:  # noqa: BLE001 - a user's rule for training batches need not know those of evaluation
                 self._counted = self.batch, 1.0
         return self._counted[1]
-
-    def end_loader(self) -> None:
-        """This rank has no more batches of a loader; keep the states to which later loaders may add."""
-        for key, metric in self.valid_items():
-            if not metric.is_tensor and metric.meta.dataloader_idx is not None:
-                self._loader_states[key] = ModuleSnapshot(metric.value)
 
 
 def without_exchange(metric: _ResultMetric) -> None:

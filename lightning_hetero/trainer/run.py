@@ -1,4 +1,5 @@
 """One call of `fit`, `validate`, `test` or `predict`: what is attached to the Trainer, and detached at the end."""
+# ruff: noqa: SLF001 - `tests/test_private_names.py` guards what is changed in a loop
 
 import os
 from functools import partial
@@ -13,9 +14,9 @@ from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
-from lightning_hetero.trainer.evaluation_exchanges import BroadcastCache, batch_hook
 from lightning_hetero.trainer.hooks import HookCallback, TrainingHooks
 from lightning_hetero.trainer.job import Job
+from lightning_hetero.trainer.log_dir import BroadcastCache
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 from lightning_hetero.trainer.patches import patch_trainer
 from lightning_hetero.trainer.profiles import Profile, run_folder
@@ -54,24 +55,30 @@ class Run:
             job.timer,
             job.device,
             loss_count=job.options.loss_count,
-            in_evaluation_batch=self.in_evaluation_batch,
         )
+        self._repeats_sample = False  # this rank's evaluation batch is another rank's
         self._patches = patch_trainer(
             trainer,
             self.metrics,
             prepare_dataloader=loaders.prepare,
             before_batch=hooks.before_batch,
             on_sigterm=self.stop.handle,
-            callbacks=[HookCallback(hooks, self.end_training, self.begin_evaluation, self.end_evaluation)],
+            repeats_sample=lambda: self._repeats_sample,
+            callbacks=[
+                HookCallback(
+                    hooks,
+                    self.end_training,
+                    self.begin_evaluation,
+                    self.begin_evaluation_batch,
+                    self.end_prediction,
+                    self.end_evaluation,
+                )
+            ],
         )
 
     def end(self) -> None:
         """Leave the Trainer as it was."""
         self._patches.close()
-
-    def in_evaluation_batch(self) -> bool:
-        """Whether this rank is in a hook of an evaluation batch, which other ranks may not have."""
-        return batch_hook(self.trainer.lightning_module) is not None
 
     def planner_for(self, global_batch: int, first: bool) -> SplitPlanner:
         """The planner for a training loader's global batch; all ranks call this together.
@@ -111,6 +118,20 @@ class Run:
         if self.job.group.world_size > 1:
             with self.log_dirs.recording():
                 _ = self.trainer.log_dir  # a broadcast, whose result the strategy keeps
+
+    def begin_evaluation_batch(self) -> None:
+        """A batch of an evaluation begins, and its hooks follow."""
+        samples = self.job.evaluation.begin_batch()
+        self._repeats_sample = samples == 0
+        self.metrics.begin_evaluation_batch(samples)
+
+    def end_prediction(self) -> None:
+        """This rank has no more batches to predict: leave out those that it has repeated."""
+        loop = self.trainer.predict_loop
+        for number, repeated in enumerate(self.job.evaluation.repeated_batches()):
+            for kept in (loop._predictions, loop.epoch_batch_indices):
+                if number < len(kept):
+                    kept[number][:] = [one for batch, one in enumerate(kept[number]) if batch not in repeated]
 
     def end_evaluation(self) -> None:
         """An evaluation ends, on all ranks: they exchange how long it took, and whether any was asked to stop.

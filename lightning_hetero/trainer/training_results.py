@@ -145,6 +145,7 @@ class TrainingResults(SynchronizedResults):
             count: the loss count, if it is only known on the device; NaN is left out where it is 0.
         """
         self._step += 1
+        self.count_batch(samples)
         self._in_step, self._borrowed, self._empty = True, borrowed, empty
         self._samples, self._count = samples, count
         self._updated.clear()
@@ -186,6 +187,9 @@ class TrainingResults(SynchronizedResults):
     def update_metrics(self, key: str, value: Metric | Tensor, batch_size: int) -> None:
         metric = self[key]
         metric.has_reset = False
+        if metric.meta.fx.endswith("_epoch_end"):  # no longer a value of the last batch
+            self._borrowed = self._empty = False
+            self._count = None
         if self._parts is not None and isinstance(value, Tensor) and metric.is_tensor:
             self._parts.add(key, value, batch_size)
             return

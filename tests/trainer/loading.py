@@ -173,9 +173,10 @@ class Recording(Regression):
 
 
 def quiet() -> None:
-    """There is no GPU to pin memory for, and workers of small loaders need not be kept."""
+    """There is no GPU to pin memory for, workers of small loaders need not be kept, and some have too few samples."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message="Consider setting `persistent_workers=True`")
+    warnings.filterwarnings("ignore", message="a step of the .* loader has fewer samples")
 
 
 def fit(

@@ -1,7 +1,7 @@
-"""Validation, test and prediction: each sample once, on one rank, also with fewer samples than ranks."""
+"""Validation, test and prediction: each sample once, on one rank, in steps that all ranks take."""
 
 import warnings
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from tests.ranks import fails_on_ranks, run_ranks
+from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, make_trainer
 from tests.trainer.loading import SIZE, OwnBatchesWithSize, UnsizedSampler, Validating, loader, once, quiet
 
@@ -97,31 +97,40 @@ def evaluated() -> list[dict[str, Any]]:
     return run_ranks(3, evaluations)
 
 
+def in_order(parts: list[list[Any]]) -> list[Any]:
+    """What W ranks have evaluated, step by step, and in each step in the order of the ranks."""
+    return [one for step in zip_longest(*parts, fillvalue=[]) for batch in step for one in batch]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_each_sample_is_evaluated_once(name):
+    """In the order of the stream; with fewer samples than ranks, the others repeat one."""
     size = SIZES.get(name, SIZE)
     parts = [result[name] for result in evaluated()]
-    indices = list(chain.from_iterable(chain.from_iterable(parts)))
-    assert sorted(indices) == list(range(size))
-    if name in ("in order", "one more", "workers", "ones", "two"):
-        assert indices == list(range(size)), "ranks take the stream in turn"
-    assert max(len(batch) for part in parts for batch in part) <= {"own batches": 4, "ones": 1}.get(name, 8)
-    if name not in TESTED:
+    assert len({len(part) for part in parts}) == 1, "all ranks take the same steps"
+    assert all(batch for part in parts for batch in part)
+    indices = in_order(parts)
+    if size < 3:
+        assert sorted(set(indices)) == list(range(size))
+        assert [len(part) for part in parts] == [1, 1, 1]
         return
-    twice = [result[f"test {name}"] for result in evaluated()]
-    assert sorted(chain.from_iterable(chain.from_iterable(twice))) == sorted(2 * [*range(size)])
+    assert sorted(indices) == list(range(size))
+    if name in ("in order", "one more", "workers", "ones"):
+        assert indices == list(range(size))
+    if name in TESTED:
+        twice = [result[f"test {name}"] for result in evaluated()]
+        assert sorted(in_order(twice)) == sorted(2 * [*range(size)])
 
 
-def test_ranks_without_a_sample_come_to_the_end_as_well():
-    assert [len(result["one"]) for result in evaluated()] == [0, 1, 0]
+def test_all_ranks_come_to_the_end():
     assert [result["ends"] for result in evaluated()] == 3 * [2 * len(CASES)]
 
 
-def test_batches_stay_whole_where_that_costs_nothing():
-    """60 batches of one sample on shares of 1, 5 and 2; and of 61 samples at most two batches are cut."""
-    assert [len(result["ones"]) for result in evaluated()] == [7, 38, 15]
-    batches = [batch for result in evaluated() for batch in result["in order"]]
-    assert len(batches) <= -(-SIZE // 8) + 2
+def test_steps_follow_the_shares():
+    """61 samples are 3 steps of 24 at most, each split by shares of 1, 5 and 2; a batch of one stays one."""
+    batches = [result["in order"] for result in evaluated()]
+    assert [[len(batch) for batch in own] for own in batches] == [[2, 2, 2], [14, 13, 13], [5, 5, 5]]
+    assert [{len(batch) for batch in result["ones"]} for result in evaluated()] == 3 * [{1}]
 
 
 def test_drop_last_is_respected():
@@ -145,7 +154,7 @@ def test_predictions_come_with_their_indices(name):
 def test_evaluation_of_a_users_combined_loader():
     for name in ("combined", "combined again"):
         parts = [result[name] for result in evaluated()]
-        assert list(chain.from_iterable(chain.from_iterable(parts))) == list(range(SIZE))
+        assert in_order(parts) == list(range(SIZE))
 
 
 # --------------------------------------------------------------------------- limits, sanity check, loaders side by side
@@ -177,11 +186,12 @@ def limited(strategy: str) -> dict[str, Any]:
             trainer.validate(module, data, verbose=False)
         results[name] = module.evaluated
 
-    run("int", loader(batch_size=8), limit_val_batches=5)
+    run("int", loader(batch_size=8), limit_val_batches=3)
     run("float", loader(batch_size=8), limit_val_batches=0.5)
     run("sanity", loader(batch_size=8), fit=True, num_sanity_val_steps=3, check_val_every_n_epoch=2)
     for mode in ("min_size", "max_size", "max_size_cycle"):
-        pair = {"a": loader(batch_size=8), "b": DataLoader(Numbers(17), batch_size=6)}
+        times = 1 if hetero else 2  # one process has the batches of two ranks
+        pair = {"a": loader(batch_size=8 * times), "b": DataLoader(Numbers(17), batch_size=6 * times)}
         run(mode, CombinedLoader(pair, mode))
     return results
 
@@ -191,76 +201,80 @@ def limits() -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return run_ranks(2, limited, "hetero"), run_ranks(1, limited, "auto")[0]
 
 
-@pytest.mark.parametrize("name", ["int", "float", "sanity"])
-def test_limits_count_the_batches_of_all_ranks_together(name):
-    """The same samples are evaluated as in one process."""
-    ranks, one = limits()
-    both = [list(chain.from_iterable(i for batch in r[name] for _, i in batch)) for r in (*ranks, one)]
-    assert all(both)
-    assert both[0] + both[1] == both[2]
+@pytest.mark.parametrize(("name", "steps"), [("int", 3), ("float", 2), ("sanity", 3)])
+def test_limits_count_steps_of_all_ranks(name, steps):
+    """As under plain DDP: each takes the batches of all ranks, so these samples are twice those of one process."""
+    ranks, _ = limits()
+    parts = [[indices for batch in result[name] for _, indices in batch] for result in ranks]
+    assert [len(part) for part in parts] == [steps, steps]
+    assert in_order(parts) == list(range(16 * steps))
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
 def test_loaders_side_by_side_stay_paired(mode):
+    """Each step pairs what one process pairs with the batches of both ranks: 16 and 12 samples."""
     ranks, one = limits()
-    assert ranks[0][mode] + ranks[1][mode] == one[mode]
-    assert len(ranks[0][mode]) > len(ranks[1][mode]) > 0
+    found = []
+    for step in zip(*(result[mode] for result in ranks), strict=True):
+        names = [name for name, _ in step[0]]
+        found.append([(name, [i for part in step for i in dict(part)[name] or []]) for name in names])
+    assert found == [[(name, indices or []) for name, indices in batch] for batch in one[mode]]
 
 
 # ---------------------------------------------------------------------------------------------------------- exchanges
 
 
 class Exchanging(Validating):
-    """Has a buffer that DDP would broadcast in each forward, and logs each step's value over all ranks."""
+    """Has a buffer that DDP would broadcast in each forward, and exchanges in each step, as under plain DDP."""
 
-    def __init__(self, call: str = "") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(1))
-        self.call = call
+        self.exchanged: list[Any] = []
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.evaluated.append(batch["index"].tolist())
         self.log("step", batch["y"].mean(), on_step=True, on_epoch=False, sync_dist=True)
-        if self.call == "all_gather":
-            self.all_gather(batch["y"].mean())
-        if self.call == "barrier":
-            self.trainer.strategy.barrier()
-        if self.call == "broadcast":
-            self.trainer.strategy.broadcast(1)
+        strategy, rank = self.trainer.strategy, self.global_rank
+        self.exchanged.append(
+            (
+                self.all_gather(torch.tensor(float(rank))).tolist(),
+                strategy.broadcast(("of rank", rank)),
+                float(strategy.reduce(torch.tensor(float(rank)), reduce_op="sum")),
+            )
+        )
+        strategy.barrier()
+
+    on_validation_batch_end = on_validation_batch_start = lambda self, *_: self.exchanged.append(
+        self.all_gather(torch.tensor(float(self.global_rank))).tolist()
+    )
 
 
-def exchanging(call: str, shares: Any = (4, 1), size: int = SIZE, **options: Any) -> list[list[int]]:
+def exchanging() -> list[Any]:
     from lightning_hetero import HeteroStrategy
 
     quiet()
-    module = Exchanging(call)
-    trainer = make_trainer(
-        HeteroStrategy(shares=list(shares), **options),
-        torch.distributed.get_world_size(),
-        max_epochs=1,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(module, loader(batch_size=8), DataLoader(Numbers(size), batch_size=8))
-    return module.evaluated
-
-
-def broadcasting() -> list[list[int]]:
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-    return exchanging("", (1, 4), size=1, broadcast_buffers=True)
+    warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional\.all_gather is deprecated")
+    warnings.filterwarnings("ignore", message="a step of the val loader has fewer samples")
+    found = []
+    for size, options in ((30, {}), (1, {"broadcast_buffers": True})):
+        module = Exchanging()
+        trainer = make_trainer(HeteroStrategy(shares=[1, 4], **options), 2, max_epochs=1, num_sanity_val_steps=0)
+        trainer.fit(module, loader(batch_size=8), DataLoader(Numbers(size), batch_size=4))
+        found.append((module.exchanged, module.evaluated))
+    return found
 
 
-def test_evaluation_goes_past_ddp():
-    """DDP's first forward of an evaluation would broadcast rank 0's buffers, and rank 0 has nothing to evaluate."""
-    assert run_ranks(2, broadcasting) == [[], [[0]]]
-
-
-@pytest.mark.parametrize("call", ["all_gather", "barrier", "broadcast"])
-def test_an_exchange_in_an_evaluation_step_is_an_error_and_no_hang(call):
-    errors = fails_on_ranks(2, exchanging, call)
-    for rank in range(2):
-        assert (
-            f"rank {rank} (cpu) calls {call} in validation_step, but ranks evaluate different numbers" in errors[rank]
-        )
+def test_what_a_module_exchanges_in_an_evaluation_batch_is_right():
+    """Also where a rank repeats a sample, and where DDP would broadcast buffers in its forward."""
+    ends = [0.0, 1.0]
+    of_a_batch = [ends, (ends, ("of rank", 0), 1.0), ends]
+    for (many, evaluated_many), (one, evaluated_one) in run_ranks(2, exchanging):
+        assert many == 4 * of_a_batch
+        assert len(evaluated_many) == 4
+        assert one == of_a_batch
+        assert evaluated_one == [[0]]
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -310,11 +324,11 @@ def measuring(shares: Any) -> list[int]:
 
 @pytest.mark.parametrize(
     ("shares", "expected"),
-    [("auto", ([20, 32, 20, 3, 32], [20, 8, 20, 0, 8])), ("equal", ([20, 20, 20, 2, 20], [20, 20, 20, 1, 20]))],
+    [("auto", ([20, 30, 20, 2, 30], [20, 10, 20, 1, 10])), ("equal", ([20, 20, 20, 2, 20], [20, 20, 20, 1, 20]))],
     ids=str,
 )
 def test_the_next_evaluation_is_split_by_the_times_of_the_last(shares, expected):
-    """For each stage separately, and a rank may get nothing to do; fixed shares stay."""
+    """For each stage separately; fixed shares stay."""
     assert tuple(run_ranks(2, measuring, shares)) == expected
 
 

@@ -1,130 +1,17 @@
-"""How evaluations are measured, and what may not be exchanged in them; without a Trainer or other ranks."""
+"""How evaluations are measured and split; without a Trainer or other ranks."""
 
-from pathlib import Path
-from types import SimpleNamespace
+import warnings
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch.trainer.states import RunningStage
 
+from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.eval_sampler import Scope
 from lightning_hetero.trainer.evaluation import EvaluationBalancer
-from lightning_hetero.trainer.evaluation_exchanges import BroadcastCache, batch_hook, exchange_error
 from lightning_hetero.trainer.planner_cache import PlannerCache
-
-# ---- hooks ----
-
-
-def module_in(stage: RunningStage | None, hook: str | None) -> Any:
-    trainer = SimpleNamespace(state=SimpleNamespace(stage=stage))
-    return SimpleNamespace(_trainer=trainer, _current_fx_name=hook)
-
-
-EVALUATING = [
-    RunningStage.VALIDATING,
-    RunningStage.SANITY_CHECKING,
-    RunningStage.TESTING,
-    RunningStage.PREDICTING,
-]
-OF_A_BATCH = [
-    "validation_step",
-    "test_step",
-    "predict_step",
-    "on_validation_batch_start",
-    "on_validation_batch_end",
-    "on_test_batch_end",
-    "on_predict_batch_start",
-    "batch_to_device",
-    "on_before_batch_transfer",
-    "transfer_batch_to_device",
-    "on_after_batch_transfer",
-]
-OF_ALL_RANKS = [
-    "setup",
-    "on_sanity_check_start",
-    "on_validation_start",
-    "on_validation_epoch_start",
-    "on_validation_epoch_end",
-    "on_validation_end",
-    "on_predict_epoch_end",
-    "on_save_checkpoint",
-    "val_dataloader",
-    None,
-]
-
-
-@pytest.mark.parametrize("stage", EVALUATING, ids=str)
-def test_the_hooks_that_ranks_reach_differently_often(stage: RunningStage) -> None:
-    for hook in OF_A_BATCH:
-        assert batch_hook(module_in(stage, hook)) == hook
-    for hook in OF_ALL_RANKS:
-        assert batch_hook(module_in(stage, hook)) is None
-
-
-@pytest.mark.parametrize("hook", ["training_step", "on_train_batch_end", "batch_to_device", "optimizer_step"])
-@pytest.mark.parametrize("stage", [RunningStage.TRAINING, None], ids=str)
-def test_all_ranks_reach_the_hooks_of_training(stage: RunningStage | None, hook: str) -> None:
-    assert batch_hook(module_in(stage, hook)) is None
-
-
-def test_a_module_that_belongs_to_no_trainer_is_in_no_hook() -> None:
-    assert batch_hook(None) is None
-    assert batch_hook(SimpleNamespace(_trainer=None, _current_fx_name="validation_step")) is None  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("stage", "hook", "end"),
-    [
-        (RunningStage.VALIDATING, "validation_step", "on_validation_epoch_end"),
-        (RunningStage.SANITY_CHECKING, "validation_step", "on_validation_epoch_end"),
-        (RunningStage.TESTING, "on_test_batch_end", "on_test_epoch_end"),
-        (RunningStage.PREDICTING, "predict_step", "on_predict_epoch_end"),
-        (RunningStage.VALIDATING, "transfer_batch_to_device", "on_validation_epoch_end"),
-        (RunningStage.TESTING, "transfer_batch_to_device", "on_test_epoch_end"),
-    ],
-)
-def test_the_sentence_says_who_calls_what_where_and_what_to_do(stage: RunningStage, hook: str, end: str) -> None:
-    error = exchange_error("all_gather", hook, stage, "rank 3 (cpu)")
-    assert isinstance(error, RuntimeError)
-    assert str(error).startswith(f"rank 3 (cpu) calls all_gather in {hook}, but ranks evaluate different numbers")
-    assert f"such as in {end}, or" in str(error)
-
-
-# ---- broadcasts ----
-
-
-def test_only_what_is_recorded_is_remembered() -> None:
-    cache = BroadcastCache()
-    cache.add("before", "x")
-    with cache.recording():
-        for own, result in (("mine", "rank 0's"), (Path("a"), Path("b")), (None, None)):
-            cache.add(own, result)
-        cache.add(["no", "path"], "x")
-        cache.add(7, "x")
-    cache.add("after", "x")
-    assert [own in cache for own in ("before", "mine", Path("a"), None, ["no", "path"], 7, "after")] == [
-        *(False, True, True, True),
-        *(False, False, False),
-    ]
-    assert (cache["mine"], cache[Path("a")], cache[None]) == ("rank 0's", Path("b"), None)
-
-
-def test_the_next_recording_forgets_the_last_one() -> None:
-    cache = BroadcastCache()
-    with cache.recording():
-        cache.add("a", "b")
-    with pytest.raises(ArithmeticError), cache.recording():
-        raise ArithmeticError
-    cache.add("c", "d")
-    assert "a" not in cache
-    assert "c" not in cache
-
-
-# ---- times ----
 
 
 class Clock:
@@ -144,33 +31,36 @@ class Clock:
         return end - start
 
 
+VALIDATING, TESTING = RunningStage.VALIDATING, RunningStage.TESTING
+
+
 def balancer_of(
     clock: Clock | None = None, shares: Any = "auto", planners: PlannerCache | None = None
 ) -> EvaluationBalancer:
-    group = SimpleNamespace(rank=0, world_size=2)
-    return EvaluationBalancer(group, clock or Clock(), Shares.parse(shares), planners or PlannerCache())  # type: ignore[arg-type]
+    timer = ComputeTimer(clock or Clock())  # type: ignore[arg-type]
+    return EvaluationBalancer(2, timer, Shares.parse(shares), planners or PlannerCache())
 
 
-def evaluate(
-    balancer: EvaluationBalancer, clock: Clock, mode: RunningStage, sizes: list[int], *, number: int = 0
-) -> None:
+def evaluate(balancer: EvaluationBalancer, clock: Clock, stage: RunningStage, sizes: list[int], **scope: Any) -> None:
     """A loader whose batches take 2 seconds a sample."""
-    balancer.begin(mode, Scope(number), sizes)
+    balancer.begin(stage, Scope(**scope), sizes)
     for size in sizes:
+        assert balancer.begin_batch() == size
         clock.time += 2.0 * size
         balancer.end_batch()
 
 
-def ratio(seconds: tuple[float, ...]) -> float:
-    return seconds[0] / seconds[1]
+def split(balancer: EvaluationBalancer, stage: RunningStage, size: int, number: int = 0) -> tuple[int, ...]:
+    (found,) = balancer.splits(stage, Scope(number), [size])
+    return found
 
 
 def test_each_loader_of_each_stage_is_measured_by_itself() -> None:
     clock = Clock()
     balancer = balancer_of(clock)
-    evaluate(balancer, clock, RunningStage.VALIDATING, [8, 3])
-    evaluate(balancer, clock, RunningStage.VALIDATING, [5], number=1)
-    evaluate(balancer, clock, RunningStage.TESTING, [2])
+    evaluate(balancer, clock, VALIDATING, [8, 3])
+    evaluate(balancer, clock, VALIDATING, [5], number=1)
+    evaluate(balancer, clock, TESTING, [2])
     assert dict(balancer.measured()) == {
         ("val", 0): [(8, 16.0), (3, 6.0)],
         ("val", 1): [(5, 10.0)],
@@ -179,60 +69,111 @@ def test_each_loader_of_each_stage_is_measured_by_itself() -> None:
     assert balancer.measured() == {}, "each measurement is reported once"
 
 
+def test_waiting_for_others_is_no_time_of_a_batch() -> None:
+    """What the module exchanges in a batch ends when the slowest rank has joined."""
+    clock, timer = Clock(), None
+    timer = ComputeTimer(clock)  # type: ignore[arg-type]
+    balancer = EvaluationBalancer(2, timer, Shares.parse("auto"), PlannerCache())
+    balancer.begin(VALIDATING, Scope(), [4])
+    clock.time += 3.0
+    with timer.waiting():
+        clock.time += 100.0
+    balancer.end_batch()
+    assert dict(balancer.measured()) == {("val", 0): [(4, 3.0)]}
+
+
 def test_the_host_does_not_wait_for_a_device_that_is_behind() -> None:
     """What it has not come to is left out."""
     clock = Clock()
     balancer = balancer_of(clock)
-    evaluate(balancer, clock, RunningStage.VALIDATING, [8, 3, 4])
+    evaluate(balancer, clock, VALIDATING, [8, 3, 4])
     clock.reached = 22.0
     assert dict(balancer.measured()) == {("val", 0): [(8, 16.0), (3, 6.0)]}
 
 
 def test_a_loader_that_is_only_looked_at_measures_nothing() -> None:
-    """Lightning makes an iterator of some loaders that it then drops; and others go side by side."""
+    """Lightning makes an iterator of some loaders that it then drops."""
     clock = Clock()
     balancer = balancer_of(clock)
-    balancer.begin(RunningStage.VALIDATING, Scope(0), [8])
+    balancer.begin(VALIDATING, Scope(0), [8])
     clock.time += 100
-    evaluate(balancer, clock, RunningStage.VALIDATING, [3])
-    balancer.begin(RunningStage.VALIDATING, Scope(1), [8])
+    evaluate(balancer, clock, VALIDATING, [3])
+    balancer.begin(VALIDATING, Scope(1), [8])
     assert dict(balancer.measured()) == {("val", 0): [(3, 6.0)]}
 
 
 def test_batches_that_took_no_time_and_ends_without_a_begin_measure_nothing() -> None:
     balancer = balancer_of()
     balancer.end_batch()
-    balancer.begin(RunningStage.VALIDATING, Scope(), [4, 4])
+    assert balancer.begin_batch() is None, "the user shards the data"
+    balancer.begin(VALIDATING, Scope(), [4, 4])
     balancer.end_batch()
     assert balancer.measured() == {}
 
 
+def test_loaders_side_by_side_are_one() -> None:
+    """A step has as many samples as the loader with the most; a loader that starts again begins nothing."""
+    clock = Clock()
+    balancer = balancer_of(clock)
+    balancer.begin(VALIDATING, Scope(side_by_side=True), [4, 4, 0])
+    balancer.begin(VALIDATING, Scope(side_by_side=True), [2, 6])
+    for size in (4, 6, 0):
+        assert balancer.begin_batch() == size
+        clock.time += 1.0
+        balancer.end_batch()
+        balancer.begin(VALIDATING, Scope(side_by_side=True), [2, 6])
+    assert balancer.begin_batch() is None
+    assert balancer.repeated_batches() == [{2}]
+    assert dict(balancer.measured()) == {("val", 0): [(4, 1.0), (6, 1.0)]}
+
+
+def test_batches_that_repeat_samples_of_other_ranks_are_known() -> None:
+    clock = Clock()
+    balancer = balancer_of(clock)
+    evaluate(balancer, clock, RunningStage.PREDICTING, [3, 0])
+    evaluate(balancer, clock, RunningStage.PREDICTING, [0], number=1)
+    assert balancer.repeated_batches() == [{1}, {0}]
+    balancer.measured()
+    assert balancer.repeated_batches() == []
+
+
+def test_a_step_with_fewer_samples_than_ranks_is_told_once() -> None:
+    balancer = balancer_of()
+    with pytest.warns(
+        UserWarning, match=r"a step of the val loader has fewer samples \(1\) than there are ranks \(2\)"
+    ):
+        assert split(balancer, VALIDATING, 1) == (1, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert split(balancer, VALIDATING, 1) == (1, 0)
+    assert balancer.splits(VALIDATING, Scope(), []) == []
+
+
 def test_before_a_measurement_the_shares_of_training_hold_where_they_adapt() -> None:
     planners = PlannerCache()
-    adaptive, fixed, equal = (balancer_of(None, shares, planners) for shares in ("auto", [1, 4], "equal"))
-    for balancer, expected in ((adaptive, 1.0), (fixed, 4.0), (equal, 1.0)):
-        assert ratio(balancer.seconds(RunningStage.VALIDATING, Scope(), 8)) == pytest.approx(expected)
+    adaptive, fixed, equal = (balancer_of(None, shares, planners) for shares in ("auto", [1, 3], "equal"))
+    for balancer, expected in ((adaptive, (4, 4)), (fixed, (2, 6)), (equal, (4, 4))):
+        assert split(balancer, VALIDATING, 8) == expected
     planners.get({}, lambda: (SplitPlanner(Shares.parse([3, 1]), 2, 8), None), first=True)  # (6, 2)
-    for balancer, expected in ((adaptive, 1 / 3), (fixed, 4.0), (equal, 1.0)):
-        assert ratio(balancer.seconds(RunningStage.VALIDATING, Scope(), 8)) == pytest.approx(expected)
+    for balancer, expected in ((adaptive, (6, 2)), (fixed, (2, 6)), (equal, (4, 4))):
+        assert split(balancer, VALIDATING, 8) == expected
 
 
-@given(st.floats(0.1, 10), st.floats(0.1, 10), st.integers(1, 64))
-def test_measured_times_of_the_same_stage_and_loader_decide(first: float, second: float, batch: int) -> None:
-    """Others don't; nor do they where shares are fixed."""
-    adaptive, fixed = balancer_of(), balancer_of(None, [1, 4])
-    reports = [{("val", 0): [(batch, seconds)] * 3} for seconds in (first, second)]
+def proportional(seconds: float) -> dict[Any, Any]:
+    """What a rank reports that takes so many seconds for a sample."""
+    return {("val", 0): 3 * [(batch, seconds * batch) for batch in (1, 4, 16)]}
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [((1.0, 3.0), (6, 2)), ((3.0, 1.0), (2, 6)), ((1.0, 9.0), (7, 1))])
+def test_measured_times_of_the_same_stage_and_loader_decide(
+    seconds: tuple[float, float], expected: tuple[int, int]
+) -> None:
+    """Others don't; nor do they where shares are fixed. A sanity check is split like the validation that follows."""
+    adaptive, fixed = balancer_of(), balancer_of(None, [1, 3])
     for balancer in (adaptive, fixed):
-        balancer.update(reports)  # type: ignore[arg-type]
-    assert ratio(adaptive.seconds(RunningStage.VALIDATING, Scope(), batch)) == pytest.approx(first / second)
-    assert ratio(adaptive.seconds(RunningStage.VALIDATING, Scope(1), batch)) == pytest.approx(1.0)
-    assert ratio(adaptive.seconds(RunningStage.TESTING, Scope(), batch)) == pytest.approx(1.0)
-    assert ratio(fixed.seconds(RunningStage.VALIDATING, Scope(), batch)) == pytest.approx(4.0)
-
-
-def test_a_sanity_check_and_a_validation_are_the_same_stage() -> None:
-    """A validation after it is split alike; that a sanity check is too short to be measured is another's concern."""
-    balancer = balancer_of()
-    balancer.update([{("val", 0): [(8, 1.0)] * 3}, {("val", 0): [(8, 5.0)] * 3}])
-    for stage in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING):
-        assert ratio(balancer.seconds(stage, Scope(), 8)) == pytest.approx(1 / 5)
+        balancer.update([proportional(of_rank) for of_rank in seconds])
+    for stage in (VALIDATING, RunningStage.SANITY_CHECKING):
+        assert split(adaptive, stage, 8) == expected
+    assert split(adaptive, VALIDATING, 8, number=1) == (4, 4)
+    assert split(adaptive, TESTING, 8) == (4, 4)
+    assert split(fixed, VALIDATING, 8) == (2, 6)

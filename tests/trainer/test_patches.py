@@ -22,11 +22,15 @@ def prepare(*_: Any) -> None:
 
 def patched(trainer: pl.Trainer, *callbacks: Callback) -> ExitStack:
     group, timer = RankGroup(0, 1, timedelta(seconds=9)), ComputeTimer(HostClock())
-    metrics = MetricSynchronizer(
-        trainer, group, timer, torch.device("cpu"), loss_count=None, in_evaluation_batch=lambda: False
-    )
+    metrics = MetricSynchronizer(trainer, group, timer, torch.device("cpu"), loss_count=None)
     return patch_trainer(
-        trainer, metrics, prepare_dataloader=prepare, before_batch=prepare, on_sigterm=prepare, callbacks=callbacks
+        trainer,
+        metrics,
+        prepare_dataloader=prepare,
+        before_batch=prepare,
+        on_sigterm=prepare,
+        repeats_sample=lambda: False,
+        callbacks=callbacks,
     )
 
 

@@ -1,8 +1,10 @@
 """Logged values over ranks, without a Trainer: how they are combined, kept for a step, and exchanged."""
 
 import math
+import warnings
 from dataclasses import replace
 from datetime import timedelta
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from lightning_hetero.device.step_timer import ComputeTimer, HostClock
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.trainer.logged_values import REDUCTIONS, LoggedKey, combined, on_host, union
 from lightning_hetero.trainer.results import EvaluationResults, MetricExchange
+from lightning_hetero.trainer.torchmetrics import MetricSync
 from lightning_hetero.trainer.training_results import TrainingResults
 from tests.ranks import fails_on_ranks, run_ranks
 
@@ -265,28 +268,38 @@ def test_training_values_are_those_of_all_ranks_after_an_exchange() -> None:
     assert [out[1] for out in outs] == [{"bar": 1.0}, {}], "the first rank's bar shows its own meanwhile"
 
 
+def _sync(metric: Metric, sync: MetricSync, *args: Any, **options: Any) -> None:
+    sync.sync(metric, *args, **options)
+
+
+def evaluation_results(module: Measures) -> EvaluationResults:
+    connection = exchange(module)
+    sync = MetricSync(connection.group, connection.timer)
+    Metric.sync = partialmethod(_sync, sync)  # in this process, which ends with the test
+    return EvaluationResults(connection, sync, count=lambda batch: float((batch >= 0).sum()))
+
+
 def evaluation_on_ranks() -> Any:
     rank = torch.distributed.get_rank()
     module = Measures()
-    results = EvaluationResults(exchange(module), count=lambda batch: float((batch >= 0).sum()))
+    results = evaluation_results(module)
+    found = []
     for index in range(2):  # loaders; the same metric for both
         results.dataloader_idx = index
-        if rank == 0 or index == 1:  # rank 1 has no batch of the first
-            results.batch, results.batch_size = torch.tensor([1.0, 2.0 + index, 3.0 * rank]), None
-            module.mean.update(results.batch)
-            results.log("validation_step", "mean", module.mean, metric_attribute="mean")
-            results.log("validation_step", "loss", results.batch.mean(), sync_dist=True, sync_dist_fn=no_reduction)
-            results.batch = torch.full((3,), -1.0)  # nothing counts
-            results.batch_size = None
-            results.log("validation_step", "loss", torch.tensor(math.nan), sync_dist=True, sync_dist_fn=no_reduction)
-            results.end_loader()
-            module.mean.reset()
-    before = logged_evaluation(results)
-    module.mean.update(77.0)  # of what comes later
-    results.exchange_epoch()
-    after = logged_evaluation(results)
+        for batch in (torch.tensor([1.0, 2.0 + index, 3.0 * rank]), torch.full((3,), -1.0)):  # the last counts nothing
+            results.batch, results.batch_size = batch, None
+            results.begin_batch(3)
+            if batch[0] > 0:
+                module.mean.update(batch)
+                results.log("validation_step", "mean", module.mean, metric_attribute="mean")
+            value = batch.mean() if batch[0] > 0 else torch.tensor(math.nan)
+            results.log("validation_step", "loss", value, sync_dist=True, sync_dist_fn=no_reduction)
+            results.end_batch()
+        found.append(logged_evaluation(results))
+        results.exchange_epoch()
+        found.append(logged_evaluation(results))
     results.exchange_epoch()  # nothing is new
-    return before, after, logged_evaluation(results), float(module.mean.compute())
+    return *found, logged_evaluation(results)
 
 
 def logged_evaluation(results: EvaluationResults) -> dict[str, float]:
@@ -298,24 +311,43 @@ def logged_evaluation(results: EvaluationResults) -> dict[str, float]:
 
 
 def test_evaluation_values_are_those_of_all_ranks_after_an_exchange() -> None:
-    """Each loader's, though one metric was used for both and a rank had no batch of the first; NaN is left out."""
-    for before, after, again, later in run_ranks(2, evaluation_on_ranks):
-        assert before == {}
-        assert after == pytest.approx(
-            {
-                "mean/dataloader_idx_0": 1.0,
-                "loss/dataloader_idx_0": 1.0,
-                "mean/dataloader_idx_1": 11 / 6,
-                "loss/dataloader_idx_1": 11 / 6,
-            }
-        )
-        assert again == after
-        assert later == 77.0, "what was added meanwhile is there"
+    """Each loader's at its end, though one metric is used for both; NaN is left out."""
+    for nothing, first, unchanged, both, again in run_ranks(2, evaluation_on_ranks):
+        assert nothing == {}
+        assert first == pytest.approx({"mean/dataloader_idx_0": 9 / 6, "loss/dataloader_idx_0": 9 / 6})
+        assert unchanged == first
+        assert both == pytest.approx(first | {"mean/dataloader_idx_1": 20 / 12, "loss/dataloader_idx_1": 11 / 6})
+        assert again == both
+
+
+def borrowing_on_ranks() -> Any:
+    """Rank 1 repeats a sample of rank 0 in the only step."""
+    rank = torch.distributed.get_rank()
+    module = Measures()
+    results = evaluation_results(module)
+    results.batch = torch.tensor([4.0])
+    results.begin_batch(1 - rank)
+    module.total.update(results.batch)
+    for name, options in (("mean", {}), ("sum", {"reduce_fx": torch.sum}), ("most", {"reduce_fx": torch.max})):
+        results.log("validation_step", name, results.batch.mean() + 9 * rank, **options)
+    inside = float(module.total.compute())
+    results.end_batch()
+    results.log("on_validation_epoch_end", "end", torch.tensor(5.0 + rank))
+    results.exchange_epoch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return logged(results, on_step=False), float(module.total.compute()), inside
+
+
+def test_what_a_rank_repeats_is_left_out() -> None:
+    for values, total, inside in run_ranks(2, borrowing_on_ranks):
+        assert values == {"mean": 4.0, "sum": 4.0, "most": 4.0, "end": 5.0}
+        assert total == inside == 4.0, "a metric of the module too, also while the sample is repeated"
 
 
 def lacking() -> None:
     module = Measures()
-    results = EvaluationResults(exchange(module), count=lambda _: 1.0)
+    results = evaluation_results(module)
     if torch.distributed.get_rank() == 0:
         module.total.update(1.0)
         results.log("validation_step", "total", module.total, metric_attribute="another")

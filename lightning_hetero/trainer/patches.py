@@ -66,6 +66,7 @@ def patch_trainer(
                 raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
             _replace(stack, owner, name, value)
         if metrics.metric_sync is not None:
+            stack.callback(metrics.metric_sync.close)
             stack.callback(setattr, Metric, "sync", Metric.sync)
             Metric.sync = partialmethod(_sync, metrics.metric_sync)  # type: ignore[assignment, method-assign] # of all metrics, wherever they are held
         trainers_callbacks = vars(trainer)["callbacks"]  # set where mypy can't see it

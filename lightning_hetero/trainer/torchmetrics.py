@@ -31,6 +31,13 @@ class MetricSync:
         self._group, self._timer = group, timer
         self._torchmetrics_sync = Metric.sync
         self._borrowed: ModuleSnapshot | None = None
+        self._uncached: list[Metric] = []
+
+    def close(self) -> None:
+        """The run is over: metrics keep what they compute, as before."""
+        for metric in self._uncached:
+            metric.compute_with_cache = True
+        self._uncached.clear()
 
     def begin_borrowed(self, before: ModuleSnapshot) -> None:
         """This rank's batch is another rank's: until `end_borrowed`, metrics count as they were `before` it."""
@@ -56,6 +63,10 @@ class MetricSync:
             if own_sync or own_group or metric._is_synced or not should_sync:
                 self._torchmetrics_sync(metric, dist_sync_fn, process_group, should_sync, distributed_available)
             elif callable(available) and available():
+                if metric.compute_with_cache:
+                    # A rank whose metric was not updated since would return what it has kept, and leave others waiting.
+                    metric.compute_with_cache = False
+                    self._uncached.append(metric)
                 cache = metric._copy_state_dict()
                 if metric._reductions:
                     self._gather_states(metric)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 Numbers = npt.NDArray[np.float64]
 
+COLUMNS = 4
+"""Numbers that a rank sends for each key: see `SynchronizedResults._epoch_row` and `StepValue.row`."""
+
 REDUCTIONS: dict[str, Callable[..., Any]] = {
     "mean": torch.mean,
     "sum": torch.sum,

@@ -28,10 +28,8 @@ from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.snapshot import ModuleSnapshot
-from lightning_hetero.trainer.logged_values import LoggedKey, Numbers, combined, on_host, union
+from lightning_hetero.trainer.logged_values import COLUMNS, LoggedKey, Numbers, combined, on_host, union
 from lightning_hetero.trainer.torchmetrics import MetricSync
-
-COLUMNS = 4  # numbers that a rank sends for each key: see `_epoch_row`, and `TrainingResults._step_row`
 
 
 @dataclass(frozen=True)
@@ -227,16 +225,15 @@ class EvaluationResults(SynchronizedResults):
     def begin_batch(self, samples: int | None) -> None:
         """A batch begins, before its hooks; see `EvaluationBalancer.begin_batch`."""
         self.count_batch(samples)
-        if samples == 0:
-            self._before_borrowed = ModuleSnapshot(self._exchange.module)
-            self._metrics.begin_borrowed(self._before_borrowed)
+        self._before_borrowed = ModuleSnapshot(self._exchange.module) if samples == 0 else None
+        self._metrics.begin_batch(self._before_borrowed)
 
     def end_batch(self) -> None:
         """A batch and its hooks are over."""
         if self._before_borrowed is not None:
             self._before_borrowed.undo()
-            self._metrics.end_borrowed()
             self._before_borrowed = None
+        self._metrics.end_batch()
 
     @override
     def update_metrics(self, key: str, value: Metric | Tensor, batch_size: int) -> None:

@@ -32,6 +32,7 @@ class MetricSync:
         self._torchmetrics_sync = Metric.sync
         self._borrowed: ModuleSnapshot | None = None
         self._uncached: list[Metric] = []
+        self._batch_states: dict[int, tuple[Metric, dict[str, Any]]] = {}  # by id, since a metric's hash changes
 
     def close(self) -> None:
         """The run is over: metrics keep what they compute, as before."""
@@ -39,12 +40,13 @@ class MetricSync:
             metric.compute_with_cache = True
         self._uncached.clear()
 
-    def begin_borrowed(self, before: ModuleSnapshot) -> None:
-        """This rank's batch is another rank's: until `end_borrowed`, metrics count as they were `before` it."""
-        self._borrowed = before
+    def begin_batch(self, before_borrowed: ModuleSnapshot | None) -> None:
+        """A batch begins; if it is another rank's, metrics count as they were before it until `end_batch`."""
+        self._borrowed = before_borrowed
+        self._batch_states.clear()
 
-    def end_borrowed(self) -> None:
-        """The batch is over."""
+    def end_batch(self) -> None:
+        """The batch is over, and what borrowed samples have changed is undone."""
         self._borrowed = None
 
     def sync(
@@ -59,6 +61,8 @@ class MetricSync:
         available = distributed_available or metric.distributed_available_fn
         own_sync = type(metric)._sync_dist not in (Metric._sync_dist, MeanAveragePrecision._sync_dist)
         own_group = dist_sync_fn is not None or process_group is not None or metric.process_group is not None
+        if not should_sync and not metric._should_unsync:  # in `forward`, which computes the value of this batch
+            self._batch_states[id(metric)] = metric, {name: getattr(metric, name) for name in metric._reductions}
         with self._timer.waiting():
             if own_sync or own_group or metric._is_synced or not should_sync:
                 self._torchmetrics_sync(metric, dist_sync_fn, process_group, should_sync, distributed_available)
@@ -69,21 +73,65 @@ class MetricSync:
                     self._uncached.append(metric)
                 cache = metric._copy_state_dict()
                 if metric._reductions:
-                    self._gather_states(metric)
+                    own = self._contribution(metric)
+                    _set_states(metric, self._group.gather(own))
                 metric._cache, metric._is_synced = cache, True
 
-    def _gather_states(self, metric: Metric) -> None:
-        saved = self._borrowed.state_of(metric) if self._borrowed is not None else None
-        state: Mapping[str, Any] = saved if saved is not None else vars(metric)
-        own = {name: _to(state[name], "cpu") for name in metric._reductions}
+    def batch_values(self, metrics: Sequence[Metric]) -> list[Any]:
+        """What the last `forward` of these metrics would have returned for the batches of all ranks together.
+
+        All ranks call this with the same metrics; None for one that has computed no batch on any rank.
+        """
+        own = [
+            (self._borrowed is None, _on_host(self._batch_states[id(metric)][1]))
+            if id(metric) in self._batch_states
+            else (False, {})
+            for metric in metrics
+        ]
+        with self._timer.waiting():
+            ranks = self._group.gather(own)
+        values: list[Any] = []
+        for metric, contributions in zip(metrics, zip(*ranks, strict=True), strict=True):
+            of_ranks = [one for one in contributions if one[1]]
+            values.append(_computed(metric, of_ranks) if of_ranks else None)
+        return values
+
+    def _contribution(self, metric: Metric) -> tuple[bool, dict[str, Any]]:
+        """Whether this rank has updated a metric, and its states; none of samples that it has borrowed."""
+        state: Mapping[str, Any] = vars(metric)
+        if self._borrowed is not None:
+            if not metric._should_unsync:  # in `forward`, where the state is that of this batch
+                return False, _on_host({name: state[name] for name in metric._reductions})
+            state = self._borrowed.state_of(metric) or state
         # A metric whose updates were all undone has a count below 1, see `ModuleSnapshot.undo`.
-        ranks = self._group.gather((state["_update_count"] >= 1, own))
-        updated = [states for is_updated, states in ranks if is_updated] or [states for _, states in ranks]
-        for name, reduction in metric._reductions.items():
-            current = getattr(metric, name)
-            first = current[0] if isinstance(current, list) and current else current
-            device = first.device if isinstance(first, Tensor) else metric.device
-            setattr(metric, name, _to(_merged([states[name] for states in updated], reduction), device))
+        return state["_update_count"] >= 1, _on_host({name: state[name] for name in metric._reductions})
+
+
+def _on_host(states: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _to(state, "cpu") for name, state in states.items()}
+
+
+def _set_states(metric: Metric, ranks: Sequence[tuple[bool, Mapping[str, Any]]]) -> None:
+    """Give a metric the states over all ranks that have updated it."""
+    updated = [states for is_updated, states in ranks if is_updated] or [states for _, states in ranks]
+    for name, reduction in metric._reductions.items():
+        current = getattr(metric, name)
+        first = current[0] if isinstance(current, list) and current else current
+        device = first.device if isinstance(first, Tensor) else metric.device
+        setattr(metric, name, _to(_merged([states[name] for states in updated], reduction), device))
+
+
+def _computed(metric: Metric, ranks: Sequence[tuple[bool, Mapping[str, Any]]]) -> Any:
+    """The value of a metric with the states of all ranks; the metric stays as it is."""
+    names = (*metric._reductions, "_update_count", "_computed", "_to_sync", "_cache")
+    before = {name: getattr(metric, name) for name in names}
+    try:
+        _set_states(metric, ranks)
+        metric._update_count, metric._computed, metric._to_sync = 1, None, False
+        return metric.compute()
+    finally:
+        for name, value in before.items():
+            setattr(metric, name, value)
 
 
 def _to(value: Any, device: torch.device | str) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_hetero.trainer.logged_values import LoggedKey, is_zero
-from lightning_hetero.trainer.results import COLUMNS, MetricExchange, SynchronizedResults, without_exchange
+from lightning_hetero.trainer.logged_values import COLUMNS, LoggedKey, is_zero
+from lightning_hetero.trainer.results import MetricExchange, SynchronizedResults, without_exchange
 
 
 class _PartValue(NamedTuple):

@@ -5,18 +5,21 @@ Lightning has no public interface for them; a test fails when a release no longe
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 
+from lightning_hetero.trainer.early_stop import EarlyStop
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 
 
 def patch_trainer(
     trainer: "pl.Trainer",
     metrics: MetricSynchronizer,
+    early_stop: EarlyStop,
     *,
     prepare_dataloader: Callable[..., object],
     before_batch: Callable[[], None],
@@ -28,6 +31,7 @@ def patch_trainer(
     Args:
         trainer: the strategy's Trainer.
         metrics: of the run; closed with the returned stack.
+        early_stop: of the run.
         prepare_dataloader: in place of Lightning's, which injects samplers.
         before_batch: called before a batch is fetched, in place of a broadcast; see `signals.StopRequest`.
         on_sigterm: the handler of SIGTERM.
@@ -47,7 +51,9 @@ def patch_trainer(
             "_signal_connector._sigterm_notifier_fn": on_sigterm,
             "_logger_connector": metrics.connector,
             "fit_loop.epoch_loop._broadcast_sigterm_tensor": before_batch,
-            "fit_loop.epoch_loop._should_check_val_fx": metrics.is_validation_due,
+            "fit_loop.epoch_loop._should_check_val_fx": partial(
+                early_stop.is_validation_due, metrics.is_validation_due
+            ),
             "fit_loop.epoch_loop._results": metrics.training_results,
             "fit_loop.epoch_loop.val_loop._results": validating,
             "validate_loop._results": evaluating,
@@ -60,6 +66,11 @@ def patch_trainer(
             except AttributeError:
                 raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
             _replace(stack, owner, name, value)
+        # Where Lightning's loops look at `should_stop` next: an epoch begins, a step ends, an epoch ends.
+        loop = trainer.fit_loop
+        _call_after(stack, loop.epoch_loop, "on_run_start", early_stop.ask)
+        _call_after(stack, loop.epoch_loop, "_save_loggers_on_train_batch_end", early_stop.ask)
+        _call_after(stack, loop, "on_advance_end", early_stop.exchange)
         trainers_callbacks = vars(trainer)["callbacks"]  # set where mypy can't see it
         _call_before_monitors(stack, trainers_callbacks, metrics.exchange_epoch)
         stack.callback(_remove_callbacks, trainer, callbacks)
@@ -75,6 +86,17 @@ def _replace(stack: ExitStack, owner: object, name: str, value: object) -> None:
     else:
         stack.callback(attributes.pop, name, None)
     attributes[name] = value
+
+
+def _call_after(stack: ExitStack, owner: object, name: str, call: Callable[[], None]) -> None:
+    """Call `call` after a method, until the stack is closed."""
+    method = getattr(owner, name)
+
+    def then_call(*args: Any) -> None:
+        method(*args)
+        call()
+
+    _replace(stack, owner, name, then_call)
 
 
 def _call_before_monitors(stack: ExitStack, callbacks: list[Callback], call: Callable[[], None]) -> None:

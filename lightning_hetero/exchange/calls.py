@@ -49,7 +49,7 @@ class Place:
 
 
 class UnmatchedCallError(RuntimeError):
-    """Ranks wait for each other in different calls; its cause is never a lost connection, so it has a type of its own."""
+    """Ranks wait for each other in different calls; not a lost connection, so it has a type of its own."""
 
 
 def unmatched(places: Sequence[Place]) -> UnmatchedCallError:

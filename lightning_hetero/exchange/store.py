@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
@@ -36,9 +37,9 @@ def value(store: Store, key: str) -> str | None:
 
 def lives_in_a_rank(store: Store | None) -> bool:
     """Whether the store ends with the process of a rank, rank 0's; a file doesn't."""
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, PrefixStore):
         store = store.underlying_store
-    return isinstance(store, dist.TCPStore)
+    return isinstance(store, TCPStore)
 
 
 def new_run() -> int:

@@ -145,7 +145,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: RankGroup) -> N
     A parameter without a gradient on this rank counts as zeros. One without a gradient on every rank is left unchanged,
     as in DDP with `find_unused_parameters`. All ranks must pass the same parameters, in the same order.
     """
-    used = group.any_of([parameter.grad is not None for parameter in parameters])
+    used = group.any_of([parameter.grad is not None for parameter in parameters], "averaging the gradients")
     bucket: list[Tensor] = []
     for parameter in compress(parameters, used):
         if parameter.grad is None:

@@ -1,5 +1,4 @@
 """`trainer.should_stop`, set on any rank in any hook, stops all ranks after the same step."""
-# ruff: noqa: SLF001 - `tests/test_private_names.py` guards what is replaced on the Trainer
 
 from collections.abc import Callable
 from typing import Any

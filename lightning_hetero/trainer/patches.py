@@ -59,23 +59,30 @@ def patch_trainer(
             "validate_loop._results": evaluating,
             "test_loop._results": testing,
         }.items():
-            parent, _, name = path.rpartition(".")
-            try:
-                owner = attrgetter(parent)(trainer) if parent else trainer
-                getattr(owner, name)
-            except AttributeError:
-                raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
-            _replace(stack, owner, name, value)
-        # Where Lightning's loops look at `should_stop` next: an epoch begins, a step ends, an epoch ends.
-        loop = trainer.fit_loop
-        _call_after(stack, loop.epoch_loop, "on_run_start", early_stop.ask)
-        _call_after(stack, loop.epoch_loop, "_save_loggers_on_train_batch_end", early_stop.ask)
-        _call_after(stack, loop, "on_advance_end", early_stop.exchange)
+            _replace(stack, *_attribute(trainer, path), value)
+        # Where Lightning's loops look at `should_stop` next: training begins, an epoch begins, a step or an epoch ends.
+        _call_before(stack, *_attribute(trainer, "fit_loop.run"), early_stop.exchange)
+        _call_after(stack, *_attribute(trainer, "fit_loop.epoch_loop.on_run_start"), early_stop.exchange)
+        _call_before(
+            stack, *_attribute(trainer, "fit_loop.epoch_loop._save_loggers_on_train_batch_end"), early_stop.ask
+        )
+        _call_after(stack, *_attribute(trainer, "fit_loop.on_advance_end"), early_stop.exchange)
         trainers_callbacks = vars(trainer)["callbacks"]  # set where mypy can't see it
         _call_before_monitors(stack, trainers_callbacks, metrics.exchange_epoch)
         stack.callback(_remove_callbacks, trainer, callbacks)
         trainers_callbacks[:0] = callbacks
         return stack.pop_all()
+
+
+def _attribute(trainer: "pl.Trainer", path: str) -> tuple[object, str]:
+    """The owner and the name of what is under a path of a Trainer."""
+    parent, _, name = path.rpartition(".")
+    try:
+        owner = attrgetter(parent)(trainer) if parent else trainer
+        getattr(owner, name)
+    except AttributeError:
+        raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
+    return owner, name
 
 
 def _replace(stack: ExitStack, owner: object, name: str, value: object) -> None:
@@ -86,6 +93,17 @@ def _replace(stack: ExitStack, owner: object, name: str, value: object) -> None:
     else:
         stack.callback(attributes.pop, name, None)
     attributes[name] = value
+
+
+def _call_before(stack: ExitStack, owner: object, name: str, call: Callable[[], None]) -> None:
+    """Call `call` before a method, until the stack is closed."""
+    method = getattr(owner, name)
+
+    def call_first(*args: Any) -> None:
+        call()
+        method(*args)
+
+    _replace(stack, owner, name, call_first)
 
 
 def _call_after(stack: ExitStack, owner: object, name: str, call: Callable[[], None]) -> None:

@@ -20,6 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_hetero.exchange import consistency, failures
+from lightning_hetero.exchange.calls import OF_USER
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.shares import Shares
@@ -350,14 +351,14 @@ class HeteroStrategy(DDPStrategy):
         """Wait until all ranks make a call over DDP's group; where they don't, all of them raise the same error."""
         if (group := self._group_to_ask()) is not None:
             with self._waiting():
-                group.meet(group.waits.call(name, by_user=True))
+                group.meet(group.waits.call(name, OF_USER))
 
     def _require_equal_shapes(self, name: str, tensor: Any, group: Any) -> None:
         """The same, for a call that takes tensors of equal shapes; a group of some ranks is the user's own matter."""
         is_of_all_ranks = group is None or group is torch.distributed.group.WORLD
         if is_of_all_ranks and isinstance(tensor, Tensor) and (ranks := self._group_to_ask()) is not None:
             with self._waiting():
-                consistency.require_equal_shapes(ranks, tensor, ranks.waits.call(name, by_user=True))
+                consistency.require_equal_shapes(ranks, tensor, ranks.waits.call(name, OF_USER))
 
     def _group_to_ask(self) -> RankGroup | None:
         """All ranks, before they make a call over DDP's group; None where no other rank is connected."""

@@ -10,6 +10,9 @@ _BYTES = 6
 TEXT_COLUMNS = 12
 """Numbers that hold a text; a longer one is cut."""
 
+INTERNAL, OF_USER, BACKWARD_PASS = 0, 1, 2
+"""Kinds of calls: the strategy's own; those of the user and of Lightning; those that average gradients."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -18,12 +21,12 @@ class Call:
     Attributes:
         name: what it is; the same on all ranks.
         text: for errors, the call and where this rank makes it.
-        by_user: whether the user's code, or Lightning's, makes it through the strategy.
+        kind: `INTERNAL`, `OF_USER` or `BACKWARD_PASS`.
     """
 
     name: str
     text: str
-    by_user: bool = False
+    kind: int = INTERNAL
 
     @property
     def checksum(self) -> int:
@@ -38,14 +41,12 @@ class Place:
     Attributes:
         rank: the rank and its device, for errors.
         text: the call, see `Call.text`.
-        by_user: see `Call.by_user`.
-        is_backward: whether it is a backward pass that averages gradients.
+        kind: see `Call.kind`.
     """
 
     rank: str
     text: str
-    by_user: bool = False
-    is_backward: bool = False
+    kind: int = INTERNAL
 
 
 class UnmatchedCallError(RuntimeError):
@@ -57,13 +58,13 @@ def unmatched(places: Sequence[Place]) -> UnmatchedCallError:
     groups: dict[str, list[Place]] = {}
     for place in places:
         groups.setdefault(place.text, []).append(place)
-    first, *others = sorted(groups.values(), key=lambda group: (not group[0].by_user, len(group)))
-    alone = " alone" if len(first) == 1 and first[0].by_user else ""
+    first, *others = sorted(groups.values(), key=lambda group: (group[0].kind != OF_USER, len(group)))
+    alone = " alone" if len(first) == 1 and first[0].kind == OF_USER else ""
     sentence = f"{_verb(first)}{alone} in {first[0].text}, while " + ", and ".join(
         f"{_verb(group)} in {group[0].text}" for group in others
     )
-    skipped = [group for group in groups.values() if not group[0].is_backward]
-    if first[0].by_user:
+    skipped = [group for group in groups.values() if group[0].kind != BACKWARD_PASS]
+    if first[0].kind == OF_USER:
         advice = (
             "no rank can go on. All ranks have to make this call, in the same order: don't make it under a condition "
             "that differs between them, such as `if trainer.is_global_zero`"

@@ -59,7 +59,7 @@ class PendingRows:
 
 
 _HEAD = 3 + TEXT_COLUMNS
-"""What each row begins with: the checksum of the call's name, who makes it, the number of values; and its text."""
+"""What each row begins with: the checksum of the call's name, its kind, the number of values; and its text."""
 
 _VALUES = 24
 """How many values are sent with the head; more take a second exchange. Chosen: the messages of a step have fewer."""
@@ -100,7 +100,7 @@ class RankGroup:
             return PendingRows(torch.tensor([list(row)], dtype=torch.float64), len(row), lambda: None)
         call = self.waits.call(call) if isinstance(call, str) else call
         values = list(row)
-        head = [float(call.checksum), float(call.by_user), float(len(values)), *pack(call.text)]
+        head = [float(call.checksum), float(call.kind), float(len(values)), *pack(call.text)]
         first = torch.zeros(_HEAD + _VALUES, dtype=torch.float64)  # (columns,)
         first[: _HEAD + min(len(values), _VALUES)] = torch.tensor([*head, *values[:_VALUES]], dtype=torch.float64)
         table = _row_in_table(first, self.rank, self.world_size)
@@ -172,7 +172,7 @@ class RankGroup:
             raise RuntimeError("the ranks exchange rows of different lengths; this is a bug")
         rows = table.tolist()
         raise unmatched(
-            [Place(self.waits.name(rank), unpack(row[3:_HEAD]), bool(row[1])) for rank, row in enumerate(rows)]
+            [Place(self.waits.name(rank), unpack(row[3:_HEAD]), int(row[1])) for rank, row in enumerate(rows)]
         )
 
     def from_rank_zero(self, call: Callable[[], T]) -> T:

@@ -11,7 +11,7 @@ from time import monotonic
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from lightning_hetero.exchange.calls import Call, Place, Wait, listed, stuck, unmatched
+from lightning_hetero.exchange.calls import INTERNAL, Call, Place, Wait, listed, stuck, unmatched
 from lightning_hetero.exchange.store import ask, lives_in_a_rank, value
 
 _WAIT = "lightning_hetero/wait/{}"
@@ -19,9 +19,6 @@ _DEVICE = "lightning_hetero/device/{}"
 _FAILURE = "lightning_hetero/failure/{}"
 _KNOWN = "lightning_hetero/failure/{}/known"
 _LOST = "lightning_hetero/lost/{}/{}"
-
-BACKWARD = "backward"
-"""The channel of backward passes that average gradients."""
 
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 """PyTorch's own, of a gloo group."""
@@ -139,10 +136,10 @@ class Waits:
 
     # ---- this rank's waits ----
 
-    def call(self, name: str, text: str | None = None, *, by_user: bool = False) -> Call:
-        """A call; without a text, it is known by its name and the hook that makes it."""
-        hook = self._current_hook() if text is None else None
-        return Call(name, text or (f"{name} in {hook}" if hook else name), by_user)
+    def call(self, name: str, kind: int = INTERNAL) -> Call:
+        """A call that is known by its name and the hook that makes it."""
+        hook = self._current_hook()
+        return Call(name, f"{name} in {hook}" if hook else name, kind)
 
     def begin(self, channel: str) -> int:
         """This rank makes the next call of a channel; returns its number."""
@@ -288,8 +285,9 @@ class Waits:
         return f"rank {rank} ({device})" if device else f"rank {rank}"
 
     def _wait(self, waiting: _Waiting) -> Wait:
-        place = Place(self.place, waiting.call.text, waiting.call.by_user, waiting.channel == BACKWARD)
-        return Wait(place, waiting.channel, waiting.number, dict(self._begun))
+        return Wait(
+            Place(self.place, waiting.call.text, waiting.call.kind), waiting.channel, waiting.number, dict(self._begun)
+        )
 
     def _all_waits(self, waiting: _Waiting) -> dict[int, Wait]:
         """By rank: this rank's wait, and those that others have published."""

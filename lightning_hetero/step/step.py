@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hetero.device.step_timer import ComputeTimer
-from lightning_hetero.exchange.calls import Call
+from lightning_hetero.exchange.calls import BACKWARD_PASS, Call
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.exchange.messages import PendingMessages, StepMessages
-from lightning_hetero.exchange.waits import BACKWARD
 from lightning_hetero.sampling.random_state import RandomState
 from lightning_hetero.sampling.train_sampler import Share
 from lightning_hetero.step.gradients import (
@@ -205,8 +204,8 @@ class Step:
             hooks.callback(context.timer.backward_over)
             if averaged:
                 waits = context.group.waits
-                call = Call(BACKWARD, f"the backward pass of global batch {self.loaded.step}")
-                hooks.enter_context(waits.inside(call, BACKWARD, waits.begin(BACKWARD)))
+                call = self._backward_call("backward")
+                hooks.enter_context(waits.inside(call, call.name, waits.begin(call.name)))
             if layers is not None:
                 hooks.enter_context(layers.backward_pass(positive))
                 hooks.enter_context(gradients_without_nan(context.module, positive))
@@ -231,4 +230,7 @@ class Step:
         """Average the gradients over all ranks, after backward passes that each rank ran locally."""
         context = self._context
         context.timer.gradients_ready()  # the timer resumes when the backward pass is over
-        average_gradients(parameters, context.group)
+        average_gradients(parameters, context.group, self._backward_call("averaging"))
+
+    def _backward_call(self, name: str) -> Call:
+        return Call(name, f"the backward pass of global batch {self.loaded.step}", BACKWARD_PASS)

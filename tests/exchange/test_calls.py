@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_hetero.exchange.calls import Call, Place, listed, pack, unmatched, unpack
+from lightning_hetero.exchange.calls import OF_USER, Call, Place, listed, pack, unmatched, unpack
 
 
 @pytest.mark.parametrize("text", ["", "reduce in on_train_batch_end", "Größe ≥ 3 µm"])
@@ -21,7 +21,7 @@ def test_names_differ_as_numbers_do() -> None:
 
 def test_the_call_of_the_user_is_the_one_that_is_made_alone() -> None:
     steps = [Place(f"rank {rank} (cpu)", "the training step of global batch 8") for rank in (0, 2)]
-    users = Place("rank 1 (cuda:1)", "reduce in on_train_batch_end", by_user=True)
+    users = Place("rank 1 (cuda:1)", "reduce in on_train_batch_end", OF_USER)
     said = (
         "the ranks went different ways: rank 1 (cuda:1) is alone in reduce in on_train_batch_end, while rank 0 (cpu) "
         "and rank 2 (cpu) are in the training step of global batch 8: no rank can go on. All ranks have to make this "

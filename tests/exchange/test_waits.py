@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lightning_hetero.exchange.calls import Call, UnmatchedCallError
-from lightning_hetero.exchange.waits import BACKWARD, GaveUpError, LostConnectionError, Waits, WaitTimeoutError
+from lightning_hetero.exchange.calls import BACKWARD_PASS, OF_USER, Call, UnmatchedCallError
+from lightning_hetero.exchange.waits import GaveUpError, LostConnectionError, Waits, WaitTimeoutError
 
 SECONDS = 10
 """The test's own deadline for what takes a moment."""
 
-PASS, MESSAGES = Call(BACKWARD, "the backward pass of global batch 3"), Call("messages", "global batch 4")
-GATHER = Call("all_gather", "all_gather in training_step", by_user=True)
+PASS, MESSAGES = (
+    Call("backward", "the backward pass of global batch 3", BACKWARD_PASS),
+    Call("messages", "global batch 4"),
+)
+GATHER = Call("all_gather", "all_gather in training_step", OF_USER)
 
 
 class Held:
@@ -47,7 +50,7 @@ def test_what_is_published_while_the_wait_ends_is_cleared() -> None:
     store = Held()
     waits = waits_of(0, store)
     waits.watch()
-    inside = waits.inside(PASS, BACKWARD, waits.begin(BACKWARD))
+    inside = waits.inside(PASS, "backward", waits.begin("backward"))
     inside.__enter__()
     assert store.begun.wait(SECONDS), "the wait is being published"
     leaving = threading.Thread(target=inside.__exit__, args=(None, None, None))
@@ -64,7 +67,7 @@ def test_ranks_that_wait_for_each_other_are_told_so() -> None:
     store = dist.HashStore()
     ranks = [waits_of(rank, store, 3) for rank in range(3)]
     first, second, _ = ranks
-    with first.inside(PASS, BACKWARD, first.begin(BACKWARD)):
+    with first.inside(PASS, "backward", first.begin("backward")):
         first.check()  # nobody else waits
         with second.inside(MESSAGES, "ranks", second.begin("ranks")):
             for waits in ranks[1::-1]:
@@ -75,7 +78,7 @@ def test_ranks_that_wait_for_each_other_are_told_so() -> None:
                     "rank 1 (cpu) is in global batch 4: rank 1 (cpu) skipped a backward pass that the others made. "
                     "Make all ranks run the same backward passes."
                 )
-        second.begin(BACKWARD)  # it is late, not lost
+        second.begin("backward")  # it is late, not lost
         with second.inside(GATHER, "ranks", second.begin("ranks")):
             first.check()
             second.check()
@@ -98,9 +101,9 @@ def test_a_call_within_a_backward_pass_is_reached() -> None:
     store = dist.HashStore()
     first, second = (waits_of(rank, store) for rank in range(2))
     for waits in (first, second):
-        waits.begin(BACKWARD)
+        waits.begin("backward")
     layer = Call("layer", "a layer")
-    with first.inside(PASS, BACKWARD, 0), second.inside(PASS, BACKWARD, 0):
+    with first.inside(PASS, "backward", 0), second.inside(PASS, "backward", 0):
         first.check()
         with first.inside(layer, "layer", first.begin("layer")):
             first.check()
@@ -180,6 +183,6 @@ def test_a_timeout_names_those_who_are_waited_for() -> None:
 def test_one_rank_needs_no_store() -> None:
     waits = Waits(0, 1, "cpu", None, None)
     waits.watch()
-    with waits.inside(PASS, BACKWARD, waits.begin(BACKWARD)):
+    with waits.inside(PASS, "backward", waits.begin("backward")):
         waits.check()
     waits.stop_watching()

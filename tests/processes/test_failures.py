@@ -77,7 +77,7 @@ def afterwards(meeting: Meeting) -> None:
     module = Net()
     module(torch.ones(2, 8)).sum().backward()
     meeting.rank_1_ends()
-    average_gradients(list(module.parameters()), meeting.group)
+    average_gradients(list(module.parameters()), meeting.group, "averaging")
 
 
 def buffers(meeting: Meeting) -> None:

@@ -20,6 +20,8 @@ from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_hetero.exchange import consistency, failures
+from lightning_hetero.exchange.calls import OF_USER
+from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
@@ -147,6 +149,7 @@ class HeteroStrategy(DDPStrategy):
                 self.root_device,
                 self._timeout,
                 sync_batch_norm=sync_batch_norm,
+                current_hook=self._current_hook,
             )
             if self._job.batch_norm_group is not None:
                 self._layer_sync = ExactSyncBatchNorm(self._job.batch_norm_group)
@@ -208,17 +211,15 @@ class HeteroStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         explain_unused_parameters(exception)
         if self._run is not None:
-            job = self._run.job
-            device = job.devices[self.global_rank]
-            failures.explain(
-                exception, run=self._run.number, rank=self.global_rank, device=device, averaging=job.gradient_errors
-            )
+            failures.explain(exception, self._run.job.group.waits, self._run.job.gradient_errors)
 
     # ---- buffers: merged before they are read ----
 
-    def _merge_buffers(self) -> None:
+    def _merge_buffers(self, call: str) -> None:
         # A rank that fails may save a checkpoint while the others wait in another exchange.
         if self._buffers is not None and not self._is_interrupted():
+            if self._buffers.is_due:
+                self._meet(call)
             self._buffers.merge()
 
     def _is_interrupted(self) -> bool:
@@ -227,11 +228,13 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._merge_buffers()
+        self._merge_buffers("save_checkpoint")
         return super().lightning_module_state_dict()
 
     @override
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if not self._is_interrupted():
+            self._meet("save_checkpoint")
         super().save_checkpoint(*args, **kwargs)
         if self._fit is not None:
             self._fit.pause()
@@ -302,7 +305,7 @@ class HeteroStrategy(DDPStrategy):
         self.fit.end_epoch()
 
     def _pause_training(self) -> None:
-        self._merge_buffers()
+        self._merge_buffers("merging buffers")
         if self._fit is not None:
             self._fit.pause()
 
@@ -333,11 +336,37 @@ class HeteroStrategy(DDPStrategy):
     def _waiting(self) -> AbstractContextManager[None]:
         return self._job.timer.waiting() if self._job is not None else nullcontext()
 
+    def _current_hook(self) -> str | None:
+        """The hook of the module, a callback or the data module that is running, for errors."""
+        return self.lightning_module._current_fx_name if self.lightning_module is not None else None
+
+    def _meet(self, name: str) -> None:
+        """Wait until all ranks make a call over DDP's group; where they don't, all of them raise the same error."""
+        if (group := self._group_to_ask()) is not None:
+            with self._waiting():
+                group.meet(group.waits.call(name, OF_USER))
+
+    def _require_equal_shapes(self, name: str, tensor: Any, group: Any) -> None:
+        """The same, for a call that takes tensors of equal shapes; a group of some ranks is the user's own matter."""
+        is_of_all_ranks = group is None or group is torch.distributed.group.WORLD
+        if is_of_all_ranks and isinstance(tensor, Tensor) and (ranks := self._group_to_ask()) is not None:
+            with self._waiting():
+                consistency.require_equal_shapes(ranks, tensor, ranks.waits.call(name, OF_USER))
+
+    def _group_to_ask(self) -> RankGroup | None:
+        """All ranks, before they make a call over DDP's group; None where no other rank is connected."""
+        if self._job is None or self.world_size == 1 or not torch.distributed.is_initialized():
+            return None
+        if self._fit is not None:
+            self._fit.receive()
+        return self._job.group
+
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg") and not tensor.is_floating_point():
             # Lightning averages the sample counts of logged values as integers, rounded down: 55 on 3 ranks is 18.
             tensor = tensor.double()
+        self._require_equal_shapes("reduce", tensor, group)
         with self._waiting():
             return super().reduce(tensor, group, reduce_op)
 
@@ -346,6 +375,7 @@ class HeteroStrategy(DDPStrategy):
         # A rank that fails runs hooks with barriers in them while the others wait in another exchange.
         if self._is_interrupted():
             return
+        self._meet("barrier")
         with self._waiting():
             super().barrier(*args, **kwargs)
 
@@ -358,6 +388,7 @@ class HeteroStrategy(DDPStrategy):
             and in_evaluation_batch(self.lightning_module)
         ):
             return self._run.log_dirs[obj]
+        self._meet("broadcast")
         with self._waiting():
             result = super().broadcast(obj, src)
         if self._run is not None and src == 0:
@@ -366,6 +397,7 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        self._require_equal_shapes("all_gather", tensor, group)
         with self._waiting():
             return super().all_gather(tensor, group, sync_grads)
 

@@ -99,6 +99,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
             "_batches_that_stepped",
             "_broadcast_sigterm_tensor",
             "_results",
+            "_save_loggers_on_train_batch_end",
             "_should_accumulate",
             "_should_check_val_fx",
         ],
@@ -209,6 +210,9 @@ BEHIND_PRIVATE = [
     "_accelerator_connector.use_distributed_sampler",
     "_signal_connector.received_sigterm",
     "fit_loop.epoch_loop.batch_progress.current.ready",
+    "fit_loop.epoch_loop.on_run_start",
+    "fit_loop.on_advance_end",
+    "fit_loop.run",
     "fit_loop.epoch_loop.val_loop.max_batches",
 ]
 """Public names that only private ones lead to."""

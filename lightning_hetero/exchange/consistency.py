@@ -1,4 +1,4 @@
-"""Checks at the start that all ranks agree on the job, and lists the differences, which would make ranks hang later."""
+"""Checks that all ranks agree: at the start on the job, and later on the shapes of what they exchange."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from zlib import crc32
 
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_hetero.exchange.calls import Call, listed
 from lightning_hetero.exchange.groups import RankGroup
 
 
@@ -62,3 +63,31 @@ def require_equal(group: RankGroup, facts: Mapping[str, Any], topic: str) -> Non
     lines = differences(group.gather(dict(facts)))
     if lines:
         raise ValueError(f"the ranks don't agree on {topic}; " + "; ".join(lines) + ". Make them equal on every rank.")
+
+
+_MOST_DIMENSIONS = 16
+
+
+def require_equal_shapes(group: RankGroup, tensor: Tensor, call: Call) -> None:
+    """Check that a tensor has the same shape and type on all ranks, before a call that takes nothing else.
+
+    Raises:
+        ValueError: it doesn't, the same on all ranks.
+        UnmatchedCallError: not all ranks make the call.
+    """
+    shape = tensor.shape[:_MOST_DIMENSIONS]
+    padding = [0.0] * (_MOST_DIMENSIONS - len(shape))
+    code = crc32(str(tensor.dtype).encode())
+    rows = group.start([code, tensor.numel(), len(shape), *shape, *padding], call).wait().astype(int)  # (W, 19)
+    if len({tuple(row) for row in rows}) == 1:
+        return
+    shapes = [tuple(row[3 : 3 + row[2]].tolist()) for row in rows]
+    what, values = "shapes", [str(shape) for shape in shapes]
+    if len(set(shapes)) == 1:
+        what, values = "types", [str(tensor.dtype) if row[0] == code else "another" for row in rows]
+    each = listed([f"{value} on {group.waits.name(rank)}" for rank, value in enumerate(values)])
+    raise ValueError(
+        f"{call.text} needs tensors of equal {what} on all ranks, but gets {each}. Ranks have batches of different "
+        "sizes: keep values in a torchmetrics object with a list state, or gather them with "
+        "torch.distributed.all_gather_object or gather_object, which take any size"
+    )

@@ -7,55 +7,16 @@ path or a user's own message may contain any words. With gloo, errors of a lost 
   if the user makes the call, or the backward pass of a synchronized layer does. NCCL and the store have exception types
   of their own, all of them `DistError`s.
 - DDP's copying of buffers calls C++ from `torch.nn.parallel.distributed`.
-- Asynchronous calls raise where they are waited for: in `PendingRows.wait`, which raises a type of its own.
+- Asynchronous calls raise where they are waited for: in `Waits.complete`, which raises types of its own.
 - The gradients' all-reduce is waited for in C++ by autograd's engine, which raises all errors of a backward pass. So
   the averaging hook records the errors of its calls.
 """
 
-import contextlib
 import traceback
-from collections.abc import Callable
-from datetime import timedelta
-from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Store
 
-from lightning_hetero.exchange.groups import LostConnectionError
-
-T = TypeVar("T")
-
-_RUNS = "lightning_hetero/runs"
-_FAILURE = "lightning_hetero/failure/{}"
-
-_CAUSE_TIMEOUT = timedelta(seconds=2)
-"""How long to wait for the cause of a lost connection. Chosen: a rank publishes it before its connections close, so it
-is usually there already; on a busy machine it may arrive later."""
-
-
-def default_store() -> Store | None:
-    """The key-value store of the rendezvous, which still works after a failure; None if there is none."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    # There is no public access to it; without it, only the explanation of a failure is lost.
-    get = getattr(dist.distributed_c10d, "_get_default_store", None)
-    return get() if get is not None else None
-
-
-def _ask_store(call: Callable[[Store], T]) -> T | None:
-    """The result of `call` on the store; None if that fails, for instance after rank 0, which hosts it, has exited."""
-    with contextlib.suppress(Exception):
-        if (store := default_store()) is not None:
-            return call(store)
-    return None
-
-
-def new_run() -> int:
-    """A number that no earlier run of this job has had, so that a later run never sees an earlier one's failure.
-
-    It differs between ranks; all of them must use rank 0's.
-    """
-    return _ask_store(lambda store: store.add(_RUNS, 1)) or 0  # without the store nothing can be published either
+from lightning_hetero.exchange.waits import GaveUpError, LostConnectionError, Waits
 
 
 class CollectiveErrors:
@@ -93,7 +54,7 @@ def _is_from_collective_call(exception: BaseException) -> bool:
     return module.startswith("torch.distributed.")
 
 
-def explain(exception: BaseException, *, run: int, rank: int, device: str, averaging: CollectiveErrors) -> None:
+def explain(exception: BaseException, waits: Waits, averaging: CollectiveErrors) -> None:
     """Publish why this rank fails; or, if it fails because another rank has, say so in the exception's message.
 
     The exception's own text is never lost. A RuntimeError that is not recognized as a consequence of another rank's
@@ -101,27 +62,19 @@ def explain(exception: BaseException, *, run: int, rank: int, device: str, avera
 
     Args:
         exception: the exception that ends the run on this rank, with its traceback.
-        run: the number of the run, the same on all ranks; see `new_run`.
-        rank: this rank.
-        device: name of its device.
+        waits: of this rank.
         averaging: errors of the gradients' collective calls.
     """
-    key = _FAILURE.format(run)
     if not is_secondary_failure(exception, averaging):
-        own = f"rank {rank} ({device}) failed first: {type(exception).__name__}: {exception}"
-        first = _ask_store(lambda store: store.compare_set(key, "", own).decode()) or own
+        own = f"{waits.place} failed first: {type(exception).__name__}: {exception}"
+        first = waits.publish_failure(own)
         if type(exception) is RuntimeError and str(exception) not in first:  # all ranks may raise the same
             exception.add_note(first)
         return
     text = " ".join(str(exception).split())  # on one line, together with the cause
-    if (cause := _ask_store(lambda store: _awaited(store, key))) is not None:
-        message = f"{cause} (rank {rank} then lost the connection: {text})"
+    if (cause := waits.failure()) is not None:
+        then = "gave up waiting" if isinstance(exception, GaveUpError) else "then lost the connection:"
+        message = f"{cause} (rank {waits.rank} {then} {text})"
     else:
-        reached = f"rank {rank} could not reach it: {text}"
-        message = f"another rank ended without saying why; it may have been killed ({reached})"
+        message = f"{waits.broken()} (rank {waits.rank} lost the connection: {text})"
     exception.args = (message,)
-
-
-def _awaited(store: Store, key: str) -> str:
-    store.wait([key], _CAUSE_TIMEOUT)
-    return store.get(key).decode()

@@ -4,9 +4,9 @@ They never share a group with the gradients: a rank that is out of step with the
 rows say where each rank is, instead of in a gradient bucket that waits forever.
 """
 
+import pickle
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -15,11 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_hetero.exchange.calls import TEXT_COLUMNS, Call, Place, pack, unmatched, unpack
+from lightning_hetero.exchange.waits import Waits
+
 T = TypeVar("T")
-
-
-class LostConnectionError(RuntimeError):
-    """A collective call has failed: another rank has exited, or does not answer within the timeout."""
 
 
 def _row_in_table(row: Tensor, rank: int, world_size: int) -> Tensor:
@@ -39,80 +38,142 @@ def gather_rows(row: Tensor, rank: int, world_size: int, all_reduce_sum: Callabl
 class PendingRows:
     """Rows of all ranks that are still being exchanged; see `RankGroup.start`."""
 
-    CHECK_INTERVAL = timedelta(seconds=5)
-    """How long to wait before each `check_others`. Chosen: far longer than the wait in a normal step."""
-
-    def __init__(self, table: Tensor, work: dist.Work | None) -> None:
+    def __init__(self, table: Tensor, columns: int, wait: Callable[[], Tensor | None]) -> None:
         self._table = table
-        self._work = work
+        self._columns = columns
+        self._wait: Callable[[], Tensor | None] | None = wait
 
-    def wait(self, check_others: Callable[[], None] = lambda: None) -> npt.NDArray[np.float64]:
+    def wait(self) -> npt.NDArray[np.float64]:
         """The rows of all ranks, (W, columns); blocks until the slowest rank has sent its row.
 
-        Args:
-            check_others: called every `CHECK_INTERVAL` while waiting; raises if another rank will never send its row.
-
         Raises:
-            LostConnectionError: a rank has exited, or has not sent its row within the group's timeout.
+            UnmatchedCallError: ranks make different calls.
+            LostConnectionError: a rank has exited or failed.
+            WaitTimeoutError: a rank has not sent its row within the group's timeout.
         """
-        work, self._work = self._work, None
-        while work is not None and not _completes_within(work, self.CHECK_INTERVAL):
-            check_others()
-        return self._table.numpy()
+        wait, self._wait = self._wait, None
+        more = wait() if wait is not None else None
+        if more is not None:
+            self._table = torch.cat([self._table, more], dim=1)
+        return self._table[:, : self._columns].numpy()
 
 
-def _completes_within(work: dist.Work, timeout: timedelta) -> bool:
-    """Wait for a collective call for at most `timeout`; returns whether it has succeeded by then."""
-    try:
-        work.wait(timeout)
-    except RuntimeError:
-        if not work.is_completed():
-            return False
-        try:
-            work.wait()  # it has failed, or has succeeded just after the timeout
-        except RuntimeError as error:
-            raise LostConnectionError(str(error)) from None
-    return True
+_HEAD = 3 + TEXT_COLUMNS
+"""What each row begins with: the checksum of the call's name, its kind, the number of values; and its text."""
+
+_VALUES = 24
+"""How many values are sent with the head; more take a second exchange. Chosen: the messages of a step have fewer."""
 
 
 class RankGroup:
     """Collective calls by which all ranks exchange numbers and small objects.
 
-    All ranks must construct it, and call its methods in the same order. A call waits up to `timeout` for other ranks.
+    All ranks must construct it, and call its methods in the same order. A call waits up to the group's timeout for
+    other ranks, and looks meanwhile whether they can still come. Each begins with an exchange of the same size, which
+    says what the call is: so where ranks make different calls, all of them raise the same error.
+
+    Args:
+        rank: this rank.
+        world_size: W.
+        timeout: of the process group.
+        waits: of this rank; without it, a wait ends with the timeout.
+        channel: tells several groups of the same ranks apart.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout: timedelta | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        timeout: timedelta | None,
+        waits: Waits | None = None,
+        channel: str = "ranks",
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.waits = waits or Waits(rank, world_size, "", None, timeout)
+        self._channel = channel
         self._group: dist.ProcessGroup | None = _new_group("gloo", timeout) if world_size > 1 else None
 
-    def start(self, row: Sequence[float]) -> PendingRows:
+    def start(self, row: Sequence[float], call: Call | str = "an exchange of numbers") -> PendingRows:
         """Start to exchange this rank's row for those of all ranks, without waiting; rows must be equally long."""
-        table = _row_in_table(torch.tensor(row, dtype=torch.float64), self.rank, self.world_size)
-        work = dist.all_reduce(table, group=self._group, async_op=True) if self._group is not None else None
-        return PendingRows(table, work)
+        if self._group is None:
+            return PendingRows(torch.tensor([list(row)], dtype=torch.float64), len(row), lambda: None)
+        call = self.waits.call(call) if isinstance(call, str) else call
+        values = list(row)
+        head = [float(call.checksum), float(call.kind), float(len(values)), *pack(call.text)]
+        first = torch.zeros(_HEAD + _VALUES, dtype=torch.float64)  # (columns,)
+        first[: _HEAD + min(len(values), _VALUES)] = torch.tensor([*head, *values[:_VALUES]], dtype=torch.float64)
+        table = _row_in_table(first, self.rank, self.world_size)
+        number = self.waits.begin(self._channel)
+        work = dist.all_reduce(table, group=self._group, async_op=True)
 
-    def gather(self, value: T) -> list[T]:
+        def wait() -> Tensor | None:
+            self.waits.complete(work, call, self._channel, number)
+            self._require_same(table)
+            if len(values) <= _VALUES:
+                return None
+            rest = _row_in_table(torch.tensor(values[_VALUES:], dtype=torch.float64), self.rank, self.world_size)
+            self._complete(lambda: dist.all_reduce(rest, group=self._group, async_op=True), call)
+            return rest
+
+        return PendingRows(table[:, _HEAD:], len(values), wait)
+
+    def gather(self, value: T, call: Call | str = "a gathering of values") -> list[T]:
         """The values of all ranks, in rank order."""
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        call = self.waits.call(call) if isinstance(call, str) else call
+        own = _bytes_of(value)
+        sizes = [int(size) for size in self.start([len(own)], call).wait()[:, 0]]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in sizes]
+        self._complete(lambda: dist.all_gather(parts, padded, group=self._group, async_op=True), call)
+        return [_value_of(part[:size]) for part, size in zip(parts, sizes, strict=True)]
 
-    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+    def any_of(self, flags: Sequence[bool], call: Call | str = "an exchange of flags") -> list[bool]:
         """For each flag, whether any rank has set it; all ranks must pass equally many."""
-        table = self.start(flags).wait()  # (W, flags)
+        table = self.start(flags, call).wait()  # (W, flags)
         return [bool(column.any()) for column in table.T]
 
-    def broadcast(self, value: T) -> T:
+    def broadcast(self, value: T, call: Call | str = "a broadcast of rank 0's value") -> T:
         """Rank 0's value, on all ranks."""
         if self._group is None:
             return value
-        values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0, group=self._group)
-        result: T = values[0]
-        return result
+        call = self.waits.call(call) if isinstance(call, str) else call
+        data = _bytes_of(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        size = int(self.start([len(data)], call).wait()[0, 0])
+        data = data if self.rank == 0 else torch.empty(size, dtype=torch.uint8)
+        self._complete(lambda: dist.broadcast(data, src=0, group=self._group, async_op=True), call)
+        return value if self.rank == 0 else cast("T", _value_of(data))
+
+    def meet(self, call: Call) -> None:
+        """Wait until all ranks make a call that is not this group's."""
+        self.start((), call).wait()
+
+    def _complete(self, begin: Callable[[], dist.Work | None], call: Call) -> None:
+        """Make a further exchange of a call, and wait for it."""
+        number = self.waits.begin(self._channel)
+        work = begin()
+        assert work is not None, "this rank is in the group of all ranks"
+        self.waits.complete(work, call, self._channel, number)
+
+    def _require_same(self, table: Tensor) -> None:
+        """Check the heads of all ranks' rows, (W, columns).
+
+        Raises:
+            UnmatchedCallError: they are of different calls.
+            RuntimeError: they have different numbers of values.
+        """
+        names, lengths = set(table[:, 0].tolist()), set(table[:, 2].tolist())
+        if len(names) == 1 and len(lengths) == 1:
+            return
+        if len(names) == 1:
+            raise RuntimeError("the ranks exchange rows of different lengths; this is a bug")
+        rows = table.tolist()
+        raise unmatched(
+            [Place(self.waits.name(rank), unpack(row[3:_HEAD]), int(row[1])) for rank, row in enumerate(rows)]
+        )
 
     def from_rank_zero(self, call: Callable[[], T]) -> T:
         """Run `call` on rank 0 only, and return its result on all ranks.
@@ -150,12 +211,31 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> No
     dist.all_reduce(tensor, group=group)
 
 
-def all_reduce_in_own_group(timeout: timedelta | None) -> Callable[[Tensor], None]:
+def all_reduce_in_own_group(timeout: timedelta | None, waits: Waits, call: str) -> Callable[[Tensor], None]:
     """An `all_reduce_sum` over a group of its own, so that its calls need not be ordered with those of gradients.
 
-    All ranks must call this; the group has the same backend as the default one.
+    All ranks must call this; the group has the same backend as the default one. `call` names it in errors.
     """
-    return partial(all_reduce_sum, group=_new_group(None, timeout))
+    group = _new_group(None, timeout)
+
+    def in_own_group(tensor: Tensor) -> None:
+        number = waits.begin(call)
+        work = dist.all_reduce(tensor, group=group, async_op=True)
+        assert work is not None, "this rank is in the group of all ranks"
+        if tensor.device.type == "cuda":
+            work.wait()  # the device's stream waits, not the host
+        else:
+            waits.complete(work, waits.call(call), call, number)
+
+    return in_own_group
+
+
+def _bytes_of(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)  # (bytes,)
+
+
+def _value_of(data: Tensor) -> Any:
+    return pickle.loads(data.numpy().tobytes())  # noqa: S301 - another rank of this job has sent it
 
 
 def _new_group(backend: str | None, timeout: timedelta | None) -> dist.ProcessGroup:

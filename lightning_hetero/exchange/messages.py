@@ -5,10 +5,15 @@ from dataclasses import astuple, dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_hetero.exchange.calls import Call
+from lightning_hetero.exchange.groups import PendingRows, RankGroup
 from lightning_hetero.planning.reports import MemoryReports, StepReports
 
-TRAINS, LEFT_EPOCH, FETCHES = 0, 1, 2
-"""Kinds of messages: what a rank is about to do, or has done, when it sends its message."""
+TRAINS, LEFT_EPOCH, FETCHES, ASKS_TO_STOP = 0, 1, 2, 3
+"""Kinds of messages: what a rank is about to do, or has done, when it sends its message.
+
+A rank that asks to stop sends this in place of its next message, see `PendingMessages`.
+"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,8 @@ class StepMessage:
     averaged_after_backward: float = 0.0  # whether gradients were averaged after the backward pass, not during it
     peak_memory: float = 0.0  # peak bytes in the rank's last step; 0 for unknown
     content_hash: float = 0.0  # of the data of one of the first batches; 0 if it is not compared
-    stop_requested: float = 0.0  # whether the rank has been asked to stop
+    stop_requested: float = 0.0  # whether the rank has been asked to stop, by a signal
+    should_stop: float = 0.0  # whether `trainer.should_stop` was set on the rank
     local_batch: float = 0.0  # of its last step, if that was computed in one piece; else 0
     resting_memory: float = 0.0  # bytes held before the rank's first step
     fits: float = 0.0  # the largest local batch known to fit, once memory has run out; 0 if it never did
@@ -38,6 +44,33 @@ class StepMessage:
 
 
 _COLUMNS = {field.name: number for number, field in enumerate(fields(StepMessage))}
+
+
+class PendingMessages:
+    """A rank's message, and those of all ranks, which are still being exchanged.
+
+    Where a rank asks to stop, the others don't know of it and have sent their next message. Only if all ask, they
+    stop at once. Otherwise those that did not ask send their message again, together with the next one of those that
+    did: so nobody sends anything more in a step in which nobody asks.
+    """
+
+    def __init__(self, group: RankGroup, message: StepMessage) -> None:
+        self._group = group
+        self._message = message
+        self._pending = self._start()
+
+    def _start(self) -> PendingRows:
+        place = _place(self._message.kind, self._message.step)
+        return self._group.start(self._message.row(), Call("messages", place))
+
+    def receive(self) -> "StepMessages":
+        """The messages of all ranks; waits for the slowest one. Called once; see `PendingRows.wait` for errors."""
+        while True:
+            messages = StepMessages(self._pending.wait())
+            asking = messages.column("kind") == ASKS_TO_STOP
+            if asking.all() or not asking.any() or self._message.kind == ASKS_TO_STOP:
+                return messages
+            self._pending = self._start()
 
 
 @dataclass(frozen=True)
@@ -83,10 +116,10 @@ class StepMessages:
         """
         positions = list(zip(self.column("kind"), self.column("step"), strict=True))
         if len(set(positions)) > 1:
-            places = "; ".join(_place(rank, *position) for rank, position in enumerate(positions))
+            places = "; ".join(f"rank {rank} is in {_place(*position)}" for rank, position in enumerate(positions))
             raise RuntimeError(
                 f"the ranks went different ways: {places}. Every rank has to train on every global batch: make "
-                "on_train_batch_start, the loader and should_stop decide the same on all ranks."
+                "on_train_batch_start and the loader decide the same on all ranks."
             )
         if len(set(self.column("plan_checksum"))) > 1:
             raise RuntimeError(f"the ranks split global batch {self.step} differently; this is a bug in planning")
@@ -98,7 +131,9 @@ class StepMessages:
             )
 
 
-def _place(rank: int, kind: float, step: float) -> str:
+def _place(kind: float, step: float) -> str:
     if kind == LEFT_EPOCH:
-        return f"rank {rank} left the epoch after global batch {int(step) - 1}"
-    return f"rank {rank} {'fetches' if kind == FETCHES else 'trains on'} global batch {int(step)}"
+        return f"the end of the epoch, after global batch {int(step) - 1}"
+    if kind == ASKS_TO_STOP:
+        return f"should_stop before global batch {int(step)}"
+    return f"{'fetching' if kind == FETCHES else 'the training step of'} global batch {int(step)}"

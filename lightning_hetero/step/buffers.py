@@ -102,6 +102,11 @@ class BufferMerge:
         except TypeError:
             self._samples += 1
 
+    @property
+    def is_due(self) -> bool:
+        """Whether `merge` exchanges anything; the same on all ranks."""
+        return self._steps > 0 and self._world_size > 1
+
     @torch.no_grad()
     def merge(self) -> None:
         """Make the buffers equal on all ranks; does nothing if there was no training step since the last merge.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 
 from lightning_hetero.device.step_timer import ComputeTimer
+from lightning_hetero.exchange.calls import Call
 from lightning_hetero.exchange.failures import CollectiveErrors
 from lightning_hetero.exchange.groups import RankGroup
 
@@ -139,13 +140,14 @@ _BUCKET_BYTES = 25 * 2**20
 """The default size of DDP's buckets: large enough to be fast, small compared with all gradients."""
 
 
-def average_gradients(parameters: Sequence[nn.Parameter], group: RankGroup) -> None:
+def average_gradients(parameters: Sequence[nn.Parameter], group: RankGroup, call: Call | str) -> None:
     """Average gradients over all ranks as DDP does during backward, but after a purely local backward pass.
 
     A parameter without a gradient on this rank counts as zeros. One without a gradient on every rank is left unchanged,
     as in DDP with `find_unused_parameters`. All ranks must pass the same parameters, in the same order.
+    `call` is how errors name it.
     """
-    used = group.any_of([parameter.grad is not None for parameter in parameters])
+    used = group.any_of([parameter.grad is not None for parameter in parameters], call)
     bucket: list[Tensor] = []
     for parameter in compress(parameters, used):
         if parameter.grad is None:

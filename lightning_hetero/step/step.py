@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_hetero.device.step_timer import ComputeTimer
-from lightning_hetero.exchange.groups import PendingRows, RankGroup
-from lightning_hetero.exchange.long_backward import LongBackwardMonitor
-from lightning_hetero.exchange.messages import StepMessages
+from lightning_hetero.exchange.calls import BACKWARD_PASS, Call
+from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.exchange.messages import PendingMessages, StepMessages
 from lightning_hetero.sampling.random_state import RandomState
 from lightning_hetero.sampling.train_sampler import Share
 from lightning_hetero.step.gradients import (
@@ -37,7 +37,6 @@ class StepContext:
     device: torch.device  # of this rank
     timer: ComputeTimer  # of this rank's compute time
     mask: GradientMask  # for the gradients that DDP averages
-    long_backward: LongBackwardMonitor
     zero_counts: ZeroCountWarning
     batch_norm_group: BatchNormGroup | None  # of the synchronized layers; None if there are none
 
@@ -134,12 +133,18 @@ class Step:
         context: what all steps of the fit share.
         loaded: the batch.
         count: its loss count.
-        messages: the rows of `StepMessages`, still being exchanged.
+        messages: those of all ranks, still being exchanged.
         accumulates: whether earlier micro-batches of the same optimizer step have left gradients.
     """
 
     def __init__(
-        self, context: StepContext, loaded: LoadedBatch, count: LocalCount, messages: PendingRows, *, accumulates: bool
+        self,
+        context: StepContext,
+        loaded: LoadedBatch,
+        count: LocalCount,
+        messages: PendingMessages,
+        *,
+        accumulates: bool,
     ) -> None:
         self.loaded = loaded
         self.count = count
@@ -147,7 +152,7 @@ class Step:
         self.logged_weight: float | Tensor | None = None  # in samples of the global batch; None: its number of samples
         self._context = context
         self._accumulates = accumulates
-        self._pending: PendingRows | None = messages
+        self._pending: PendingMessages | None = messages
         self._device_total = DeviceTotal(count, context) if context.counts_on_device else None
 
     def receive(self) -> StepMessages | None:
@@ -161,7 +166,7 @@ class Step:
         pending, self._pending = self._pending, None
         context, total = self._context, self._device_total
         with context.timer.waiting():
-            messages = StepMessages(pending.wait(lambda: context.long_backward.check_others(self.loaded.step)))
+            messages = pending.receive()
             if total is not None:
                 total.wait()
         if self.count.error is not None:
@@ -198,8 +203,9 @@ class Step:
         with ExitStack() as hooks:
             hooks.callback(context.timer.backward_over)
             if averaged:
-                context.long_backward.enter(self.loaded.step)
-                hooks.callback(context.long_backward.leave)
+                waits = context.group.waits
+                call = self._backward_call("backward")
+                hooks.enter_context(waits.inside(call, call.name, waits.begin(call.name)))
             if layers is not None:
                 hooks.enter_context(layers.backward_pass(positive))
                 hooks.enter_context(gradients_without_nan(context.module, positive))
@@ -224,8 +230,7 @@ class Step:
         """Average the gradients over all ranks, after backward passes that each rank ran locally."""
         context = self._context
         context.timer.gradients_ready()  # the timer resumes when the backward pass is over
-        context.long_backward.enter(self.loaded.step)
-        try:
-            average_gradients(parameters, context.group)
-        finally:
-            context.long_backward.leave()
+        average_gradients(parameters, context.group, self._backward_call("averaging"))
+
+    def _backward_call(self, name: str) -> Call:
+        return Call(name, f"the backward pass of global batch {self.loaded.step}", BACKWARD_PASS)

@@ -11,9 +11,14 @@ from torch import Tensor
 
 from lightning_hetero.device.peak_memory import PeakMemory
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
-from lightning_hetero.exchange.failures import default_store
-from lightning_hetero.exchange.long_backward import LongBackwardMonitor
-from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
+from lightning_hetero.exchange.messages import (
+    FETCHES,
+    LEFT_EPOCH,
+    TRAINS,
+    PendingMessages,
+    StepMessage,
+    StepMessages,
+)
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_contents import input_shape, shape_number
@@ -56,7 +61,6 @@ class Fit:
         if isinstance(self._planner, SplitPlanner):
             self._planner.forget_memory()
         self._reporter = make_reporter(run.trainer, self._planner, job.devices, self._folder)
-        # Last, since a thread begins with it.
         self._context = StepContext(
             module=module,
             counter=counter,
@@ -64,7 +68,6 @@ class Fit:
             device=job.device,
             timer=job.timer,
             mask=job.mask,
-            long_backward=LongBackwardMonitor(job.group.rank, job.group.world_size, default_store()),
             zero_counts=ZeroCountWarning(counter.rule, job.group.rank),
             batch_norm_group=job.batch_norm_group,
         )
@@ -75,6 +78,8 @@ class Fit:
         self._step: Step | None = None  # from the call of training_step to the end of the batch
         self._risky = False  # memory may run out in the step
         self._in_parts: StepInParts | None = None  # if the step can recover from that
+        run.early_stop.exchange()  # the hooks at the start of training are over
+        job.group.waits.watch()
 
     @property
     def borrowed(self) -> bool:
@@ -92,8 +97,7 @@ class Fit:
         job = self._job
         if job.on_cpus and self._planner.is_exploring and not self._times.accumulates:
             step = job.batches.next_step()
-            pending = job.group.start(self._message(FETCHES, step).row())
-            messages = StepMessages(pending.wait(lambda: self._context.long_backward.check_others(step)))
+            messages = PendingMessages(job.group, self._message(FETCHES, step)).receive()
             messages.check()
             self._update(messages)
         job.timer.start()
@@ -209,8 +213,13 @@ class Fit:
             RuntimeError: another rank has more.
         """
         self._context.zero_counts.end_epoch()
-        message = StepMessage(LEFT_EPOCH, self._job.batches.next_step(), stop_requested=self._run.stop.requested)
-        messages = StepMessages(self._job.group.start(message.row()).wait())
+        message = StepMessage(
+            LEFT_EPOCH,
+            self._job.batches.next_step(),
+            stop_requested=self._run.stop.requested,
+            should_stop=self._run.early_stop.wanted,
+        )
+        messages = PendingMessages(self._job.group, message).receive()
         messages.check()
         self._stop_if_requested(messages)
         self._run.metrics.exchange_epoch()
@@ -229,7 +238,12 @@ class Fit:
 
     def close(self) -> None:
         """Stop monitoring, also after an error."""
-        self._context.long_backward.stop()
+        self._job.group.waits.stop_watching()
+
+    def receive(self) -> None:
+        """Receive the messages of a step that is running, before another exchange begins."""
+        if self._step is not None:
+            self._receive(self._step)
 
     # ---- within a step ----
 
@@ -256,7 +270,7 @@ class Fit:
             plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
             content_hash=self._content_hash,
         )
-        pending = self._job.group.start(message.row())
+        pending = PendingMessages(self._job.group, message)
         self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
         if self._risky and self._recovery.can_recover():
             too_large = self._memory.is_too_large(loaded.local_batch or 0)
@@ -297,6 +311,7 @@ class Fit:
             step=step,
             last_drawn=self._run.loaders.last_drawn,
             stop_requested=self._run.stop.requested,
+            should_stop=self._run.early_stop.wanted,
             input_shape=shape_number(self._input_shape),
             **measured,
             **asdict(self._memory.report),
@@ -327,6 +342,8 @@ class Fit:
     def _stop_if_requested(self, messages: StepMessages) -> None:
         if messages.column("stop_requested").any():
             self._run.stop.stop()
+        if messages.column("should_stop").any():
+            self._run.early_stop.share(True)
 
     def _compare_with_profile(self, messages: StepMessages) -> None:
         """Discard a profile of samples of another shape than rank 0's first batch has; the same on all ranks."""

@@ -13,6 +13,8 @@ from lightning_hetero.device.name import device_name
 from lightning_hetero.device.step_timer import ComputeTimer, device_clock
 from lightning_hetero.exchange.failures import CollectiveErrors
 from lightning_hetero.exchange.groups import RankGroup, all_reduce_in_own_group
+from lightning_hetero.exchange.store import default_store
+from lightning_hetero.exchange.waits import Waits
 from lightning_hetero.planning.memory import MemoryLimits
 from lightning_hetero.step.gradients import GradientMask
 from lightning_hetero.step.sync_batch_norm import BatchNormGroup
@@ -85,17 +87,23 @@ class Job:
         timeout: timedelta | None,
         *,
         sync_batch_norm: bool,
+        current_hook: Callable[[], str | None],
     ) -> "Job":
-        """Connect to the other ranks, and exchange devices and memory with them; all ranks call it together."""
+        """Connect to the other ranks, and exchange devices and memory with them; all ranks call it together.
+
+        `current_hook` returns the hook of the user's code that is running, for errors.
+        """
         if device.type == "cpu":
             keep_freed_memory()
         timer = ComputeTimer(device_clock(device))
-        group = RankGroup(rank, world_size, timeout)
+        waits = Waits(rank, world_size, device_name(device), default_store(), timeout, current_hook=current_hook)
+        group = RankGroup(rank, world_size, timeout, waits)
         devices = tuple(group.gather(device_name(device)))
         planner_cache = PlannerCache()
         batch_norm_group = None
         if sync_batch_norm and world_size > 1:
-            batch_norm_group = BatchNormGroup(rank, world_size, all_reduce_in_own_group(timeout), timer.waiting)
+            all_reduce = all_reduce_in_own_group(timeout, waits, "a synchronized BatchNorm layer")
+            batch_norm_group = BatchNormGroup(rank, world_size, all_reduce, timer.waiting)
         capacities = group.gather(memory_capacity(device))
         return cls(
             options=options,
@@ -109,7 +117,7 @@ class Job:
             profiles=ProfileStore(group, device),
             planner_cache=planner_cache,
             evaluation=EvaluationBalancer(world_size, timer, options.shares, planner_cache),
-            lockstep_group=cache(lambda _position: RankGroup(rank, world_size, timeout)),
+            lockstep_group=cache(lambda position: RankGroup(rank, world_size, timeout, waits, f"loader {position}")),
             batch_norm_group=batch_norm_group,
             batches=BatchCounter(),
         )

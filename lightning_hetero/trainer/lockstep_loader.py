@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 from lightning_hetero.exchange.duplicate_data import content_hash
 from lightning_hetero.exchange.groups import RankGroup
 
+_CALL = "fetching a batch of an iterable data set"
+
 
 class LockstepLoader:
     """An iterable data set's loader that ends on all ranks when it ends on one.
@@ -36,13 +38,13 @@ class LockstepLoader:
         ahead = next(iterator, end)
         compares = not self._compared and ahead is not end
         # One row per rank: whether it has a batch, and a hash of its first sample.
-        ready = self._group.start([ahead is not end, _first_sample_hash(ahead) if compares else 0.0])
+        ready = self._group.start([ahead is not end, _first_sample_hash(ahead) if compares else 0.0], _CALL)
         rows = ready.wait()  # (W, 2)
         vars(self)["_compared"] = True
         self._compare(rows[:, 1].tolist())
         while rows[:, 0].all():
             batch, ahead = ahead, next(iterator, end)
-            ready = self._group.start([ahead is not end, 0.0])
+            ready = self._group.start([ahead is not end, 0.0], _CALL)
             yield batch
             rows = ready.wait()
 

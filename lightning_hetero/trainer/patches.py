@@ -5,7 +5,7 @@ Lightning has no public interface for them; a test fails when a release no longe
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partialmethod
+from functools import partial, partialmethod
 from operator import attrgetter
 from typing import Any
 
@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint, EarlyStopping
 from torchmetrics import Metric
 
+from lightning_hetero.trainer.early_stop import EarlyStop
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 from lightning_hetero.trainer.torchmetrics import MetricSync
 
@@ -20,6 +21,7 @@ from lightning_hetero.trainer.torchmetrics import MetricSync
 def patch_trainer(
     trainer: "pl.Trainer",
     metrics: MetricSynchronizer,
+    early_stop: EarlyStop,
     *,
     prepare_dataloader: Callable[..., object],
     before_batch: Callable[[], None],
@@ -32,6 +34,7 @@ def patch_trainer(
     Args:
         trainer: the strategy's Trainer.
         metrics: of the run; closed with the returned stack.
+        early_stop: of the run.
         prepare_dataloader: in place of Lightning's, which injects samplers.
         before_batch: called before a batch is fetched, in place of a broadcast; see `signals.StopRequest`.
         on_sigterm: the handler of SIGTERM.
@@ -52,23 +55,26 @@ def patch_trainer(
             "_signal_connector._sigterm_notifier_fn": on_sigterm,
             "_logger_connector": metrics.connector,
             "fit_loop.epoch_loop._broadcast_sigterm_tensor": before_batch,
-            "fit_loop.epoch_loop._should_check_val_fx": metrics.is_validation_due,
+            "fit_loop.epoch_loop._should_check_val_fx": partial(
+                early_stop.is_validation_due, metrics.is_validation_due
+            ),
             "fit_loop.epoch_loop._results": metrics.training_results,
             "fit_loop.epoch_loop.val_loop._results": validating,
             "validate_loop._results": evaluating,
             "test_loop._results": testing,
         }.items():
-            parent, _, name = path.rpartition(".")
-            try:
-                owner = attrgetter(parent)(trainer) if parent else trainer
-                getattr(owner, name)
-            except AttributeError:
-                raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
-            _replace(stack, owner, name, value)
+            _replace(stack, *_attribute(trainer, path), value)
         if metrics.metric_sync is not None:
             stack.callback(metrics.metric_sync.close)
             stack.callback(setattr, Metric, "sync", Metric.sync)
             Metric.sync = partialmethod(_sync, metrics.metric_sync)  # type: ignore[assignment, method-assign] # of all metrics, wherever they are held
+        # Where Lightning's loops look at `should_stop` next: training begins, an epoch begins, a step or an epoch ends.
+        _call_before(stack, *_attribute(trainer, "fit_loop.run"), early_stop.exchange)
+        _call_after(stack, *_attribute(trainer, "fit_loop.epoch_loop.on_run_start"), early_stop.exchange)
+        _call_before(
+            stack, *_attribute(trainer, "fit_loop.epoch_loop._save_loggers_on_train_batch_end"), early_stop.ask
+        )
+        _call_after(stack, *_attribute(trainer, "fit_loop.on_advance_end"), early_stop.exchange)
         trainers_callbacks = vars(trainer)["callbacks"]  # set where mypy can't see it
         for callback in trainers_callbacks:
             if isinstance(callback, BasePredictionWriter):
@@ -79,6 +85,17 @@ def patch_trainer(
         return stack.pop_all()
 
 
+def _attribute(trainer: "pl.Trainer", path: str) -> tuple[object, str]:
+    """The owner and the name of what is under a path of a Trainer."""
+    parent, _, name = path.rpartition(".")
+    try:
+        owner = attrgetter(parent)(trainer) if parent else trainer
+        getattr(owner, name)
+    except AttributeError:
+        raise RuntimeError(f"this Lightning has no Trainer.{path}: use lightning 2.6") from None
+    return owner, name
+
+
 def _replace(stack: ExitStack, owner: object, name: str, value: object) -> None:
     """Set an attribute of an object until the stack is closed."""
     attributes = vars(owner)
@@ -87,6 +104,28 @@ def _replace(stack: ExitStack, owner: object, name: str, value: object) -> None:
     else:
         stack.callback(attributes.pop, name, None)
     attributes[name] = value
+
+
+def _call_before(stack: ExitStack, owner: object, name: str, call: Callable[[], None]) -> None:
+    """Call `call` before a method, until the stack is closed."""
+    method = getattr(owner, name)
+
+    def call_first(*args: Any) -> None:
+        call()
+        method(*args)
+
+    _replace(stack, owner, name, call_first)
+
+
+def _call_after(stack: ExitStack, owner: object, name: str, call: Callable[[], None]) -> None:
+    """Call `call` after a method, until the stack is closed."""
+    method = getattr(owner, name)
+
+    def then_call(*args: Any) -> None:
+        method(*args)
+        call()
+
+    _replace(stack, owner, name, then_call)
 
 
 def _call_before_monitors(stack: ExitStack, callbacks: list[Callback], call: Callable[[], None]) -> None:

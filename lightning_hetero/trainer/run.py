@@ -10,10 +10,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_hetero.device.speed_test import speed
-from lightning_hetero.exchange import consistency, failures
+from lightning_hetero.exchange import consistency
+from lightning_hetero.exchange.store import new_run
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
+from lightning_hetero.trainer.early_stop import EarlyStop
 from lightning_hetero.trainer.hooks import HookCallback, TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.log_dir import BroadcastCache
@@ -34,6 +36,7 @@ class Run:
 
     Attributes:
         number: of this run, the same on all ranks.
+        early_stop: shares `trainer.should_stop`.
         stop: handles SIGTERM.
         log_dirs: the broadcast values of `Trainer.log_dir`, for hooks of evaluation batches.
         loaders: the training loaders.
@@ -44,7 +47,9 @@ class Run:
         self.job = job
         self.trainer = trainer
         seed = int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed()) % 2**32
-        seed, self.number = job.group.broadcast((seed, failures.new_run()))
+        seed, self.number = job.group.broadcast((seed, new_run()))
+        job.group.waits.begin_run(self.number)
+        self.early_stop = EarlyStop(trainer, job.group, job.batches.next_step)
         self.stop = StopRequest(trainer)
         self.log_dirs = BroadcastCache()
         self.loaders = TrainingLoaders(trainer, job, seed, self.planner_for)
@@ -60,6 +65,7 @@ class Run:
         self._patches = patch_trainer(
             trainer,
             self.metrics,
+            self.early_stop,
             prepare_dataloader=loaders.prepare,
             before_batch=hooks.before_batch,
             on_sigterm=self.stop.handle,
@@ -141,9 +147,13 @@ class Run:
         """
         measured = self.job.evaluation.measured()
         typical = not self.trainer.sanity_checking
-        reports = self.job.group.gather((measured if typical else {}, self.stop.requested))
-        self.job.evaluation.update([times for times, _ in reports])
-        if any(requested for _, requested in reports):
+        reports = self.job.group.gather(
+            (measured if typical else {}, self.stop.requested, self.early_stop.wanted), "the end of the evaluation"
+        )
+        self.job.evaluation.update([times for times, _, _ in reports])
+        if any(wanted for _, _, wanted in reports):
+            self.early_stop.share(True)
+        if any(requested for _, requested, _ in reports):
             self.stop.stop()
             if self.trainer.sanity_checking:
                 raise SIGTERMException
@@ -154,5 +164,5 @@ class Run:
         Raises:
             SIGTERMException: one was.
         """
-        if any(self.job.group.any_of([self.stop.requested])):
+        if any(self.job.group.any_of([self.stop.requested], "the end of training")):
             raise SIGTERMException

@@ -1,44 +1,9 @@
-"""Collective calls without processes: pending rows and gathered tables."""
-
-from datetime import timedelta
+"""Collective calls without processes: gathered tables, and a single rank."""
 
 import pytest
 import torch
 
-from lightning_hetero.exchange.groups import LostConnectionError, PendingRows, RankGroup, gather_rows
-
-
-class Work:
-    """Completes after `given_up` waits that time out, and just after the last of these."""
-
-    def __init__(self, given_up: int, error: str = "") -> None:
-        self.given_up, self.error = given_up, error
-
-    def wait(self, timeout: timedelta | None = None) -> None:
-        if self.given_up:
-            assert timeout is not None, "it is not over yet"
-            self.given_up -= 1
-            raise RuntimeError("Operation timed out!")
-        if self.error:
-            raise RuntimeError(self.error)
-
-    def is_completed(self) -> bool:
-        return not self.given_up
-
-
-@pytest.mark.parametrize("given_up", [0, 1, 3])
-def test_rows_that_come_just_after_a_wait_timed_out_are_taken(given_up: int) -> None:
-    asked: list[int] = []
-    rows = PendingRows(torch.ones(2, 3, dtype=torch.float64), Work(given_up)).wait(lambda: asked.append(1))  # type: ignore[arg-type] # a stand-in
-    assert rows.tolist() == [[1.0] * 3] * 2
-    assert len(asked) == max(0, given_up - 1)
-
-
-@pytest.mark.parametrize("given_up", [0, 1, 2])
-def test_a_call_that_has_failed_says_why(given_up: int) -> None:
-    pending = PendingRows(torch.ones(2, 3, dtype=torch.float64), Work(given_up, "connection closed"))  # type: ignore[arg-type] # a stand-in
-    with pytest.raises(LostConnectionError, match="connection closed"):
-        pending.wait()
+from lightning_hetero.exchange.groups import RankGroup, gather_rows
 
 
 def test_a_sum_of_tables_with_one_row_each_is_a_gather() -> None:

@@ -18,9 +18,15 @@ def test_ranks_at_the_same_place_go_on() -> None:
     ("other", "said"),
     [
         (StepMessage(TRAINS, 7, plan_checksum=6), "split global batch 7 differently"),
-        (StepMessage(TRAINS, 8, plan_checksum=5), "rank 0 trains on global batch 7; rank 1 trains on global batch 8"),
-        (StepMessage(FETCHES, 8, plan_checksum=5), "rank 0 trains on global batch 7; rank 1 fetches global batch 8"),
-        (StepMessage(LEFT_EPOCH, 7, plan_checksum=5), "rank 1 left the epoch after global batch 6"),
+        (
+            StepMessage(TRAINS, 8, plan_checksum=5),
+            "rank 0 is in the training step of global batch 7; rank 1 is in the training step of global batch 8",
+        ),
+        (
+            StepMessage(FETCHES, 8, plan_checksum=5),
+            "rank 0 is in the training step of global batch 7; rank 1 is in fetching global batch 8",
+        ),
+        (StepMessage(LEFT_EPOCH, 7, plan_checksum=5), "rank 1 is in the end of the epoch, after global batch 6"),
     ],
 )
 def test_ranks_that_go_different_ways_stop(other: StepMessage, said: str) -> None:
@@ -37,8 +43,8 @@ def test_a_count_that_can_not_be_weighted_is_named(count: float) -> None:
 
 def test_each_field_comes_back_under_its_name() -> None:
     """Also the measurements: two swapped fields would give a wrong plan, not an error."""
-    first = StepMessage(TRAINS, 7, 2.5, 5, 9, 4, 0.5, 0.25, 1, 2**30, 11, 0, 6, 2**20, 12, 13, 14)
-    second = StepMessage(TRAINS, 7, 3.5, 5, 8, -1, stop_requested=True)
+    first = StepMessage(TRAINS, 7, 2.5, 5, 9, 4, 0.5, 0.25, 1, 2**30, 11, 0, 0, 6, 2**20, 12, 13, 14)
+    second = StepMessage(TRAINS, 7, 3.5, 5, 8, -1, stop_requested=True, should_stop=True)
     messages = gathered(first, second)
     messages.check()
     assert messages.step == 7
@@ -46,6 +52,7 @@ def test_each_field_comes_back_under_its_name() -> None:
     assert messages.column("loss_count").tolist() == [2.5, 3.5]
     assert messages.column("content_hash").tolist() == [11, 0]
     assert messages.column("stop_requested").tolist() == [0, 1]
+    assert messages.column("should_stop").tolist() == [0, 1]
     assert messages.column("local_batch").tolist() == [6, 0]
     assert messages.column("input_shape").tolist() == [14, 0]
     reports = messages.reports()

@@ -40,7 +40,7 @@ def averaged() -> tuple[bool, bool, bool]:
     model(x, rank).backward()
     afterwards(x, rank).backward()
     gradients._BUCKET_BYTES = 30  # in this process, which ends with the test
-    average_gradients(list(afterwards.parameters()), group)
+    average_gradients(list(afterwards.parameters()), group, "averaging")
     unused = afterwards.branches[3].weight.grad is None
     return unused, same(plain, hooked), same(plain, afterwards)
 

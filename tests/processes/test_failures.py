@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_hetero.device.step_timer import ComputeTimer, HostClock
 from lightning_hetero.exchange.failures import CollectiveErrors, explain, is_secondary_failure
 from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.exchange.store import default_store
+from lightning_hetero.exchange.waits import Waits
 from lightning_hetero.step.gradients import average_gradients, averaging_hook, masked_hook, timed_hook
 from tests.ranks import fails_on_ranks, run_ranks
 
@@ -36,6 +38,12 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+def waits_of(run: int) -> Waits:
+    waits = Waits(dist.get_rank(), 2, "cpu", default_store(), timedelta(seconds=30))
+    waits.begin_run(run)
+    return waits
+
+
 class Meeting:
     """A rank's part in a scenario; rank 1 ends where the scenario says so."""
 
@@ -43,7 +51,8 @@ class Meeting:
         self.rank = dist.get_rank()
         self.end = end
         self.errors = CollectiveErrors()
-        self.group = RankGroup(self.rank, 2, timedelta(seconds=30))
+        self.waits = waits_of(3)
+        self.group = RankGroup(self.rank, 2, timedelta(seconds=30), self.waits)
 
     def rank_1_ends(self) -> None:
         if self.rank == 1:
@@ -68,7 +77,7 @@ def afterwards(meeting: Meeting) -> None:
     module = Net()
     module(torch.ones(2, 8)).sum().backward()
     meeting.rank_1_ends()
-    average_gradients(list(module.parameters()), meeting.group)
+    average_gradients(list(module.parameters()), meeting.group, "averaging")
 
 
 def buffers(meeting: Meeting) -> None:
@@ -102,7 +111,7 @@ class Sums(torch.autograd.Function):
 def table(meeting: Meeting) -> None:
     meeting.group.start([1.0]).wait()
     meeting.rank_1_ends()
-    meeting.group.start([1.0, 2.0]).wait()
+    meeting.group.start([1.0]).wait()
 
 
 def gather(meeting: Meeting) -> None:
@@ -147,14 +156,14 @@ def fails(call: Callable[[Meeting], None], folder: str, *, publishes: bool) -> N
 
     def end() -> None:
         if publishes:
-            explain(ArithmeticError("my own mistake"), run=3, rank=1, device="cpu", averaging=CollectiveErrors())
+            explain(ArithmeticError("my own mistake"), meeting.waits, CollectiveErrors())
         os._exit(0)  # as a process does that is killed
 
     meeting = Meeting(end)
     with pytest.raises(RuntimeError) as caught:
         call(meeting)
     secondary, text = is_secondary_failure(caught.value, meeting.errors), str(caught.value)
-    explain(caught.value, run=3, rank=0, device="cpu", averaging=meeting.errors)
+    explain(caught.value, meeting.waits, meeting.errors)
     Path(folder, "seen").write_text(json.dumps([secondary, text, str(caught.value)]))
 
 
@@ -179,7 +188,9 @@ def test_a_rank_that_is_killed_has_published_nothing(tmp_path: Path) -> None:
     """Then no cause is made up."""
     secondary, text, explained = seen_by_rank_0(tmp_path, gather, publishes=False)
     assert secondary
-    assert explained.startswith("another rank ended without saying why; it may have been killed (rank 0")
+    assert explained.startswith(
+        "rank 1 (cpu) ended without saying why while rank 0 (cpu) was in a gathering of values; it may"
+    )
     assert text in explained
 
 
@@ -259,10 +270,10 @@ def mistakes() -> dict[str, tuple[bool, str, list[str]]]:
             mistake()
         text = str(caught.value)
         if dist.get_rank() == 1 and run % 2:
-            explain(ArithmeticError("first"), run=run, rank=1, device="cpu", averaging=errors)
+            explain(ArithmeticError("first"), waits_of(run), errors)
         dist.barrier()
         if dist.get_rank() == 0:
-            explain(caught.value, run=run, rank=0, device="cpu", averaging=errors)
+            explain(caught.value, waits_of(run), errors)
         dist.barrier()
         kept = str(caught.value) == text
         notes = getattr(caught.value, "__notes__", [])

@@ -17,8 +17,7 @@ from torchmetrics import MeanMetric
 
 from lightning_hetero.device.step_timer import ComputeTimer, HostClock
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.exchange.long_backward import LongBackwardMonitor
-from lightning_hetero.exchange.messages import TRAINS, StepMessage
+from lightning_hetero.exchange.messages import TRAINS, PendingMessages, StepMessage
 from lightning_hetero.sampling.random_state import RandomState
 from lightning_hetero.sampling.train_sampler import Share
 from lightning_hetero.step.gradients import GradientMask
@@ -37,7 +36,6 @@ def context_of(module: nn.Module, count: Any = None, group: RankGroup | None = N
         device=torch.device("cpu"),
         timer=ComputeTimer(HostClock()),
         mask=GradientMask(),
-        long_backward=LongBackwardMonitor(group.rank, group.world_size, None),
         zero_counts=ZeroCountWarning("the rule", group.rank),
         batch_norm_group=None,
     )
@@ -49,7 +47,7 @@ def share_of(*counts: int, borrowed: bool = False, state: RandomState | None = N
 
 def step_of(context: StepContext, share: Share | None, count: LocalCount, *, accumulates: bool = False) -> Step:
     loaded = LoadedBatch(5, share, context.group.rank, context.module)
-    pending = context.group.start(StepMessage(TRAINS, 5, loss_count=count.on_host).row())
+    pending = PendingMessages(context.group, StepMessage(TRAINS, 5, loss_count=count.on_host))
     return Step(context, loaded, count, pending, accumulates=accumulates)
 
 

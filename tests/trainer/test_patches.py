@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lightning_hetero.device.step_timer import ComputeTimer, HostClock
 from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.trainer.early_stop import EarlyStop
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
 from lightning_hetero.trainer.patches import patch_trainer
 from tests.trainer.fits import make_trainer
@@ -23,9 +24,11 @@ def prepare(*_: Any) -> None:
 def patched(trainer: pl.Trainer, *callbacks: Callback) -> ExitStack:
     group, timer = RankGroup(0, 1, timedelta(seconds=9)), ComputeTimer(HostClock())
     metrics = MetricSynchronizer(trainer, group, timer, torch.device("cpu"), loss_count=None)
+    early_stop = EarlyStop(trainer, group, lambda: 0)
     return patch_trainer(
         trainer,
         metrics,
+        early_stop,
         prepare_dataloader=prepare,
         before_batch=prepare,
         on_sigterm=prepare,
@@ -36,7 +39,8 @@ def patched(trainer: pl.Trainer, *callbacks: Callback) -> ExitStack:
 
 def attributes(trainer: pl.Trainer) -> list[dict[str, Any]]:
     epoch_loop = trainer.fit_loop.epoch_loop
-    owners = [trainer._data_connector, trainer._signal_connector, epoch_loop, epoch_loop.val_loop, *trainer.callbacks]
+    loops = [trainer.fit_loop, epoch_loop, epoch_loop.val_loop]
+    owners = [trainer._data_connector, trainer._signal_connector, *loops, *trainer.callbacks]
     return [dict(vars(owner)) for owner in [trainer, *owners]] + [list(trainer.callbacks)]
 
 
@@ -54,7 +58,7 @@ def test_what_was_there_is_put_back(tmp_path: Any) -> None:
     patches = patched(trainer, mine)
     assert trainer._data_connector._prepare_dataloader is prepare
     assert trainer.callbacks[0] is mine
-    assert trainer.fit_loop.epoch_loop._results is not before[3]["_results"]
+    assert trainer.fit_loop.epoch_loop._results is not before[4]["_results"]
     patches.close()
     assert attributes(trainer) == before
     trainer.callbacks.append(late := Callback())

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
@@ -24,6 +24,9 @@ from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.shares import Shares
 from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
 from lightning_hetero.step.gradients import averaging_hook, masked_hook, timed_hook
+from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery
+from lightning_hetero.step.trainable import TrainableParameters
+from lightning_hetero.step.wrapping import wrap_anew
 from lightning_hetero.trainer.evaluation_exchanges import batch_hook, exchange_error
 from lightning_hetero.trainer.fit import Fit
 from lightning_hetero.trainer.hooks import TrainingHooks
@@ -78,6 +81,7 @@ class HeteroStrategy(DDPStrategy):
         self._run: Run | None = None  # while the Trainer runs
         self._fit: Fit | None = None  # while it trains
         self._buffers: BufferMerge | None = None  # of the wrapped module; None where DDP copies rank 0's
+        self._trainable: TrainableParameters | None = None  # of the wrapped module
 
     @property
     def plan(self) -> Plan:
@@ -169,15 +173,19 @@ class HeteroStrategy(DDPStrategy):
     @override
     def _setup_model(self, model: Module) -> DistributedDataParallel:
         wrapped, job = super()._setup_model(model), self.job
+        self._set_buffer_broadcast(wrapped)
+        if not broadcast_in_forward(self._ddp_kwargs):
+            self._buffers = BufferMerge(model, job.device, job.group.rank, job.group.world_size, job.timer.waiting)
+        self._trainable = TrainableParameters(model, job.group.rank, failures.default_store())
+        return wrapped
+
+    def _set_buffer_broadcast(self, wrapped: DistributedDataParallel) -> None:
         broadcasts = broadcast_in_forward(self._ddp_kwargs)
         if broadcasts is None:
             # Set after construction, where older versions of torch would also skip the copy at the start.
             wrapped.broadcast_buffers = False
         if broadcasts:
-            exclude_broadcast_from_compute_time(wrapped, job.timer.waiting)
-        else:
-            self._buffers = BufferMerge(model, job.device, job.group.rank, job.group.world_size, job.timer.waiting)
-        return wrapped
+            exclude_broadcast_from_compute_time(wrapped, self.job.timer.waiting)
 
     @override
     def _register_ddp_hooks(self) -> None:
@@ -201,7 +209,7 @@ class HeteroStrategy(DDPStrategy):
             self._fit.close()
         if self._run is not None:
             self._run.end()
-        self._fit = self._run = self._buffers = None
+        self._fit = self._run = self._buffers = self._trainable = None
         super().teardown()
 
     @override
@@ -243,14 +251,18 @@ class HeteroStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        recovery = make_recovery(
+        if self._trainable is None:
+            raise RuntimeError("Lightning wraps the module before it trains")
+        self._fit = Fit(self.run, self._make_recovery(), self._buffers, self._trainable)
+
+    def _make_recovery(self) -> OutOfMemoryRecovery:
+        return make_recovery(
             self.run.trainer.lightning_module,
             self.model,
             self.precision_plugin,
             place=self.job.place,
             custom_hook=self._has_custom_hook,
         )
-        self._fit = Fit(self.run, recovery, self._buffers)
 
     @override
     def on_train_end(self) -> None:
@@ -276,7 +288,22 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        new = self.fit.begin_step(args[0])
+        if new is not None:
+            self._wrap_anew(new)
         return self.fit.training_step(super().training_step, *args, **kwargs)
+
+    def _wrap_anew(self, new: Sequence[nn.Parameter]) -> None:
+        """Wrap the module for the parameters that train now, `new` ones among them, on all ranks together."""
+        module = self.run.trainer.lightning_module
+        if self.job.batch_norm_group is not None and self._layer_sync is not None:
+            self._layer_sync.apply(module)  # new layers
+        self.model = wrap_anew(module, self.model, new, self.root_device, self._ddp_kwargs)
+        self._pl_static_graph_delay_done = False
+        if isinstance(self.model, DistributedDataParallel):
+            self._set_buffer_broadcast(self.model)
+        self._register_ddp_hooks()
+        self.fit.wrapped_anew(self._make_recovery())
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

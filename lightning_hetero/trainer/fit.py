@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hetero.device.peak_memory import PeakMemory
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
@@ -19,9 +19,11 @@ from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_contents import input_shape, shape_number
 from lightning_hetero.step.buffers import BufferMerge
 from lightning_hetero.step.compute_times import ComputeTimes
+from lightning_hetero.step.gradients import average_gradients
 from lightning_hetero.step.memory_use import MemoryUse
 from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, PartialStep, StepInParts
 from lightning_hetero.step.step import LoadedBatch, LocalCount, Step, StepContext
+from lightning_hetero.step.trainable import TrainableParameters
 from lightning_hetero.step.zero_count import ZeroCountWarning
 from lightning_hetero.trainer.profiles import run_folder
 from lightning_hetero.trainer.reporting import make_reporter
@@ -35,15 +37,19 @@ class Fit:
         run: the call of the Trainer.
         recovery: recovers from running out of memory.
         buffers: merges the ranks' buffers; None where DDP copies rank 0's in each step.
+        trainable: the parameters that train, as DDP knows them.
     """
 
-    def __init__(self, run: Run, recovery: OutOfMemoryRecovery, buffers: BufferMerge | None) -> None:
+    def __init__(
+        self, run: Run, recovery: OutOfMemoryRecovery, buffers: BufferMerge | None, trainable: TrainableParameters
+    ) -> None:
         job, module = run.job, run.trainer.lightning_module
         self._run = run
         self._job = job
         self._module = module
         self._recovery = recovery
         self._buffers = buffers
+        self._trainable = trainable
         run.loaders.begin_training()
         counter = loss_count.find_loss_counter(module, job.options.loss_count)
         if counter.advice:
@@ -115,6 +121,53 @@ class Fit:
         self._input_shape = self._input_shape or input_shape(batch)
         self._content_hash = loaders.content_hash(batch)
 
+    def begin_step(self, batch: Any) -> list[nn.Parameter] | None:
+        """Count the batch and send the step's message; an optimizer's next closure goes on with the same step.
+
+        Returns:
+            None. If other parameters train than before, on all ranks: those that have been added to the module; the
+            module has to be wrapped anew, and `wrapped_anew` called.
+
+        Raises:
+            RuntimeError: ranks differ in which parameters train.
+        """
+        if isinstance(batch, Iterator):
+            raise TypeError(
+                "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
+            )
+        if self._step is not None:
+            return None
+        if self._loaded is None:
+            raise RuntimeError("training_step needs a batch that the Trainer has moved to the device")
+        loaded, context = self._loaded, self._context
+        count = LocalCount.of(context, batch, loaded)
+        self._trainable.look()
+        message = self._message(
+            TRAINS,
+            loaded.step,
+            loss_count=count.on_host,
+            plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
+            content_hash=self._content_hash,
+            trainable=self._trainable.current.checksum,
+        )
+        pending = self._job.group.start(message.row())
+        self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
+        if self._trainable.is_wrapped:
+            self._prepare_parts(step)
+            return None
+        self._receive(step)  # all ranks have to know before they wrap the module: that is done together
+        if self._times.accumulates:
+            # The next wrapper does not know which gradients the last one would have averaged after the window's end.
+            with self._job.timer.waiting():
+                average_gradients(list(self._trainable.wrapped.named.values()), self._job.group)
+        return self._trainable.take_new()
+
+    def wrapped_anew(self, recovery: OutOfMemoryRecovery) -> None:
+        """The module was wrapped anew on all ranks; this is how its steps recover from running out of memory."""
+        self._recovery = recovery
+        self._trainable.set_wrapped()
+        self._prepare_parts(self._running_step())
+
     def training_step(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The module's training step.
 
@@ -123,11 +176,7 @@ class Fit:
             *args: its positional arguments, the batch first.
             **kwargs: its keyword arguments.
         """
-        if isinstance(args[0], Iterator):
-            raise TypeError(
-                "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
-            )
-        step, logging = self._begin(args[0]), self._run.metrics.training_results
+        step, logging = self._running_step(), self._run.metrics.training_results
         logging.begin_step(
             borrowed=self.borrowed,
             empty=step.count.is_zero,
@@ -241,33 +290,18 @@ class Fit:
         parts.backward(scaled, weighted, loss, average=average)
         return precision.post_backward(scaled, self._module)
 
-    def _begin(self, batch: Any) -> Step:
-        """Count the batch and send the step's message; an optimizer's next closure goes on with the same step."""
-        if self._step is not None:
-            return self._step
-        if self._loaded is None:
-            raise RuntimeError("training_step needs a batch that the Trainer has moved to the device")
-        loaded, context = self._loaded, self._context
-        count = LocalCount.of(context, batch, loaded)
-        message = self._message(
-            TRAINS,
-            loaded.step,
-            loss_count=count.on_host,
-            plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
-            content_hash=self._content_hash,
-        )
-        pending = self._job.group.start(message.row())
-        self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
+    def _prepare_parts(self, step: Step) -> None:
+        """Let the step be computed in parts, if memory may run out in it."""
+        context = self._context
         if self._risky and self._recovery.can_recover():
-            too_large = self._memory.is_too_large(loaded.local_batch or 0)
+            too_large = self._memory.is_too_large(step.loaded.local_batch or 0)
             partial = PartialStep(
-                local_batch=loaded.local_batch,
+                local_batch=step.loaded.local_batch,
                 weight=lambda: self._weight(step),
-                count=lambda: float(count.value),
+                count=lambda: float(step.count.value),
                 count_of=lambda part, samples: float(context.counter(context.module, part, samples)),
             )
             self._in_parts = StepInParts(self._recovery, partial, too_large=too_large)
-        return step
 
     def _weight(self, step: Step) -> float | Tensor:
         self._receive(step)
@@ -307,6 +341,7 @@ class Fit:
         """Wait for the messages of a step, the first time; afterwards its weight is known."""
         messages = step.receive()
         if messages is not None:
+            self._trainable.check(messages.column("trainable").tolist(), messages.step)
             self._update(messages)
 
     def _update(self, messages: StepMessages) -> None:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
@@ -25,14 +26,14 @@ from lightning_hetero.planning.shares import Shares
 from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
 from lightning_hetero.step.gradients import averaging_hook, masked_hook, timed_hook
 from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery
-from lightning_hetero.step.trainable import TrainableParameters
+from lightning_hetero.step.trainable import TrainableParameters, TrainableSet
 from lightning_hetero.step.wrapping import wrap_anew
 from lightning_hetero.trainer.evaluation_exchanges import batch_hook, exchange_error
 from lightning_hetero.trainer.fit import Fit
 from lightning_hetero.trainer.hooks import TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
-from lightning_hetero.trainer.options import Options, check_devices, check_trainable
+from lightning_hetero.trainer.options import Options, check_devices
 from lightning_hetero.trainer.passes import make_recovery
 from lightning_hetero.trainer.planner_cache import NO_PLAN
 from lightning_hetero.trainer.run import Run
@@ -164,16 +165,19 @@ class HeteroStrategy(DDPStrategy):
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            check_trainable(trainer.lightning_module)
             consistency.require_equal(
                 self.job.group, consistency.facts(trainer.lightning_module, trainer.precision), "the job"
             )
         super().setup(trainer)
 
     @override
-    def _setup_model(self, model: Module) -> DistributedDataParallel:
-        wrapped, job = super()._setup_model(model), self.job
-        self._set_buffer_broadcast(wrapped)
+    def _setup_model(self, model: Module) -> Module:  # type: ignore[override] # not wrapped if nothing trains yet
+        job, wrapped = self.job, model
+        if TrainableSet.of(model).named:
+            wrapped = super()._setup_model(model)
+            self._set_buffer_broadcast(wrapped)
+        else:
+            _sync_module_states(model)  # as DDP does
         if not broadcast_in_forward(self._ddp_kwargs):
             self._buffers = BufferMerge(model, job.device, job.group.rank, job.group.world_size, job.timer.waiting)
         self._trainable = TrainableParameters(model, job.group.rank, failures.default_store())

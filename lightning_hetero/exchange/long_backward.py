@@ -59,19 +59,22 @@ class LongBackwardMonitor:
         Raises:
             RuntimeError: one is, so this rank has skipped a backward pass that the other rank runs.
         """
-        if self._store is None:
-            return
-        for other in range(self._world_size):
-            key = _KEY.format(other)
-            if other == self._rank or not self._store.check([key]):
-                continue
-            text = self._store.get(key).decode()
-            if text and int(text) < step:
+        for other, inside in self.others().items():
+            if inside < step:
                 raise RuntimeError(
                     f"rank {self._rank} is at global batch {step} while rank {other} waits in the backward pass of "
-                    f"global batch {text}: rank {self._rank} has skipped a backward pass that rank {other} made. Make "
+                    f"global batch {inside}: rank {self._rank} has skipped a backward pass that rank {other} made. Make "
                     "all ranks run the same backward passes."
                 )
+
+    def others(self) -> dict[int, int]:
+        """The other ranks that have been in a backward pass for long, with the step that it belongs to."""
+        found: dict[int, int] = {}
+        for other in range(self._world_size) if self._store is not None else ():
+            key = _KEY.format(other)
+            if other != self._rank and self._store.check([key]) and (text := self._store.get(key).decode()):
+                found[other] = int(text)
+        return found
 
     def _run(self) -> None:
         while not self._stopped.wait(self._seconds / 2):

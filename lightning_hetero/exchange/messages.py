@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from lightning_hetero.planning.reports import MemoryReports, StepReports
 
-TRAINS, LEFT_EPOCH, FETCHES = 0, 1, 2
+TRAINS, LEFT_EPOCH, FETCHES, CHANGES = 0, 1, 2, 3
 """Kinds of messages: what a rank is about to do, or has done, when it sends its message."""
 
 
@@ -15,7 +15,7 @@ TRAINS, LEFT_EPOCH, FETCHES = 0, 1, 2
 class StepMessage:
     """One rank's message in a step; all fields are numbers, so that messages are exchanged as rows of one table."""
 
-    kind: float  # `TRAINS`, `LEFT_EPOCH`, or `FETCHES` if ranks report measurements before they fetch a batch
+    kind: float  # `TRAINS`, `LEFT_EPOCH`, `FETCHES` if ranks report measurements before they fetch a batch, or `CHANGES`
     step: float  # the global batch at which the rank is
     loss_count: float = 1.0  # of its batch; 1 on CUDA, where the host does not know it
     plan_checksum: float = 0.0  # of the plan in force
@@ -102,4 +102,6 @@ class StepMessages:
 def _place(rank: int, kind: float, step: float) -> str:
     if kind == LEFT_EPOCH:
         return f"rank {rank} left the epoch after global batch {int(step) - 1}"
+    if kind == CHANGES:
+        return f"rank {rank} trains other parameters since training_step began in global batch {int(step)}"
     return f"rank {rank} {'fetches' if kind == FETCHES else 'trains on'} global batch {int(step)}"

@@ -59,8 +59,8 @@ class TrainableParameters:
     Args:
         module: that is wrapped now, on all ranks.
         rank: of this process.
-        store: that all ranks share; None if there is one rank. A rank whose set changes writes it there before it sends
-            its message, so that no rank has to wait for another one to say what differs.
+        store: that all ranks share, if there is one. A rank whose set changes writes it there before it sends its
+            message, so that no rank has to wait for another one to say what differs.
     """
 
     def __init__(self, module: nn.Module, rank: int, store: Store | None) -> None:
@@ -69,12 +69,13 @@ class TrainableParameters:
         self._rank = rank
         self._store = store
         self._ids = trainable_ids(module)
-        self._equal = {id(one): one for one in module.parameters()}  # the same values on all ranks when added
+        self._equal = {id(one): one for one in module.parameters()}  # those with the same values on all ranks
+        self._publish()
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the same parameters train as at the last `look`."""
-        return trainable_ids(self._module) == self._ids
+    def has_changed(self, *, may_pause: bool) -> bool:
+        """Whether other parameters train than at the last `look`; if some may pause, only whether there are more."""
+        ids = trainable_ids(self._module)
+        return ids != self._ids and not (may_pause and set(ids) <= set(self._ids))
 
     @property
     def is_wrapped(self) -> bool:
@@ -83,16 +84,33 @@ class TrainableParameters:
 
     def look(self) -> None:
         """Look which parameters train now."""
-        if self.is_current:
+        ids = trainable_ids(self._module)
+        if ids == self._ids:
             return
-        self._ids = trainable_ids(self._module)
+        self._ids = ids
         found = TrainableSet.of(self._module, self.wrapped.changes + 1)
         if found.is_same(self.wrapped):
             self.current = self.wrapped
             return
         self.current = found
-        if self._store is not None:
-            self._store.set(_KEY.format(self._rank), json.dumps(found.shapes))
+        self._publish()
+
+    def bypass(self) -> list[nn.Parameter]:
+        """Other parameters train since the last `look`, in the middle of a step, and the wrapper must not act any more.
+
+        Returns:
+            Those that trained before, and those that do now: their gradients have to be averaged without the wrapper.
+        """
+        self.look()
+        parameters = self.wrapped_or_current()
+        self.wrapped = TrainableSet({}, self.current.changes)
+        self._ids = []  # whatever trains in the next step is another set than that of the wrapper
+        return parameters
+
+    def wrapped_or_current(self) -> list[nn.Parameter]:
+        """The parameters that train, as of the last `look`, or did when the module was wrapped."""
+        both = (*self.wrapped.named.values(), *self.current.named.values())
+        return list({id(one): one for one in both}.values())
 
     def check(self, checksums: Sequence[float], step: int) -> None:
         """Check that the current sets of all ranks are equal.
@@ -106,19 +124,21 @@ class TrainableParameters:
         """
         if len(set(checksums)) == 1:
             return
-        shapes = [self._shapes(rank, checksum) for rank, checksum in enumerate(checksums)]
+        shapes = [self._shapes(rank) for rank in range(len(checksums))]
         anew = [rank for rank, checksum in enumerate(checksums) if checksum != self.wrapped.checksum]
         raise RuntimeError(
             f"the ranks do not train the same parameters in global batch {step}: {describe_difference(shapes, anew)}. "
             "Set requires_grad and add layers on all ranks alike."
         )
 
-    def _shapes(self, rank: int, checksum: float) -> Mapping[str, Sequence[int]]:
+    def _publish(self) -> None:
+        if self._store is not None:
+            self._store.set(_KEY.format(self._rank), json.dumps(self.current.shapes))
+
+    def _shapes(self, rank: int) -> Mapping[str, Sequence[int]]:
         """What a rank trains."""
         if rank == self._rank or self._store is None:
             return self.current.shapes
-        if checksum == self.wrapped.checksum:
-            return self.wrapped.shapes
         shapes: dict[str, list[int]] = {}
         with contextlib.suppress(Exception):  # rank 0 hosts the store, and may have ended with this error already
             shapes = json.loads(self._store.get(_KEY.format(rank)))

@@ -8,12 +8,13 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_hetero.device.peak_memory import PeakMemory
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
 from lightning_hetero.exchange.failures import default_store
 from lightning_hetero.exchange.long_backward import LongBackwardMonitor
-from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
+from lightning_hetero.exchange.messages import CHANGES, FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_contents import input_shape, shape_number
@@ -25,6 +26,7 @@ from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, PartialStep
 from lightning_hetero.step.step import LoadedBatch, LocalCount, Step, StepContext
 from lightning_hetero.step.trainable import TrainableParameters
 from lightning_hetero.step.zero_count import ZeroCountWarning
+from lightning_hetero.trainer.options import check_trainable
 from lightning_hetero.trainer.profiles import run_folder
 from lightning_hetero.trainer.reporting import make_reporter
 from lightning_hetero.trainer.run import Run
@@ -130,6 +132,7 @@ class Fit:
 
         Raises:
             RuntimeError: ranks differ in which parameters train.
+            ValueError: none do, and Lightning goes backward.
         """
         if isinstance(batch, Iterator):
             raise TypeError(
@@ -152,14 +155,17 @@ class Fit:
         )
         pending = self._job.group.start(message.row())
         self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
+        if self._module.automatic_optimization and not self._trainable.current.named:
+            self._receive(step)
+            check_trainable(self._module)
         if self._trainable.is_wrapped:
             self._prepare_parts(step)
             return None
         self._receive(step)  # all ranks have to know before they wrap the module: that is done together
-        if self._times.accumulates:
-            # The next wrapper does not know which gradients the last one would have averaged after the window's end.
+        if self._times.accumulates and self._job.group.world_size > 1:
+            # The next wrapper does not know which gradients the last one would have averaged at the window's end.
             with self._job.timer.waiting():
-                average_gradients(list(self._trainable.wrapped.named.values()), self._job.group)
+                average_gradients(self._trainable.wrapped_or_current(), self._job.group)
         return self._trainable.take_new()
 
     def wrapped_anew(self, recovery: OutOfMemoryRecovery) -> None:
@@ -205,13 +211,21 @@ class Fit:
         step, parts = self._running_step(), self._in_parts
         self._receive(step)
         keeps_gradients = not self._module.automatic_optimization
+        bypassed: list[nn.Parameter] = []
+        # In manual optimization parameters are also made to pause within a step, as by `toggle_optimizer`.
+        changed = self._trainable.has_changed(may_pause=keeps_gradients)
+        if changed and parts is None and self._job.group.world_size > 1:
+            bypassed, averaged = self._bypass_wrapper(step), False
         with (
             self._explained(step),
             step.weighted(loss, averaged=averaged and parts is None, keeps_gradients=keeps_gradients) as weighted,
         ):
-            if parts is None:
-                return compute(weighted)
-            return self._backward_in_parts(parts, weighted, loss, step if averaged else None)
+            if parts is not None:
+                return self._backward_in_parts(parts, weighted, loss, step if averaged else None)
+            output = compute(weighted)
+            if bypassed:
+                step.average_after_backward(bypassed)
+            return output
 
     def global_loss(self, closure: Callable[[], Any], reduce: Callable[[Tensor], Any]) -> Callable[[], Any]:
         """A closure that returns the loss of the global batch, for optimizers that make decisions by it (LBFGS).
@@ -281,6 +295,34 @@ class Fit:
         self._context.long_backward.stop()
 
     # ---- within a step ----
+
+    def _bypass_wrapper(self, step: Step) -> list[nn.Parameter]:
+        """Let DDP's wrapper not average this step: since training_step began other parameters train than it knows.
+
+        Returns:
+            The parameters whose gradients have to be averaged after the backward pass.
+
+        Raises:
+            RuntimeError: on another rank nothing has changed, or something else.
+        """
+        parameters, number = self._trainable.bypass(), step.loaded.step
+        if isinstance(self._recovery.model, DistributedDataParallel):
+            self._recovery.model._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+        row = StepMessage(CHANGES, number, trainable=self._trainable.current.checksum).row()
+        with self._job.timer.waiting():
+            messages = StepMessages(self._job.group.start(row).wait(lambda: self._check_backward(number)))
+        messages.check()
+        self._trainable.check(messages.column("trainable").tolist(), number)
+        return parameters
+
+    def _check_backward(self, step: int) -> None:
+        """Check that no other rank runs the backward pass of this step in DDP's wrapper, which waits for this rank."""
+        others = [str(rank) for rank, inside in self._context.long_backward.others().items() if inside == step]
+        if others:
+            raise RuntimeError(
+                f"training_step has changed which parameters train in global batch {step} on rank "
+                f"{self._job.group.rank}, but not on rank {', '.join(others)}: set requires_grad on all ranks alike."
+            )
 
     def _backward_in_parts(self, parts: StepInParts, weighted: Tensor, loss: Tensor, averaged: Step | None) -> Tensor:
         """A backward pass that bypasses DDP's wrapper, with what the precision plugin does before and after."""

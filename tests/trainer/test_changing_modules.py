@@ -59,6 +59,42 @@ class FirstLayer(TwoParts):
         self.backbone[0].requires_grad_(batch_idx in (1, 2, 3))
 
 
+class WithinStep(TwoParts):
+    """Decides in `training_step` itself what trains, before it computes anything."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.backbone.requires_grad_(batch_idx in (1, 2, 4))
+        return super().training_step(batch, batch_idx)
+
+
+class WithinManualStep(TwoParts):
+    """The same with manual optimization, and only while `training_step` runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.backbone.requires_grad_(batch_idx in (1, 2, 4))
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+        self.backbone.requires_grad_(False)
+
+
+class FrozenAtFirst(TwoParts):
+    """Nothing trains before the first epoch begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(requires_grad=False)
+
+    def on_train_epoch_start(self) -> None:
+        self.requires_grad_(requires_grad=True)
+
+
 class Alternating(TwoParts):
     """Trains its backbone and its head in turns."""
 
@@ -128,9 +164,8 @@ def finetuning() -> list[Callback]:
     return [BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda _: 1.5)]
 
 
-def odd(batch_size: int) -> DataLoader[Any]:
-    """The last global batch of 12 has one sample."""
-    return DataLoader(Numbers(61), batch_size=batch_size)
+def even(batch_size: int) -> DataLoader[Any]:
+    return DataLoader(Numbers(64), batch_size=batch_size)
 
 
 FITS: dict[str, tuple[Recipe, dict[str, Any]]] = {
@@ -151,11 +186,16 @@ FITS: dict[str, tuple[Recipe, dict[str, Any]]] = {
         Recipe(module=FirstLayer, accumulate_grad_batches=3),
         {"find_unused_parameters": True},
     ),
+    "within training_step": (Recipe(module=WithinStep), {}),
+    "within training_step, accumulation": (Recipe(module=WithinStep, accumulate_grad_batches=3), {}),
+    "within training_step, manual": (Recipe(module=WithinManualStep), {}),
+    "within training_step, find_unused_parameters": (Recipe(module=WithinStep), {"find_unused_parameters": True}),
+    "nothing at first": (Recipe(module=FrozenAtFirst), {}),
     "in turns": (Recipe(module=Alternating), {}),
     "new layers": (Recipe(module=Growing, max_epochs=3), {}),
     "new layers, accumulation": (Recipe(module=Growing, max_epochs=3, accumulate_grad_batches=2), {}),
     "nothing in some steps, manual": (Recipe(module=Resting), {}),
-    "sync_batchnorm": (Recipe(module=ByEpochNormalized, max_epochs=3, sync_batchnorm=True), {}),
+    "sync_batchnorm": (Recipe(module=ByEpochNormalized, loader=even, max_epochs=3, sync_batchnorm=True), {}),
 }
 
 
@@ -179,3 +219,66 @@ def test_parameters_end_as_in_one_process() -> None:
             error = relative_error(outs[number]["parameters"], plain["parameters"])
             assert error <= EXACT, f"{name}: rank {rank} is off by {error:.1e}"
             assert outs[number]["step"] == plain["step"], name
+
+
+class Adversarial(TwoParts):
+    """Two optimizers, of which `toggled_optimizer` lets one train at a time; counts how often DDP has wrapped it."""
+
+    def __init__(self) -> None:
+        super().__init__(frozen=False)
+        self.automatic_optimization = False
+        self.wrappers: set[int] = set()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.wrappers.add(id(self.trainer.strategy.model))
+        for optimizer in self.optimizers():
+            with self.toggled_optimizer(optimizer):
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.05) for part in (self.backbone, self.net)]
+
+
+class Alone(TwoParts):
+    """One rank unfreezes its backbone by itself, in the third step.
+
+    Args:
+        where: a hook.
+        collective: how the forward pass waits for the other ranks, if it does.
+    """
+
+    def __init__(self, where: str, collective: str = "") -> None:
+        super().__init__()
+        self.where, self.collective = where, collective
+        if collective == "sync_batchnorm":
+            self.net = nn.Sequential(nn.BatchNorm1d(8), self.net).double()
+        self.register_buffer("number", torch.zeros(1))
+
+    def _unfreeze(self, where: str, batch_idx: int) -> None:
+        if where == self.where and batch_idx == 2 and self.global_rank == 1:
+            self.backbone.requires_grad_()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._unfreeze("on_train_batch_start", batch_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self._unfreeze("training_step", batch_idx)
+        if self.collective == "all_gather":
+            self.all_gather(torch.ones(1))
+        return super().training_step(batch, batch_idx)
+
+
+ALONE = {
+    "on_train_batch_start": (partial(Alone, "on_train_batch_start"), {}, {}),
+    "sync_batchnorm": (partial(Alone, "on_train_batch_start", "sync_batchnorm"), {"sync_batchnorm": True}, {}),
+    "all_gather": (partial(Alone, "on_train_batch_start", "all_gather"), {}, {}),
+    "forward_sync_buffers": (partial(Alone, "on_train_batch_start"), {}, {"forward_sync_buffers": True}),
+    "training_step": (partial(Alone, "training_step"), {}, {}),
+}
+
+
+def fit_alone(name: str) -> None:
+    module, trainer, strategy = ALONE[name]
+    hetero_fit(Recipe(module=module, **trainer), {"shares": [3, 1], **strategy})

@@ -132,7 +132,6 @@ class Fit:
 
         Raises:
             RuntimeError: ranks differ in which parameters train.
-            ValueError: none do, and Lightning goes backward.
         """
         if isinstance(batch, Iterator):
             raise TypeError(
@@ -155,9 +154,6 @@ class Fit:
         )
         pending = self._job.group.start(message.row())
         self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
-        if self._module.automatic_optimization and not self._trainable.current.named:
-            self._receive(step)
-            check_trainable(self._module)
         if self._trainable.is_wrapped:
             self._prepare_parts(step)
             return None
@@ -207,9 +203,14 @@ class Fit:
             compute: goes backward from the weighted loss, as plain DDP does.
             loss: the user's loss.
             averaged: whether the pass waits for the other ranks, to average gradients.
+
+        Raises:
+            ValueError: no parameter trains.
         """
         step, parts = self._running_step(), self._in_parts
         self._receive(step)
+        if not loss.requires_grad:
+            check_trainable(self._module)
         keeps_gradients = not self._module.automatic_optimization
         bypassed: list[nn.Parameter] = []
         # In manual optimization parameters are also made to pause within a step, as by `toggle_optimizer`.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -63,7 +64,7 @@ class WithinStep(TwoParts):
     """Decides in `training_step` itself what trains, before it computes anything."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.backbone.requires_grad_(batch_idx in (1, 2, 4))
+        self.backbone.requires_grad_(batch_idx in (0, 1, 4))
         return super().training_step(batch, batch_idx)
 
 
@@ -75,13 +76,25 @@ class WithinManualStep(TwoParts):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.backbone.requires_grad_(batch_idx in (1, 2, 4))
+        self.backbone.requires_grad_(batch_idx in (0, 1, 4))
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
         self.manual_backward(super().training_step(batch, batch_idx))
         optimizer.step()
         self.backbone.requires_grad_(False)
+
+
+class AllWithinStep(TwoParts):
+    """Nothing trains before the first call of `training_step`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(requires_grad=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.requires_grad_(requires_grad=True)
+        return super().training_step(batch, batch_idx)
 
 
 class FrozenAtFirst(TwoParts):
@@ -146,6 +159,14 @@ class Resting(TwoParts):
             optimizer.step()
 
 
+class Compiled(ByEpoch):
+    """With a compiled backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone.compile(backend="aot_eager", dynamic=True)
+
+
 class ByEpochNormalized(ByEpoch):
     """With BatchNorm in the part that is frozen, and one more layer of it from the second epoch on."""
 
@@ -191,6 +212,15 @@ FITS: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "within training_step, manual": (Recipe(module=WithinManualStep), {}),
     "within training_step, find_unused_parameters": (Recipe(module=WithinStep), {"find_unused_parameters": True}),
     "nothing at first": (Recipe(module=FrozenAtFirst), {}),
+    "nothing before training_step": (Recipe(module=AllWithinStep), {}),
+    "a user's hook": (Recipe(module=ByBatch), {"ddp_comm_hook": allreduce_hook}),
+    "a user's hook, within training_step": (Recipe(module=WithinStep), {"ddp_comm_hook": allreduce_hook}),
+    "torch.compile": (Recipe(module=Compiled, max_epochs=3), {}),
+    "static_graph, accumulation": (
+        Recipe(module=ByEpoch, max_epochs=3, accumulate_grad_batches=2),
+        {"static_graph": True},
+    ),
+    "static_graph, manual": (Recipe(module=Resting), {"static_graph": True}),
     "in turns": (Recipe(module=Alternating), {}),
     "new layers": (Recipe(module=Growing, max_epochs=3), {}),
     "new layers, accumulation": (Recipe(module=Growing, max_epochs=3, accumulate_grad_batches=2), {}),
@@ -265,15 +295,15 @@ class Alone(TwoParts):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self._unfreeze("training_step", batch_idx)
-        if self.collective == "all_gather":
-            self.all_gather(torch.ones(1))
+        if self.collective == "all_reduce":
+            torch.distributed.all_reduce(torch.ones(1))
         return super().training_step(batch, batch_idx)
 
 
 ALONE = {
     "on_train_batch_start": (partial(Alone, "on_train_batch_start"), {}, {}),
     "sync_batchnorm": (partial(Alone, "on_train_batch_start", "sync_batchnorm"), {"sync_batchnorm": True}, {}),
-    "all_gather": (partial(Alone, "on_train_batch_start", "all_gather"), {}, {}),
+    "all_reduce": (partial(Alone, "on_train_batch_start", "all_reduce"), {}, {}),
     "forward_sync_buffers": (partial(Alone, "on_train_batch_start"), {}, {"forward_sync_buffers": True}),
     "training_step": (partial(Alone, "training_step"), {}, {}),
 }

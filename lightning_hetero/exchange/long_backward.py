@@ -63,14 +63,16 @@ class LongBackwardMonitor:
             if inside < step:
                 raise RuntimeError(
                     f"rank {self._rank} is at global batch {step} while rank {other} waits in the backward pass of "
-                    f"global batch {inside}: rank {self._rank} has skipped a backward pass that rank {other} made. Make "
-                    "all ranks run the same backward passes."
+                    f"global batch {inside}: rank {self._rank} has skipped a backward pass that rank {other} made. "
+                    "Make all ranks run the same backward passes."
                 )
 
     def others(self) -> dict[int, int]:
         """The other ranks that have been in a backward pass for long, with the step that it belongs to."""
         found: dict[int, int] = {}
-        for other in range(self._world_size) if self._store is not None else ():
+        if self._store is None:
+            return found
+        for other in range(self._world_size):
             key = _KEY.format(other)
             if other != self._rank and self._store.check([key]) and (text := self._store.get(key).decode()):
                 found[other] = int(text)

@@ -15,7 +15,9 @@ TRAINS, LEFT_EPOCH, FETCHES, CHANGES = 0, 1, 2, 3
 class StepMessage:
     """One rank's message in a step; all fields are numbers, so that messages are exchanged as rows of one table."""
 
-    kind: float  # `TRAINS`, `LEFT_EPOCH`, `FETCHES` if ranks report measurements before they fetch a batch, or `CHANGES`
+    kind: (
+        float  # `TRAINS`, `LEFT_EPOCH`, `FETCHES` if ranks report measurements before they fetch a batch, or `CHANGES`
+    )
     step: float  # the global batch at which the rank is
     loss_count: float = 1.0  # of its batch; 1 on CUDA, where the host does not know it
     plan_checksum: float = 0.0  # of the plan in force

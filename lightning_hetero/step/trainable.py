@@ -178,7 +178,7 @@ def describe_difference(shapes: Sequence[Mapping[str, Sequence[int]]], anew: Seq
         more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
         verb = "trains" if len(listed) == 1 else "train"
         parts.append(f"{', '.join(listed[:_NAMED])}{more} {verb} on {_ranks(training)}, but not on {_ranks(others)}")
-    return "; ".join(parts) or f"only {_ranks(anew)} trains others than before, in number, order or dtype"
+    return "; ".join(parts) or f"those of {_ranks(anew)} have been replaced, reordered or converted"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Wraps a module in DDP anew, since DDP averages only the parameters that required gradients when it was constructed."""
+"""Wraps a module in DDP anew: DDP averages only the parameters that required gradients when it was constructed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def wrap_anew(
     module: nn.Module,
-    model: nn.Module,
+    model: nn.Module | None,
     new: Sequence[nn.Parameter],
     device: torch.device,
     options: Mapping[str, Any],
@@ -36,8 +36,8 @@ def wrap_anew(
         ValueError: a new parameter is on another device.
     """
     if isinstance(model, DistributedDataParallel):
-        model._check_reducer_finalized()  # type: ignore[no-untyped-call] # noqa: SLF001 - else its error would be lost
-        model._remove_autograd_hooks()  # type: ignore[no-untyped-call] # noqa: SLF001 - others may still refer to it
+        model._check_reducer_finalized()  # noqa: SLF001 - else its error would be lost
+        model._remove_autograd_hooks()  # noqa: SLF001 - others may still refer to it
     _broadcast_new(module, new, device)
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
     if not any(one.requires_grad and name not in ignored for name, one in module.named_parameters()):

@@ -308,7 +308,7 @@ class Fit:
         """
         parameters, number = self._trainable.bypass(), step.loaded.step
         if isinstance(self._recovery.model, DistributedDataParallel):
-            self._recovery.model._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+            self._recovery.model._remove_autograd_hooks()
         row = StepMessage(CHANGES, number, trainable=self._trainable.current.checksum).row()
         with self._job.timer.waiting():
             messages = StepMessages(self._job.group.start(row).wait(lambda: self._check_backward(number)))

@@ -23,9 +23,8 @@ from typing_extensions import override
 from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.shares import Shares
-from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
+from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, set_broadcast
 from lightning_hetero.step.gradients import averaging_hook, masked_hook, timed_hook
-from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery
 from lightning_hetero.step.trainable import TrainableParameters, TrainableSet
 from lightning_hetero.step.wrapping import wrap_anew
 from lightning_hetero.trainer.evaluation_exchanges import batch_hook, exchange_error
@@ -34,7 +33,6 @@ from lightning_hetero.trainer.hooks import TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.trainer.options import Options, check_devices
-from lightning_hetero.trainer.passes import make_recovery
 from lightning_hetero.trainer.planner_cache import NO_PLAN
 from lightning_hetero.trainer.run import Run
 from lightning_hetero.trainer.unused_parameters import explain_unused_parameters
@@ -175,21 +173,13 @@ class HeteroStrategy(DDPStrategy):
         job, wrapped = self.job, model
         if TrainableSet.of(model).named:
             wrapped = super()._setup_model(model)
-            self._set_buffer_broadcast(wrapped)
+            set_broadcast(wrapped, self._ddp_kwargs, job.timer.waiting)
         else:
             _sync_module_states(model)  # as DDP does
         if not broadcast_in_forward(self._ddp_kwargs):
             self._buffers = BufferMerge(model, job.device, job.group.rank, job.group.world_size, job.timer.waiting)
         self._trainable = TrainableParameters(model, job.group.rank, failures.default_store())
         return wrapped
-
-    def _set_buffer_broadcast(self, wrapped: DistributedDataParallel) -> None:
-        broadcasts = broadcast_in_forward(self._ddp_kwargs)
-        if broadcasts is None:
-            # Set after construction, where older versions of torch would also skip the copy at the start.
-            wrapped.broadcast_buffers = False
-        if broadcasts:
-            exclude_broadcast_from_compute_time(wrapped, self.job.timer.waiting)
 
     @override
     def _register_ddp_hooks(self) -> None:
@@ -257,16 +247,7 @@ class HeteroStrategy(DDPStrategy):
         super().on_train_start()
         if self._trainable is None:
             raise RuntimeError("Lightning wraps the module before it trains")
-        self._fit = Fit(self.run, self._make_recovery(), self._buffers, self._trainable)
-
-    def _make_recovery(self) -> OutOfMemoryRecovery:
-        return make_recovery(
-            self.run.trainer.lightning_module,
-            self.model,
-            self.precision_plugin,
-            place=self.job.place,
-            custom_hook=self._has_custom_hook,
-        )
+        self._fit = Fit(self.run, self.model, self._buffers, self._trainable, custom_hook=self._has_custom_hook)
 
     @override
     def on_train_end(self) -> None:
@@ -305,9 +286,9 @@ class HeteroStrategy(DDPStrategy):
         self.model = wrap_anew(module, self.model, new, self.root_device, self._ddp_kwargs)
         self._pl_static_graph_delay_done = False
         if isinstance(self.model, DistributedDataParallel):
-            self._set_buffer_broadcast(self.model)
+            set_broadcast(self.model, self._ddp_kwargs, self.job.timer.waiting)
         self._register_ddp_hooks()
-        self.fit.wrapped_anew(self._make_recovery())
+        self.fit.wrapped_anew(self.model)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,7 @@
-"""Wraps a module in DDP anew: DDP averages only the parameters that required gradients when it was constructed."""
+"""Wraps a module in DDP anew, or does without its wrapper in a step, when other parameters train than it knows.
+
+DDP averages only the gradients of parameters that required them when it was constructed.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,6 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from lightning_hetero.exchange.messages import CHANGES, StepMessage, StepMessages
+from lightning_hetero.step.step import StepContext
+from lightning_hetero.step.trainable import TrainableParameters
 
 
 def wrap_anew(
@@ -60,3 +67,40 @@ def _broadcast_new(module: nn.Module, new: Sequence[nn.Parameter], device: torch
             value = tensor.detach().contiguous()
             dist.broadcast(value, src=0)
             tensor.copy_(value)
+
+
+def bypass(
+    model: nn.Module | None, trainable: TrainableParameters, context: StepContext, step: int
+) -> list[nn.Parameter]:
+    """Let DDP's wrapper not average a step, since `training_step` has changed which parameters train.
+
+    Args:
+        model: the wrapper, if there is one.
+        trainable: the parameters that train.
+        context: of the fit's steps.
+        step: the global batch.
+
+    Returns:
+        The parameters whose gradients have to be averaged after the backward pass.
+
+    Raises:
+        RuntimeError: on another rank nothing has changed, or something else.
+    """
+    parameters = trainable.bypass()
+    if isinstance(model, DistributedDataParallel):
+        model._remove_autograd_hooks()  # noqa: SLF001 - there is no public name for it
+
+    def check_others() -> None:
+        others = [str(rank) for rank, inside in context.long_backward.others().items() if inside == step]
+        if others:
+            raise RuntimeError(
+                f"training_step has changed which parameters train in global batch {step} on rank "
+                f"{context.group.rank}, but not on rank {', '.join(others)}: set requires_grad on all ranks alike."
+            )
+
+    row = StepMessage(CHANGES, step, trainable=trainable.current.checksum).row()
+    with context.timer.waiting():
+        messages = StepMessages(context.group.start(row).wait(check_others))
+    messages.check()
+    trainable.check(messages.column("trainable").tolist(), step)
+    return parameters

@@ -4,17 +4,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_hetero.device.peak_memory import PeakMemory
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
 from lightning_hetero.exchange.failures import default_store
 from lightning_hetero.exchange.long_backward import LongBackwardMonitor
-from lightning_hetero.exchange.messages import CHANGES, FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
+from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_contents import input_shape, shape_number
@@ -22,11 +22,13 @@ from lightning_hetero.step.buffers import BufferMerge
 from lightning_hetero.step.compute_times import ComputeTimes
 from lightning_hetero.step.gradients import average_gradients
 from lightning_hetero.step.memory_use import MemoryUse
-from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, PartialStep, StepInParts
+from lightning_hetero.step.out_of_memory import PartialStep, StepInParts
 from lightning_hetero.step.step import LoadedBatch, LocalCount, Step, StepContext
 from lightning_hetero.step.trainable import TrainableParameters
+from lightning_hetero.step.wrapping import bypass
 from lightning_hetero.step.zero_count import ZeroCountWarning
 from lightning_hetero.trainer.options import check_trainable
+from lightning_hetero.trainer.passes import loss_of, make_recovery
 from lightning_hetero.trainer.profiles import run_folder
 from lightning_hetero.trainer.reporting import make_reporter
 from lightning_hetero.trainer.run import Run
@@ -37,19 +39,29 @@ class Fit:
 
     Args:
         run: the call of the Trainer.
-        recovery: recovers from running out of memory.
+        model: the module as the strategy has wrapped it.
         buffers: merges the ranks' buffers; None where DDP copies rank 0's in each step.
         trainable: the parameters that train, as DDP knows them.
+        custom_hook: whether the user gave DDP a communication hook, or a wrapper for one.
     """
 
     def __init__(
-        self, run: Run, recovery: OutOfMemoryRecovery, buffers: BufferMerge | None, trainable: TrainableParameters
+        self,
+        run: Run,
+        model: nn.Module | None,
+        buffers: BufferMerge | None,
+        trainable: TrainableParameters,
+        *,
+        custom_hook: bool,
     ) -> None:
         job, module = run.job, run.trainer.lightning_module
         self._run = run
         self._job = job
         self._module = module
-        self._recovery = recovery
+        self._recovery_for = partial(
+            make_recovery, module, precision=run.trainer.precision_plugin, place=job.place, custom_hook=custom_hook
+        )
+        self._recovery = self._recovery_for(model)
         self._buffers = buffers
         self._trainable = trainable
         run.loaders.begin_training()
@@ -81,7 +93,7 @@ class Fit:
         self._content_hash = 0.0
         self._loaded: LoadedBatch | None = None  # from the batch to its end
         self._step: Step | None = None  # from the call of training_step to the end of the batch
-        self._risky = False  # memory may run out in the step
+        self._risky = False  # a rank has more samples than it is known to be able to compute; the same on all ranks
         self._in_parts: StepInParts | None = None  # if the step can recover from that
 
     @property
@@ -117,7 +129,9 @@ class Fit:
         if job.batch_norm_group is not None:
             job.batch_norm_group.begin_step(borrowed=self.borrowed)
         self._memory.start(loaded.local_batch or 0)
-        self._risky = share is not None and self._is_risky(share.counts)
+        if share is not None:
+            unproven = self._memory.exceeds_completed(share.counts)
+            self._risky = unproven and not self._planner.fits_in_memory(share.counts)
         if self._buffers is not None:
             self._buffers.add_batch(share, batch)
         self._input_shape = self._input_shape or input_shape(batch)
@@ -142,8 +156,8 @@ class Fit:
         if self._loaded is None:
             raise RuntimeError("training_step needs a batch that the Trainer has moved to the device")
         loaded, context = self._loaded, self._context
-        count = LocalCount.of(context, batch, loaded)
         self._trainable.look()
+        count = LocalCount.of(context, batch, loaded)
         message = self._message(
             TRAINS,
             loaded.step,
@@ -164,9 +178,9 @@ class Fit:
                 average_gradients(self._trainable.wrapped_or_current(), self._job.group)
         return self._trainable.take_new()
 
-    def wrapped_anew(self, recovery: OutOfMemoryRecovery) -> None:
-        """The module was wrapped anew on all ranks; this is how its steps recover from running out of memory."""
-        self._recovery = recovery
+    def wrapped_anew(self, model: nn.Module) -> None:
+        """The module was wrapped anew on all ranks."""
+        self._recovery = self._recovery_for(model)
         self._trainable.set_wrapped()
         self._prepare_parts(self._running_step())
 
@@ -193,7 +207,7 @@ class Fit:
                 else:
                     output = compute(*args, **kwargs)
         finally:
-            logging.end_step(_loss(output))
+            logging.end_step(loss_of(output))
         return output
 
     def backward(self, compute: Callable[[Tensor], Tensor], loss: Tensor, *, averaged: bool) -> Tensor:
@@ -214,9 +228,8 @@ class Fit:
         keeps_gradients = not self._module.automatic_optimization
         bypassed: list[nn.Parameter] = []
         # In manual optimization parameters are also made to pause within a step, as by `toggle_optimizer`.
-        changed = self._trainable.has_changed(may_pause=keeps_gradients)
-        if changed and parts is None and self._job.group.world_size > 1:
-            bypassed, averaged = self._bypass_wrapper(step), False
+        if parts is None and self._trainable.has_changed(may_pause=keeps_gradients):
+            bypassed, averaged = bypass(self._recovery.model, self._trainable, self._context, step.loaded.step), False
         with (
             self._explained(step),
             step.weighted(loss, averaged=averaged and parts is None, keeps_gradients=keeps_gradients) as weighted,
@@ -297,34 +310,6 @@ class Fit:
 
     # ---- within a step ----
 
-    def _bypass_wrapper(self, step: Step) -> list[nn.Parameter]:
-        """Let DDP's wrapper not average this step: since training_step began other parameters train than it knows.
-
-        Returns:
-            The parameters whose gradients have to be averaged after the backward pass.
-
-        Raises:
-            RuntimeError: on another rank nothing has changed, or something else.
-        """
-        parameters, number = self._trainable.bypass(), step.loaded.step
-        if isinstance(self._recovery.model, DistributedDataParallel):
-            self._recovery.model._remove_autograd_hooks()
-        row = StepMessage(CHANGES, number, trainable=self._trainable.current.checksum).row()
-        with self._job.timer.waiting():
-            messages = StepMessages(self._job.group.start(row).wait(lambda: self._check_backward(number)))
-        messages.check()
-        self._trainable.check(messages.column("trainable").tolist(), number)
-        return parameters
-
-    def _check_backward(self, step: int) -> None:
-        """Check that no other rank runs the backward pass of this step in DDP's wrapper, which waits for this rank."""
-        others = [str(rank) for rank, inside in self._context.long_backward.others().items() if inside == step]
-        if others:
-            raise RuntimeError(
-                f"training_step has changed which parameters train in global batch {step} on rank "
-                f"{self._job.group.rank}, but not on rank {', '.join(others)}: set requires_grad on all ranks alike."
-            )
-
     def _backward_in_parts(self, parts: StepInParts, weighted: Tensor, loss: Tensor, averaged: Step | None) -> Tensor:
         """A backward pass that bypasses DDP's wrapper, with what the precision plugin does before and after."""
         precision = self._run.trainer.precision_plugin
@@ -335,24 +320,19 @@ class Fit:
 
     def _prepare_parts(self, step: Step) -> None:
         """Let the step be computed in parts, if memory may run out in it."""
-        context = self._context
         if self._risky and self._recovery.can_recover():
             too_large = self._memory.is_too_large(step.loaded.local_batch or 0)
             partial = PartialStep(
                 local_batch=step.loaded.local_batch,
                 weight=lambda: self._weight(step),
                 count=lambda: float(step.count.value),
-                count_of=lambda part, samples: float(context.counter(context.module, part, samples)),
+                count_of=lambda part, samples: float(self._context.counter(self._module, part, samples)),
             )
             self._in_parts = StepInParts(self._recovery, partial, too_large=too_large)
 
     def _weight(self, step: Step) -> float | Tensor:
         self._receive(step)
         return step.weight
-
-    def _is_risky(self, local_batches: tuple[int, ...]) -> bool:
-        """Whether a rank has more samples than it is known to be able to compute; the same on all ranks."""
-        return self._memory.exceeds_completed(local_batches) and not self._planner.fits_in_memory(local_batches)
 
     def _explained(self, step: Step) -> AbstractContextManager[None]:
         """Inside, an out-of-memory error says where it happened, why it ends the run, and what to do."""
@@ -417,9 +397,3 @@ class Fit:
                 f"the profile {profile.path} is of samples of another shape ({profile.input_shape}; here "
                 f"{self._input_shape}), so the shares are measured anew"
             )
-
-
-def _loss(output: Any) -> Tensor | None:
-    """The loss in what `training_step` has returned."""
-    value = output.get("loss") if isinstance(output, dict) else output
-    return value if isinstance(value, Tensor) else None

@@ -111,8 +111,10 @@ def fit_all(shares: list[float], names: list[str], counts_on_device: bool = Fals
 )
 def test_parameters_end_as_in_one_process(shares: list[float], counts_on_device: bool) -> None:
     """Fails where DDP keeps the wrapper that it was given at the start: each rank then trains its own backbone."""
-    ranks = run_ranks(len(shares), fit_all, shares, list(FITS), counts_on_device)
-    for number, (name, (recipe, _)) in enumerate(FITS.items()):
+    names = [name for name in FITS if len(shares) > 1 or name != "sync_batchnorm"]  # torch's, with one rank
+    ranks = run_ranks(len(shares), fit_all, shares, names, counts_on_device)
+    for number, name in enumerate(names):
+        recipe, _ = FITS[name]
         plain = plain_fit(made(recipe), recipe.batch_size * len(shares))
         for rank, outs in enumerate(ranks):
             error = relative_error(outs[number]["parameters"], plain["parameters"])

@@ -9,11 +9,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
@@ -22,17 +23,19 @@ from typing_extensions import override
 from lightning_hetero.exchange import consistency, failures
 from lightning_hetero.exchange.calls import OF_USER
 from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.exchange.store import default_store
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.shares import Shares
-from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, exclude_broadcast_from_compute_time
+from lightning_hetero.step.buffers import BufferMerge, broadcast_in_forward, set_broadcast
 from lightning_hetero.step.gradients import averaging_hook, masked_hook, timed_hook
+from lightning_hetero.step.trainable import TrainableParameters, TrainableSet
+from lightning_hetero.step.wrapping import wrap_anew
 from lightning_hetero.trainer.fit import Fit
 from lightning_hetero.trainer.hooks import TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
 from lightning_hetero.trainer.log_dir import in_evaluation_batch
-from lightning_hetero.trainer.options import Options, check_devices, check_trainable
-from lightning_hetero.trainer.passes import make_recovery
+from lightning_hetero.trainer.options import Options, check_devices
 from lightning_hetero.trainer.planner_cache import NO_PLAN
 from lightning_hetero.trainer.run import Run
 from lightning_hetero.trainer.unused_parameters import explain_unused_parameters
@@ -80,6 +83,7 @@ class HeteroStrategy(DDPStrategy):
         self._run: Run | None = None  # while the Trainer runs
         self._fit: Fit | None = None  # while it trains
         self._buffers: BufferMerge | None = None  # of the wrapped module; None where DDP copies rank 0's
+        self._trainable: TrainableParameters | None = None  # of the wrapped module
 
     @property
     def plan(self) -> Plan:
@@ -163,23 +167,22 @@ class HeteroStrategy(DDPStrategy):
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            check_trainable(trainer.lightning_module)
             consistency.require_equal(
                 self.job.group, consistency.facts(trainer.lightning_module, trainer.precision), "the job"
             )
         super().setup(trainer)
 
     @override
-    def _setup_model(self, model: Module) -> DistributedDataParallel:
-        wrapped, job = super()._setup_model(model), self.job
-        broadcasts = broadcast_in_forward(self._ddp_kwargs)
-        if broadcasts is None:
-            # Set after construction, where older versions of torch would also skip the copy at the start.
-            wrapped.broadcast_buffers = False
-        if broadcasts:
-            exclude_broadcast_from_compute_time(wrapped, job.timer.waiting)
+    def _setup_model(self, model: Module) -> Module:  # type: ignore[override] # not wrapped if nothing trains yet
+        job, wrapped = self.job, model
+        if TrainableSet.of(model).named:
+            wrapped = super()._setup_model(model)
+            set_broadcast(wrapped, self._ddp_kwargs, job.timer.waiting)
         else:
+            _sync_module_states(model)  # as DDP does
+        if not broadcast_in_forward(self._ddp_kwargs):
             self._buffers = BufferMerge(model, job.device, job.group.rank, job.group.world_size, job.timer.waiting)
+        self._trainable = TrainableParameters(model, job.group.rank, default_store())
         return wrapped
 
     @override
@@ -204,7 +207,7 @@ class HeteroStrategy(DDPStrategy):
             self._fit.close()
         if self._run is not None:
             self._run.end()
-        self._fit = self._run = self._buffers = None
+        self._fit = self._run = self._buffers = self._trainable = None
         super().teardown()
 
     @override
@@ -244,14 +247,9 @@ class HeteroStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        recovery = make_recovery(
-            self.run.trainer.lightning_module,
-            self.model,
-            self.precision_plugin,
-            place=self.job.place,
-            custom_hook=self._has_custom_hook,
-        )
-        self._fit = Fit(self.run, recovery, self._buffers)
+        if self._trainable is None:
+            raise RuntimeError("Lightning wraps the module before it trains")
+        self._fit = Fit(self.run, self.model, self._buffers, self._trainable, custom_hook=self._has_custom_hook)
 
     @override
     def on_train_end(self) -> None:
@@ -277,7 +275,22 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        new = self.fit.begin_step(args[0])
+        if new is not None:
+            self._wrap_anew(new)
         return self.fit.training_step(super().training_step, *args, **kwargs)
+
+    def _wrap_anew(self, new: Sequence[nn.Parameter]) -> None:
+        """Wrap the module for the parameters that train now, `new` ones among them, on all ranks together."""
+        module = self.run.trainer.lightning_module
+        if self.job.batch_norm_group is not None and self._layer_sync is not None:
+            self._layer_sync.apply(module)  # new layers
+        self.model = wrap_anew(module, self.model, new, self.root_device, self._ddp_kwargs)
+        self._pl_static_graph_delay_done = False
+        if isinstance(self.model, DistributedDataParallel):
+            set_broadcast(self.model, self._ddp_kwargs, self.job.timer.waiting)
+        self._register_ddp_hooks()
+        self.fit.wrapped_anew(self.model)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:

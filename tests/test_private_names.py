@@ -137,6 +137,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
             "_ddp_comm_wrapper",
             "_ddp_kwargs",
             "_layer_sync",
+            "_pl_static_graph_delay_done",
             "_register_ddp_hooks",
             "_setup_model",
             "_timeout",
@@ -162,7 +163,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
     "lightning.pytorch.overrides.distributed": (
         "lightning",
         module("lightning.pytorch.overrides.distributed"),
-        ["_IndexBatchSamplerWrapper"],
+        ["_IndexBatchSamplerWrapper", "_sync_module_states"],
     ),
     "lightning.fabric.utilities.seed": (
         "lightning",
@@ -186,8 +187,15 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
     "DistributedDataParallel": (
         "torch",
         lambda: DistributedDataParallel,
-        ["_ddp_params_and_buffers_to_ignore", "_static_graph_delay_allreduce_enqueued", "_sync_buffers"],
+        [
+            "_check_reducer_finalized",
+            "_ddp_params_and_buffers_to_ignore",
+            "_remove_autograd_hooks",
+            "_static_graph_delay_allreduce_enqueued",
+            "_sync_buffers",
+        ],
     ),
+    "Module": ("torch", lambda: torch.nn.Linear(1, 1), ["_modules", "_parameters"]),
     "Metric": (
         "torchmetrics",
         MeanMetric,
@@ -198,7 +206,9 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
             "_forward_cache",
             "_is_synced",
             "_reductions",
+            "_should_unsync",
             "_sync_dist",
+            "_to_sync",
             "_update_count",
         ],
     ),

@@ -9,7 +9,7 @@ from lightning_hetero.exchange.calls import Call
 from lightning_hetero.exchange.groups import PendingRows, RankGroup
 from lightning_hetero.planning.reports import MemoryReports, StepReports
 
-TRAINS, LEFT_EPOCH, FETCHES, ASKS_TO_STOP = 0, 1, 2, 3
+TRAINS, LEFT_EPOCH, FETCHES, ASKS_TO_STOP, CHANGES = range(5)
 """Kinds of messages: what a rank is about to do, or has done, when it sends its message.
 
 A rank that asks to stop sends this in place of its next message, see `PendingMessages`.
@@ -20,7 +20,7 @@ A rank that asks to stop sends this in place of its next message, see `PendingMe
 class StepMessage:
     """One rank's message in a step; all fields are numbers, so that messages are exchanged as rows of one table."""
 
-    kind: float  # `TRAINS`, `LEFT_EPOCH`, or `FETCHES` if ranks report measurements before they fetch a batch
+    kind: float  # one of the above; `FETCHES` if ranks report measurements before they fetch a batch
     step: float  # the global batch at which the rank is
     loss_count: float = 1.0  # of its batch; 1 on CUDA, where the host does not know it
     plan_checksum: float = 0.0  # of the plan in force
@@ -38,6 +38,7 @@ class StepMessage:
     fits: float = 0.0  # the largest local batch known to fit, once memory has run out; 0 if it never did
     fails: float = 0.0  # the smallest local batch known not to fit; 0 if memory never ran out
     input_shape: float = 0.0  # checksum of the shape of its samples; 0 for unknown
+    trainable: float = 0.0  # checksum of the parameters that train; 0 if it does not train now
 
     def row(self) -> tuple[float, ...]:
         return tuple(map(float, astuple(self)))
@@ -136,4 +137,6 @@ def _place(kind: float, step: float) -> str:
         return f"the end of the epoch, after global batch {int(step) - 1}"
     if kind == ASKS_TO_STOP:
         return f"should_stop before global batch {int(step)}"
+    if kind == CHANGES:
+        return f"a change of the parameters that train, by training_step of global batch {int(step)}"
     return f"{'fetching' if kind == FETCHES else 'the training step of'} global batch {int(step)}"

@@ -28,10 +28,19 @@ def broadcast_in_forward(options: Mapping[str, Any]) -> bool | None:
     return next((bool(value) for value in values if value is not None), None)
 
 
-def exclude_broadcast_from_compute_time(
-    model: DistributedDataParallel, waiting: Callable[[], AbstractContextManager[None]]
+def set_broadcast(
+    model: DistributedDataParallel, options: Mapping[str, Any], waiting: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    """Exclude DDP's broadcast of rank 0's buffers from compute time: the other ranks wait for rank 0 there."""
+    """Let a wrapper not broadcast rank 0's buffers, unless the user's DDP options ask for it.
+
+    It is then excluded from compute time, since the other ranks wait for rank 0 there.
+    """
+    broadcasts = broadcast_in_forward(options)
+    if broadcasts is None:
+        # Set after construction, where older versions of torch would also skip the copy at the start.
+        model.broadcast_buffers = False
+    if not broadcasts:
+        return
     broadcast = model._sync_buffers  # noqa: SLF001 - there is no public name for it
 
     def timed_broadcast() -> None:

@@ -4,10 +4,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hetero.device.peak_memory import PeakMemory
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
@@ -24,10 +25,15 @@ from lightning_hetero.step import loss_count
 from lightning_hetero.step.batch_contents import input_shape, shape_number
 from lightning_hetero.step.buffers import BufferMerge
 from lightning_hetero.step.compute_times import ComputeTimes
+from lightning_hetero.step.gradients import average_gradients
 from lightning_hetero.step.memory_use import MemoryUse
-from lightning_hetero.step.out_of_memory import OutOfMemoryRecovery, PartialStep, StepInParts
+from lightning_hetero.step.out_of_memory import PartialStep, StepInParts
 from lightning_hetero.step.step import LoadedBatch, LocalCount, Step, StepContext
+from lightning_hetero.step.trainable import TrainableParameters
+from lightning_hetero.step.wrapping import bypass
 from lightning_hetero.step.zero_count import ZeroCountWarning
+from lightning_hetero.trainer.options import check_trainable
+from lightning_hetero.trainer.passes import loss_of, make_recovery
 from lightning_hetero.trainer.profiles import run_folder
 from lightning_hetero.trainer.reporting import make_reporter
 from lightning_hetero.trainer.run import Run
@@ -38,17 +44,31 @@ class Fit:
 
     Args:
         run: the call of the Trainer.
-        recovery: recovers from running out of memory.
+        model: the module as the strategy has wrapped it.
         buffers: merges the ranks' buffers; None where DDP copies rank 0's in each step.
+        trainable: the parameters that train, as DDP knows them.
+        custom_hook: whether the user gave DDP a communication hook, or a wrapper for one.
     """
 
-    def __init__(self, run: Run, recovery: OutOfMemoryRecovery, buffers: BufferMerge | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module | None,
+        buffers: BufferMerge | None,
+        trainable: TrainableParameters,
+        *,
+        custom_hook: bool,
+    ) -> None:
         job, module = run.job, run.trainer.lightning_module
         self._run = run
         self._job = job
         self._module = module
-        self._recovery = recovery
+        self._recovery_for = partial(
+            make_recovery, module, precision=run.trainer.precision_plugin, place=job.place, custom_hook=custom_hook
+        )
+        self._recovery = self._recovery_for(model)
         self._buffers = buffers
+        self._trainable = trainable
         run.loaders.begin_training()
         counter = loss_count.find_loss_counter(module, job.options.loss_count)
         if counter.advice:
@@ -76,7 +96,7 @@ class Fit:
         self._content_hash = 0.0
         self._loaded: LoadedBatch | None = None  # from the batch to its end
         self._step: Step | None = None  # from the call of training_step to the end of the batch
-        self._risky = False  # memory may run out in the step
+        self._risky = False  # a rank has more samples than it is known to be able to compute; the same on all ranks
         self._in_parts: StepInParts | None = None  # if the step can recover from that
         run.early_stop.exchange()  # the hooks at the start of training are over
         job.group.waits.watch()
@@ -113,11 +133,61 @@ class Fit:
         if job.batch_norm_group is not None:
             job.batch_norm_group.begin_step(borrowed=self.borrowed)
         self._memory.start(loaded.local_batch or 0)
-        self._risky = share is not None and self._is_risky(share.counts)
+        if share is not None:
+            unproven = self._memory.exceeds_completed(share.counts)
+            self._risky = unproven and not self._planner.fits_in_memory(share.counts)
         if self._buffers is not None:
             self._buffers.add_batch(share, batch)
         self._input_shape = self._input_shape or input_shape(batch)
         self._content_hash = loaders.content_hash(batch)
+
+    def begin_step(self, batch: Any) -> list[nn.Parameter] | None:
+        """Count the batch and send the step's message; an optimizer's next closure goes on with the same step.
+
+        Returns:
+            None. If other parameters train than before, on all ranks: those that have been added to the module; the
+            module has to be wrapped anew, and `wrapped_anew` called.
+
+        Raises:
+            RuntimeError: ranks differ in which parameters train.
+        """
+        if isinstance(batch, Iterator):
+            raise TypeError(
+                "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
+            )
+        if self._step is not None:
+            return None
+        if self._loaded is None:
+            raise RuntimeError("training_step needs a batch that the Trainer has moved to the device")
+        loaded, context = self._loaded, self._context
+        self._trainable.look()
+        count = LocalCount.of(context, batch, loaded)
+        message = self._message(
+            TRAINS,
+            loaded.step,
+            loss_count=count.on_host,
+            plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
+            content_hash=self._content_hash,
+            trainable=self._trainable.current.checksum,
+        )
+        pending = PendingMessages(self._job.group, message)
+        self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
+        if self._trainable.is_wrapped:
+            self._prepare_parts(step)
+            return None
+        self._receive(step)  # all ranks have to know before they wrap the module: that is done together
+        if self._times.accumulates and self._job.group.world_size > 1:
+            # The next wrapper does not know which gradients the last one would have averaged at the window's end.
+            with self._job.timer.waiting():
+                call = "averaging before the module is wrapped anew"
+                average_gradients(self._trainable.wrapped_or_current(), self._job.group, call)
+        return self._trainable.take_new()
+
+    def wrapped_anew(self, model: nn.Module) -> None:
+        """The module was wrapped anew on all ranks."""
+        self._recovery = self._recovery_for(model)
+        self._trainable.set_wrapped()
+        self._prepare_parts(self._running_step())
 
     def training_step(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The module's training step.
@@ -127,11 +197,7 @@ class Fit:
             *args: its positional arguments, the batch first.
             **kwargs: its keyword arguments.
         """
-        if isinstance(args[0], Iterator):
-            raise TypeError(
-                "training_step(dataloader_iter) fetches its batches by itself, so they can't be counted: take a batch"
-            )
-        step, logging = self._begin(args[0]), self._run.metrics.training_results
+        step, logging = self._running_step(), self._run.metrics.training_results
         logging.begin_step(
             borrowed=self.borrowed,
             empty=step.count.is_zero,
@@ -146,7 +212,7 @@ class Fit:
                 else:
                     output = compute(*args, **kwargs)
         finally:
-            logging.end_step(_loss(output))
+            logging.end_step(loss_of(output))
         return output
 
     def backward(self, compute: Callable[[Tensor], Tensor], loss: Tensor, *, averaged: bool) -> Tensor:
@@ -156,17 +222,29 @@ class Fit:
             compute: goes backward from the weighted loss, as plain DDP does.
             loss: the user's loss.
             averaged: whether the pass waits for the other ranks, to average gradients.
+
+        Raises:
+            ValueError: no parameter trains.
         """
         step, parts = self._running_step(), self._in_parts
         self._receive(step)
+        if not loss.requires_grad:
+            check_trainable(self._module)
         keeps_gradients = not self._module.automatic_optimization
+        bypassed: list[nn.Parameter] = []
+        # In manual optimization parameters are also made to pause within a step, as by `toggle_optimizer`.
+        if parts is None and self._trainable.has_changed(may_pause=keeps_gradients):
+            bypassed, averaged = bypass(self._recovery.model, self._trainable, self._context, step.loaded.step), False
         with (
             self._explained(step),
             step.weighted(loss, averaged=averaged and parts is None, keeps_gradients=keeps_gradients) as weighted,
         ):
-            if parts is None:
-                return compute(weighted)
-            return self._backward_in_parts(parts, weighted, loss, step if averaged else None)
+            if parts is not None:
+                return self._backward_in_parts(parts, weighted, loss, step if averaged else None)
+            output = compute(weighted)
+            if bypassed:
+                step.average_after_backward(bypassed)
+            return output
 
     def global_loss(self, closure: Callable[[], Any], reduce: Callable[[Tensor], Any]) -> Callable[[], Any]:
         """A closure that returns the loss of the global batch, for optimizers that make decisions by it (LBFGS).
@@ -255,41 +333,21 @@ class Fit:
         parts.backward(scaled, weighted, loss, average=average)
         return precision.post_backward(scaled, self._module)
 
-    def _begin(self, batch: Any) -> Step:
-        """Count the batch and send the step's message; an optimizer's next closure goes on with the same step."""
-        if self._step is not None:
-            return self._step
-        if self._loaded is None:
-            raise RuntimeError("training_step needs a batch that the Trainer has moved to the device")
-        loaded, context = self._loaded, self._context
-        count = LocalCount.of(context, batch, loaded)
-        message = self._message(
-            TRAINS,
-            loaded.step,
-            loss_count=count.on_host,
-            plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
-            content_hash=self._content_hash,
-        )
-        pending = PendingMessages(self._job.group, message)
-        self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
+    def _prepare_parts(self, step: Step) -> None:
+        """Let the step be computed in parts, if memory may run out in it."""
         if self._risky and self._recovery.can_recover():
-            too_large = self._memory.is_too_large(loaded.local_batch or 0)
+            too_large = self._memory.is_too_large(step.loaded.local_batch or 0)
             partial = PartialStep(
-                local_batch=loaded.local_batch,
+                local_batch=step.loaded.local_batch,
                 weight=lambda: self._weight(step),
-                count=lambda: float(count.value),
-                count_of=lambda part, samples: float(context.counter(context.module, part, samples)),
+                count=lambda: float(step.count.value),
+                count_of=lambda part, samples: float(self._context.counter(self._module, part, samples)),
             )
             self._in_parts = StepInParts(self._recovery, partial, too_large=too_large)
-        return step
 
     def _weight(self, step: Step) -> float | Tensor:
         self._receive(step)
         return step.weight
-
-    def _is_risky(self, local_batches: tuple[int, ...]) -> bool:
-        """Whether a rank has more samples than it is known to be able to compute; the same on all ranks."""
-        return self._memory.exceeds_completed(local_batches) and not self._planner.fits_in_memory(local_batches)
 
     def _explained(self, step: Step) -> AbstractContextManager[None]:
         """Inside, an out-of-memory error says where it happened, why it ends the run, and what to do."""
@@ -322,6 +380,7 @@ class Fit:
         """Wait for the messages of a step, the first time; afterwards its weight is known."""
         messages = step.receive()
         if messages is not None:
+            self._trainable.check(messages.column("trainable").tolist(), messages.step)
             self._update(messages)
 
     def _update(self, messages: StepMessages) -> None:
@@ -356,9 +415,3 @@ class Fit:
                 f"the profile {profile.path} is of samples of another shape ({profile.input_shape}; here "
                 f"{self._input_shape}), so the shares are measured anew"
             )
-
-
-def _loss(output: Any) -> Tensor | None:
-    """The loss in what `training_step` has returned."""
-    value = output.get("loss") if isinstance(output, dict) else output
-    return value if isinstance(value, Tensor) else None

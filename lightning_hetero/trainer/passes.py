@@ -49,3 +49,9 @@ def _passes(module: "pl.LightningModule", precision: Precision) -> Passes:
             attributes.update(before)
 
     return Passes(forward, scaled, lambda loss: precision.backward(loss, module, None), without_logging)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what `training_step` has returned."""
+    value = output.get("loss") if isinstance(output, dict) else output
+    return value if isinstance(value, Tensor) else None

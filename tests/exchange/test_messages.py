@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
+from lightning_hetero.exchange.messages import CHANGES, FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
 
 
 def gathered(*messages: StepMessage) -> StepMessages:
@@ -20,6 +20,10 @@ def test_ranks_at_the_same_place_go_on() -> None:
         (StepMessage(TRAINS, 7, plan_checksum=6), "split global batch 7 differently"),
         (StepMessage(TRAINS, 8, plan_checksum=5), "rank 0 trains on global batch 7; rank 1 trains on global batch 8"),
         (StepMessage(FETCHES, 8, plan_checksum=5), "rank 0 trains on global batch 7; rank 1 fetches global batch 8"),
+        (
+            StepMessage(CHANGES, 7, plan_checksum=5),
+            "rank 1 trains other parameters since training_step began in global",
+        ),
         (StepMessage(LEFT_EPOCH, 7, plan_checksum=5), "rank 1 left the epoch after global batch 6"),
     ],
 )
@@ -37,7 +41,7 @@ def test_a_count_that_can_not_be_weighted_is_named(count: float) -> None:
 
 def test_each_field_comes_back_under_its_name() -> None:
     """Also the measurements: two swapped fields would give a wrong plan, not an error."""
-    first = StepMessage(TRAINS, 7, 2.5, 5, 9, 4, 0.5, 0.25, 1, 2**30, 11, 0, 6, 2**20, 12, 13, 14)
+    first = StepMessage(TRAINS, 7, 2.5, 5, 9, 4, 0.5, 0.25, 1, 2**30, 11, 0, 6, 2**20, 12, 13, 14, 15)
     second = StepMessage(TRAINS, 7, 3.5, 5, 8, -1, stop_requested=True)
     messages = gathered(first, second)
     messages.check()
@@ -48,6 +52,7 @@ def test_each_field_comes_back_under_its_name() -> None:
     assert messages.column("stop_requested").tolist() == [0, 1]
     assert messages.column("local_batch").tolist() == [6, 0]
     assert messages.column("input_shape").tolist() == [14, 0]
+    assert messages.column("trainable").tolist() == [15, 0]
     reports = messages.reports()
     assert (reports.step, reports.last_drawn) == (7, 9)
     assert reports.measured_steps.tolist() == [4, -1]

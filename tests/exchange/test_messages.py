@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
+from lightning_hetero.exchange.messages import CHANGES, FETCHES, LEFT_EPOCH, TRAINS, StepMessage, StepMessages
 
 
 def gathered(*messages: StepMessage) -> StepMessages:
@@ -27,6 +27,10 @@ def test_ranks_at_the_same_place_go_on() -> None:
             "rank 0 is in the training step of global batch 7; rank 1 is in fetching global batch 8",
         ),
         (StepMessage(LEFT_EPOCH, 7, plan_checksum=5), "rank 1 is in the end of the epoch, after global batch 6"),
+        (
+            StepMessage(CHANGES, 7, plan_checksum=5),
+            "rank 1 is in a change of the parameters that train, by training_step",
+        ),
     ],
 )
 def test_ranks_that_go_different_ways_stop(other: StepMessage, said: str) -> None:
@@ -43,7 +47,7 @@ def test_a_count_that_can_not_be_weighted_is_named(count: float) -> None:
 
 def test_each_field_comes_back_under_its_name() -> None:
     """Also the measurements: two swapped fields would give a wrong plan, not an error."""
-    first = StepMessage(TRAINS, 7, 2.5, 5, 9, 4, 0.5, 0.25, 1, 2**30, 11, 0, 0, 6, 2**20, 12, 13, 14)
+    first = StepMessage(TRAINS, 7, 2.5, 5, 9, 4, 0.5, 0.25, 1, 2**30, 11, 0, 0, 6, 2**20, 12, 13, 14, 15)
     second = StepMessage(TRAINS, 7, 3.5, 5, 8, -1, stop_requested=True, should_stop=True)
     messages = gathered(first, second)
     messages.check()
@@ -55,6 +59,7 @@ def test_each_field_comes_back_under_its_name() -> None:
     assert messages.column("should_stop").tolist() == [0, 1]
     assert messages.column("local_batch").tolist() == [6, 0]
     assert messages.column("input_shape").tolist() == [14, 0]
+    assert messages.column("trainable").tolist() == [15, 0]
     reports = messages.reports()
     assert (reports.step, reports.last_drawn) == (7, 9)
     assert reports.measured_steps.tolist() == [4, -1]

@@ -47,7 +47,7 @@ class Alone(TwoParts):
 
 IN_HOOK = (
     "the ranks do not train the same parameters in global batch 2: backbone.0.weight, backbone.0.bias, "
-    "backbone.2.weight and 1 more train on rank 1, but not on all other ranks."
+    "backbone.2.weight and 1 more train on rank 1, but not on rank 0."
 )
 ALONE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "in a hook": (partial(Alone, "on_train_batch_start"), {}, {}, IN_HOOK),
@@ -68,7 +68,7 @@ ALONE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
         partial(Alone, "on_train_batch_start", grows=True),
         {},
         {},
-        "extra.weight, extra.bias train on rank 1, but not on all other ranks.",
+        "extra.weight, extra.bias train on rank 1, but not on rank 0.",
     ),
     "in training_step": (
         partial(Alone, "training_step"),

@@ -32,6 +32,7 @@ class StepMessage:
     fits: float = 0.0  # the largest local batch known to fit, once memory has run out; 0 if it never did
     fails: float = 0.0  # the smallest local batch known not to fit; 0 if memory never ran out
     input_shape: float = 0.0  # checksum of the shape of its samples; 0 for unknown
+    samples: float = 1.0  # of its own in its batch; 0 if they are borrowed, 1 if their number is not known
 
     def row(self) -> tuple[float, ...]:
         return tuple(map(float, astuple(self)))

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
+from lightning_hetero.trainer.skipped_steps import StepResult
 
 
 def patch_trainer(
@@ -48,6 +49,7 @@ def patch_trainer(
             "_logger_connector": metrics.connector,
             "fit_loop.epoch_loop._broadcast_sigterm_tensor": before_batch,
             "fit_loop.epoch_loop._should_check_val_fx": metrics.is_validation_due,
+            "fit_loop.epoch_loop.automatic_optimization.output_result_cls": StepResult,
             "fit_loop.epoch_loop._results": metrics.training_results,
             "fit_loop.epoch_loop.val_loop._results": validating,
             "validate_loop._results": evaluating,

@@ -21,25 +21,30 @@ class ModuleSnapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._buffers = [
-            (buffer, buffer.detach().clone())
+            (layer, name, buffer, buffer.detach().clone())
             for layer in module.modules()
             if not isinstance(layer, SynchronizedBatchNorm)
-            for buffer in layer.buffers(recurse=False)
+            for name, buffer in layer.named_buffers(recurse=False)
         ]
-        self._metrics = [
-            (metric, {name: _copied(getattr(metric, name)) for name in (*metric.metric_state, *_METRIC_ATTRIBUTES)})
+        self._metrics = {
+            metric: {name: _copied(getattr(metric, name)) for name in (*metric.metric_state, *_METRIC_ATTRIBUTES)}
             for metric in module.modules()
             if isinstance(metric, Metric)
-        ]
+        }
 
     def restore(self) -> None:
         """Restore the saved values."""
         with torch.no_grad():
-            for buffer, value in self._buffers:
+            for layer, name, buffer, value in self._buffers:
                 buffer.copy_(value)
-        for metric, state in self._metrics:
-            for name, value in state.items():
-                setattr(metric, name, value)
+                setattr(layer, name, buffer)  # a step may have put another tensor in its place
+        for metric in self._metrics:
+            self.restore_metric(metric)
+
+    def restore_metric(self, metric: Metric) -> None:
+        """Restore the saved state of one of the metrics; the others, and buffers, stay as they are."""
+        for name, value in self._metrics.get(metric, {}).items():
+            setattr(metric, name, _copied(value))
 
 
 def _copied(value: Any) -> Any:

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hetero import cross_entropy_count
-from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.loss_count import find_loss_counter
 from tests.ranks import run_ranks
 from tests.trainer import geography
@@ -258,8 +257,6 @@ def boxed(batch_size: int) -> DataLoader[Any]:
 
 def test_batches_of_unequal_lengths_count_the_samples_that_went_into_them() -> None:
     """The first tensor's length is that of a sample's features: counted so, all ranks would weigh the same."""
-    assert sample_count((torch.zeros(5), torch.zeros(2, 2)), 3) == 3
-    assert sample_count({"image": torch.zeros(6, 2), "label": torch.zeros(6)}, 3) == 6, "augmentation made more of them"
     recipe = Recipe(module=Boxed, loader=boxed)
     alone = plain_fit(recipe, 12)
     for out in run_ranks(2, hetero_fit, recipe, {"shares": [3, 1]}):

@@ -26,10 +26,10 @@ class ModuleSnapshot:
             if not isinstance(layer, SynchronizedBatchNorm)
             for name, buffer in layer.named_buffers(recurse=False)
         ]
-        self._metrics = {
-            metric: {name: _copied(getattr(metric, name)) for name in (*metric.metric_state, *_METRIC_ATTRIBUTES)}
-            for metric in module.modules()
-            if isinstance(metric, Metric)
+        self._metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+        self._states = {  # by id, since a metric's hash depends on its state
+            id(metric): {name: _copied(getattr(metric, name)) for name in (*metric.metric_state, *_METRIC_ATTRIBUTES)}
+            for metric in self._metrics
         }
 
     def restore(self) -> None:
@@ -43,7 +43,7 @@ class ModuleSnapshot:
 
     def restore_metric(self, metric: Metric) -> None:
         """Restore the saved state of one of the metrics; the others, and buffers, stay as they are."""
-        for name, value in self._metrics.get(metric, {}).items():
+        for name, value in self._states.get(id(metric), {}).items():
             setattr(metric, name, _copied(value))
 
 

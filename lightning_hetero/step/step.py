@@ -66,10 +66,9 @@ class LoadedBatch:
         self.borrowed = samples == 0
         self.share = replace(share, borrowed=True) if share is not None and self.borrowed else share
         self.samples = samples
-        self._saved: tuple[ModuleSnapshot, RandomState] | None = None
-        if self.borrowed:
-            random_state = share.random_state if share is not None else None
-            self._saved = ModuleSnapshot(module), random_state or RandomState.current()
+        random_state = share.random_state if share is not None else None
+        self.before_borrowed = ModuleSnapshot(module) if self.borrowed else None
+        self._random_state = (random_state or RandomState.current()) if self.borrowed else None
 
     @property
     def is_whole(self) -> bool:
@@ -78,8 +77,9 @@ class LoadedBatch:
 
     def undo_borrowed(self) -> None:
         """Restore what borrowed samples have changed."""
-        for state in self._saved or ():
-            state.restore()
+        for state in (self.before_borrowed, self._random_state):
+            if state is not None:
+                state.restore()
 
 
 @dataclass(frozen=True)

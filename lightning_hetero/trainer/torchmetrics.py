@@ -6,7 +6,8 @@ the shape nor the type to gather; and a metric that computes without an update w
 """
 # ruff: noqa: SLF001 - torchmetrics has no public way to say how states are gathered
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
+from lightning_hetero.step.snapshot import ModuleSnapshot
 
 
 class _SynchronizedMetric:
@@ -50,11 +52,30 @@ class _SynchronizedMetric:
                 return self._compute(*args, **kwargs)
             finally:
                 metric._to_sync, metric._computed = True, None
-        with self._sync.timer.waiting():
-            updated = any(self._sync.group.gather(metric.update_called))
-        if updated:
-            metric._update_count = max(metric._update_count, 1)
-        return self._compute(*args, **kwargs)
+        with self._without_borrowed():
+            with self._sync.timer.waiting():
+                updated = any(self._sync.group.gather(metric.update_called))
+            if updated:
+                metric._update_count = max(metric._update_count, 1)
+            return self._compute(*args, **kwargs)
+
+    @contextmanager
+    def _without_borrowed(self) -> Iterator[None]:
+        """Inside, the metric has no state of samples that this rank has borrowed from others."""
+        metric, before = self.metric, self._sync.before_borrowed
+        if before is None:
+            yield
+            return
+        current = ModuleSnapshot(metric)
+        if metric._should_unsync:
+            before.restore_metric(metric)
+        else:  # in `forward`, where the state is that of this batch only
+            metric.reset()
+        metric._computed = None  # a value that is kept on some ranks only would leave the others waiting
+        try:
+            yield
+        finally:
+            current.restore()
 
     def __call__(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         """In place of `Metric._sync_dist`: gathers list states of any length, in the order of the ranks."""
@@ -113,7 +134,17 @@ class MetricSync:
     group: RankGroup
     timer: ComputeTimer  # stopped while ranks gather
     in_evaluation_batch: Callable[[], bool]
+    before_borrowed: ModuleSnapshot | None = field(default=None, init=False)
+    """The module's metrics before the current training step, if this rank computes borrowed samples in it."""
     _synchronized: list[_SynchronizedMetric] = field(default_factory=list, init=False)
+
+    def begin_batch(self, before_borrowed: ModuleSnapshot | None) -> None:
+        """A training batch begins; see `before_borrowed`."""
+        self.before_borrowed = before_borrowed
+
+    def end_batch(self) -> None:
+        """The training step is over, and what borrowed samples have changed is undone."""
+        self.before_borrowed = None
 
     def attach(self, module: torch.nn.Module) -> None:
         """Synchronize new metrics; where the user gathers a metric's states, only stop the timer meanwhile."""

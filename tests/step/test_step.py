@@ -50,7 +50,9 @@ def share_of(*counts: int, borrowed: bool = False, state: RandomState | None = N
 def step_of(context: StepContext, share: Share | None, count: LocalCount, *, accumulates: bool = False) -> Step:
     samples = share.samples(context.group.rank) if share is not None else None
     loaded = LoadedBatch(5, share, samples, context.module)
-    pending = context.group.start(StepMessage(TRAINS, 5, loss_count=count.on_host, samples=1 if samples is None else samples).row())
+    pending = context.group.start(
+        StepMessage(TRAINS, 5, loss_count=count.on_host, samples=1 if samples is None else samples).row()
+    )
     return Step(context, loaded, count, pending, accumulates=accumulates)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_hetero import cross_entropy_count
+from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.loss_count import find_loss_counter
 from tests.ranks import run_ranks
 from tests.trainer import geography

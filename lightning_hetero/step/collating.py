@@ -74,7 +74,8 @@ def _kept(samples: Sequence[Any], batch: Any) -> int:
     if all(len(tensor) >= len(present) for tensor in tensors):
         return len(present)
     shapes = {shape for sample in present for shape in sample_shapes(sample)}
-    stacked = {len(tensor) for tensor in tensors if tuple(tensor.shape[1:]) in shapes}
+    found = {tuple(tensor.shape) for tensor in tensors} - shapes  # one that is a sample's own has not been stacked
+    stacked = {length for length, *shape in found if tuple(shape) in shapes}
     return min(len(present), *stacked) if len(stacked) == 1 else len(present)
 
 

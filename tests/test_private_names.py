@@ -114,7 +114,11 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
     },
     "Trainer.predict_loop": ("lightning", of_trainer("predict_loop"), ["_combined_loader"]),
     "CombinedLoader": ("lightning", lambda: CombinedLoader([]), ["_mode", "_spec"]),
-    "_ResultCollection": ("lightning", lambda: _ResultCollection(training=True), ["_forked_name", "_get_cache"]),
+    "_ResultCollection": (
+        "lightning",
+        lambda: _ResultCollection(training=True),
+        ["_extract_batch_size", "_forked_name", "_get_cache"],
+    ),
     "_ResultMetric": ("lightning", result_metric, ["_computed", "_forward_cache", "_update_count"]),
     "_Metadata": ("lightning", lambda: _Metadata("training_step", "loss"), ["_sync"]),
     "_Sync": ("lightning", _Sync, ["_fn", "_should"]),

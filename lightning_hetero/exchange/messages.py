@@ -39,6 +39,7 @@ class StepMessage:
     fails: float = 0.0  # the smallest local batch known not to fit; 0 if memory never ran out
     input_shape: float = 0.0  # checksum of the shape of its samples; 0 for unknown
     trainable: float = 0.0  # checksum of the parameters that train; 0 if it does not train now
+    samples: float = 1.0  # of its own in its batch; 0 if they are borrowed, 1 if their number is not known
 
     def row(self) -> tuple[float, ...]:
         return tuple(map(float, astuple(self)))

@@ -1,7 +1,7 @@
 """The part of each global batch that one rank computes, according to the plan in force at its step."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from torch.utils.data import Sampler
@@ -50,6 +50,12 @@ class Share:
     checksum: int  # of the plan
     random_state: RandomState | None = field(default=None, compare=False)
     """Of this process, just before a borrowed batch was loaded in it; None for any other share."""
+    kept: int | None = field(default=None, compare=False)
+    """How many of its samples this rank has in its batch, if its collate function has left some out; else None."""
+
+    def samples(self, rank: int) -> int:
+        """Samples of its own that this rank, `rank`, has in its batch; 0 if it computes borrowed ones."""
+        return self.counts[rank] if self.kept is None else self.kept
 
 
 class PendingShares:
@@ -58,6 +64,7 @@ class PendingShares:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._shares: dict[int, Share] = {}
+        self._next_loaded = 0
         self.last_drawn = -1
         """The last step whose share the loader has been given; up to this step, plans can no longer change."""
         self._complete = False
@@ -65,6 +72,7 @@ class PendingShares:
     def begin(self, first_step: int) -> None:
         """Start a pass at a step; drop the shares that an abandoned pass has drawn from that step on."""
         self._shares = {step: share for step, share in self._shares.items() if step < first_step}
+        self._next_loaded = first_step
         self._complete = False
 
     def end(self) -> None:
@@ -79,6 +87,13 @@ class PendingShares:
         """Record a share that is given to the loader."""
         self._shares[share.step] = share
         self.last_drawn = share.step
+
+    def loaded(self, kept: int) -> None:
+        """Record how many samples the next batch holds; the loader returns batches in the order of its shares."""
+        step, self._next_loaded = self._next_loaded, self._next_loaded + 1
+        share = self._shares[step]
+        if kept != share.counts[self._rank] and not share.borrowed:
+            self._shares[step] = replace(share, kept=kept)
 
     def take(self, step: int) -> Share:
         """The share that this rank computes at a step; the loader must have been given one for it.

@@ -15,9 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer
 
-from lightning_hetero.exchange.groups import all_reduce_sum, gather_rows
-from lightning_hetero.sampling.train_sampler import Share
-from lightning_hetero.step.batch_contents import sample_count
+from lightning_hetero.exchange.groups import RankGroup, all_reduce_sum, gather_rows
 from lightning_hetero.step.batch_norm import modules_without_metrics, pooled_statistics
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
 
@@ -103,13 +101,10 @@ class BufferMerge:
         self._steps = 0  # since the last merge
         self._samples = 0  # computed by this rank in these steps
 
-    def add_batch(self, share: Share | None, batch: Any) -> None:
-        """Count a training batch; the share is None if the user shards. All ranks must call this equally often."""
+    def add_batch(self, samples: int) -> None:
+        """Count a training batch; borrowed samples count 0. All ranks must call this equally often."""
         self._steps += 1
-        try:  # borrowed samples count 0: what they change is undone
-            self._samples += share.counts[self._rank] if share is not None else sample_count(batch)
-        except TypeError:
-            self._samples += 1
+        self._samples += samples
 
     @property
     def is_due(self) -> bool:
@@ -130,8 +125,7 @@ class BufferMerge:
             return
         statistics = running_statistics(self._module)
         others = other_buffers(self._module)
-        parts = [buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in others]
-        flat = (torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)).to(self._device)  # (bytes,)
+        flat = _flat(others, self._device)  # (bytes,)
         row = [torch.tensor([samples, len(flat)]), *(mean for mean, _ in statistics), *(var for _, var in statistics)]
         with self._waiting():
             own = torch.cat([part.to(self._device, torch.float64) for part in row])  # (2 + 2 * channels,)
@@ -149,6 +143,54 @@ class BufferMerge:
                 dist.broadcast(flat, src=0)
             if self._rank:
                 _fill(others, flat)
+
+
+@torch.no_grad()
+def follow_steps(
+    module: nn.Module,
+    source: int,
+    group: RankGroup,
+    device: torch.device,
+    waiting: Callable[[], AbstractContextManager[None]],
+    *,
+    follows: bool,
+) -> None:
+    """After a step in which ranks had no samples of their own, give their buffers what the step has made of them.
+
+    A rank that computed borrowed samples has put its buffers back. Those that follow the steps and not the data, such
+    as counters, would then stay behind; so all but BatchNorm's statistics are taken from a rank with samples.
+
+    Args:
+        module: the user's.
+        source: a rank that had samples.
+        group: all ranks, which call this together.
+        device: where buffers are exchanged.
+        waiting: entered while this rank waits for others.
+        follows: whether this rank had no samples.
+
+    Raises:
+        RuntimeError: the ranks have buffers of different sizes.
+    """
+    buffers = other_buffers(module)
+    buffers += [
+        layer.num_batches_tracked
+        for layer in modules_without_metrics(module)
+        if isinstance(layer, _BatchNorm) and isinstance(layer.num_batches_tracked, Tensor)
+    ]
+    if not buffers:
+        return
+    flat = _flat(buffers, device)  # (bytes,)
+    with waiting():
+        _check_sizes(group.start([len(flat)]).wait()[:, 0].tolist())
+        dist.broadcast(flat, src=source)
+    if follows:
+        _fill(buffers, flat)
+
+
+def _flat(buffers: list[Tensor], device: torch.device) -> Tensor:
+    """The bytes of buffers, one after the other, on a device."""
+    parts = [buffer.detach().contiguous().view(-1).view(torch.uint8) for buffer in buffers]
+    return (torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)).to(device)
 
 
 def _check_sizes(sizes: list[float]) -> None:

@@ -32,12 +32,15 @@ class LossCounter:
     advice: str = ""  # how to make the rule exact if it is only a guess
 
     def __call__(self, module: nn.Module, batch: Any, samples: int | None = None) -> Count:
-        """The loss count of a batch as `training_step` gets it; `samples` is how many the sampler drew, if known.
+        """The loss count of a batch as `training_step` gets it; `samples` is how many it holds, if known.
 
         Raises:
             TypeError: the rule returned something that is neither a number nor a tensor without dimensions.
         """
-        value = self.count(module, batch) if self.count is not None else sample_count(batch, samples)
+        if self.count is not None:
+            value = self.count(module, batch)
+        else:
+            value = sample_count(batch) if samples is None else samples
         if isinstance(value, Tensor):
             if value.ndim != 0:
                 raise TypeError(

@@ -28,25 +28,26 @@ class ModuleSnapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._buffers = [
-            (buffer, buffer.detach().clone())
+            (layer, name, buffer, buffer.detach().clone())
             for layer in module.modules()
             if not isinstance(layer, SynchronizedBatchNorm)
-            for buffer in layer.buffers(recurse=False)
+            for name, buffer in layer.named_buffers(recurse=False)
         ]
-        self._metrics = [
-            (metric, {name: _copied(getattr(metric, name)) for name in (*metric.metric_state, *_METRIC_ATTRIBUTES)})
-            for metric in module.modules()
-            if isinstance(metric, Metric)
-        ]
+        self._metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
+        self._states = {  # by id, since a metric's hash depends on its state
+            id(metric): {name: _copied(getattr(metric, name)) for name in (*metric.metric_state, *_METRIC_ATTRIBUTES)}
+            for metric in self._metrics
+        }
 
     def restore(self) -> None:
         """Restore the saved values."""
         with torch.no_grad():
-            for buffer, value in self._buffers:
+            for layer, name, buffer, value in self._buffers:
                 buffer.copy_(value)
-        for metric, state in self._metrics:
-            for name, value in state.items():
-                setattr(metric, name, value)
+                setattr(layer, name, buffer)  # a step may have put another tensor in its place
+        for metric in self._metrics:
+            for name, value in self._states[id(metric)].items():
+                setattr(metric, name, _copied(value))
 
     def undo(self) -> None:
         """Restore the saved values after a batch that counts on other ranks only: their metrics have been updated.
@@ -55,15 +56,15 @@ class ModuleSnapshot:
         others that don't compute; and a metric counts as updated, but by less than one update, so that computing it
         does not warn.
         """
-        cached = [metric._computed for metric, _ in self._metrics]
+        cached = [metric._computed for metric in self._metrics]
         self.restore()
-        for (metric, _), value in zip(self._metrics, cached, strict=True):
+        for metric, value in zip(self._metrics, cached, strict=True):
             metric._computed = value
             metric._update_count = max(metric._update_count, _UNDONE)  # type: ignore[assignment] # torchmetrics counts up
 
     def state_of(self, metric: Metric) -> Mapping[str, Any] | None:
         """What was saved of a metric; None if it is not part of the module."""
-        return next((state for saved, state in self._metrics if saved is metric), None)
+        return self._states.get(id(metric))
 
 
 def _copied(value: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_hetero.device.step_timer import ComputeTimer
@@ -49,23 +51,35 @@ class StepContext:
 class LoadedBatch:
     """A rank's batch as it was loaded, before any of the user's code has seen it.
 
-    Borrowed samples must have no side effects on this rank, so the state that they may change is saved here. `step` is
-    the number of the global batch; the share is None if the user shards.
+    Borrowed samples must have no side effects on this rank, so the state that they may change is saved here.
+
+    Args:
+        step: the number of the global batch.
+        share: None if the user shards.
+        samples: of the rank's own, which its batch holds; with 0 it is borrowed. None if that is not known.
+        module: the user's.
     """
 
-    def __init__(self, step: int, share: Share | None, rank: int, module: nn.Module) -> None:
+    def __init__(self, step: int, share: Share | None, samples: int | None, module: nn.Module) -> None:
         self.step = step
-        self.share = share
-        self.borrowed = share is not None and share.borrowed
-        self.local_batch = share.counts[rank] if share is not None else None  # 0 if samples are borrowed
-        self._saved: tuple[ModuleSnapshot, RandomState] | None = None
-        if share is not None and share.borrowed:
-            self._saved = ModuleSnapshot(module), share.random_state or RandomState.current()
+        self.borrowed = samples == 0
+        self.share = replace(share, borrowed=True) if share is not None and self.borrowed else share
+        self.samples = samples
+        random_state = share.random_state if share is not None else None
+        self.before_borrowed = ModuleSnapshot(module) if self.borrowed else None
+        self._random_state = (random_state or RandomState.current()) if self.borrowed else None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the batch holds all samples of the share, so that its compute time is that of the share."""
+        return self.share is not None and self.share.kept is None
 
     def undo_borrowed(self) -> None:
         """Restore what borrowed samples have changed."""
-        for state in self._saved or ():
-            state.restore()
+        if self.before_borrowed is not None:
+            self.before_borrowed.undo()
+        if self._random_state is not None:
+            self._random_state.restore()
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class LocalCount:
         if loaded.borrowed:
             return cls(0.0)
         try:
-            value = context.counter(context.module, batch, loaded.local_batch or None)
+            value = context.counter(context.module, batch, loaded.samples)
         except Exception as error:  # noqa: BLE001 - whatever the user's rule raises has to reach the other ranks
             return cls(float("nan"), error)
         return cls(value if isinstance(value, Tensor) and context.counts_on_device else float(value))
@@ -149,11 +163,13 @@ class Step:
         self.loaded = loaded
         self.count = count
         self.weight: float | Tensor = 1.0  # the factor on this rank's loss; valid once messages are received
+        self.samples = np.ones(context.group.world_size)  # (W,), see `StepMessage`; the same
         self.logged_weight: float | Tensor | None = None  # in samples of the global batch; None: its number of samples
         self._context = context
         self._accumulates = accumulates
         self._pending: PendingMessages | None = messages
         self._device_total = DeviceTotal(count, context) if context.counts_on_device else None
+        self._counts = np.ones(context.group.world_size)  # (W,) loss counts, as hosts know them
 
     def receive(self) -> StepMessages | None:
         """Wait for the messages of all ranks, which determine this rank's weight; None if they were received before.
@@ -172,19 +188,32 @@ class Step:
         if self.count.error is not None:
             raise self.count.error
         messages.check()
-        counts = messages.column("loss_count")  # (W,)
+        self._counts, self.samples = messages.column("loss_count"), messages.column("samples")
         if total is not None:
             context.zero_counts.check_on_device(total.total)
-            self.weight = total.weight()
-        else:
-            context.zero_counts.check(self.loaded.step, float(counts.sum()))
-            self.weight = loss_weight(counts, context.group.rank)
-        share = self.loaded.share
-        if share is None:
-            self.logged_weight = self.count.value
-        elif self.count.on_device is not None or tuple(counts) != tuple(share.counts):
-            self.logged_weight = self.weight * sum(share.counts) / context.group.world_size
+        elif self.samples.any():  # else the step is skipped
+            context.zero_counts.check(self.loaded.step, float(self._counts.sum()))
+        self._weigh(total, self.samples)
         return messages
+
+    def leave_out(self, skipped: NDArray[np.bool_]) -> None:
+        """Batches of ranks that have skipped theirs, (W,), do not count; all ranks call this before backward."""
+        if skipped[self._context.group.rank]:
+            self.count = LocalCount(0.0)
+        self._counts = np.where(skipped, 0.0, self._counts)
+        total = DeviceTotal(self.count, self._context) if self._context.counts_on_device else None
+        if total is not None:
+            total.wait()
+        self._weigh(total, np.where(skipped, 0.0, self.samples))
+
+    def _weigh(self, total: DeviceTotal | None, samples: NDArray[np.float64]) -> None:
+        """Determine the weights from the loss counts of all ranks, and their samples, (W,)."""
+        world_size = self._context.group.world_size
+        self.weight = total.weight() if total is not None else loss_weight(self._counts, self._context.group.rank)
+        if self.loaded.share is None:
+            self.logged_weight = self.count.value
+        elif self.count.on_device is not None or tuple(self._counts) != tuple(samples):
+            self.logged_weight = self.weight * float(samples.sum()) / world_size
 
     @contextmanager
     def weighted(self, loss: Tensor, *, averaged: bool, keeps_gradients: bool) -> Iterator[Tensor]:

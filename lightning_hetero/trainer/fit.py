@@ -22,8 +22,8 @@ from lightning_hetero.exchange.messages import (
 )
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step import loss_count
-from lightning_hetero.step.batch_contents import input_shape, shape_number
-from lightning_hetero.step.buffers import BufferMerge
+from lightning_hetero.step.batch_contents import input_shape, sample_count, shape_number
+from lightning_hetero.step.buffers import BufferMerge, follow_steps
 from lightning_hetero.step.compute_times import ComputeTimes
 from lightning_hetero.step.gradients import average_gradients
 from lightning_hetero.step.memory_use import MemoryUse
@@ -37,6 +37,7 @@ from lightning_hetero.trainer.passes import loss_of, make_recovery
 from lightning_hetero.trainer.profiles import run_folder
 from lightning_hetero.trainer.reporting import make_reporter
 from lightning_hetero.trainer.run import Run
+from lightning_hetero.trainer.skipped_steps import SKIPPED, StepsWithNothing
 
 
 class Fit:
@@ -91,6 +92,7 @@ class Fit:
             zero_counts=ZeroCountWarning(counter.rule, job.group.rank),
             batch_norm_group=job.batch_norm_group,
         )
+        self._nothing = StepsWithNothing.of(module, self._context, job.place)
         self._input_shape = ""  # of the first batch
         self._profile = job.planner_cache.profile  # None once its input shape was compared with this run's
         self._content_hash = 0.0
@@ -126,18 +128,18 @@ class Fit:
         """A batch has been fetched."""
         job, loaders = self._job, self._run.loaders
         step = job.batches.begin()
-        shares = loaders.take(step)
-        share = shares[0] if shares else None
+        share, samples = loaders.take(step)
         self._step = self._in_parts = None
-        self._loaded = loaded = LoadedBatch(step, share, job.group.rank, self._module)
+        self._loaded = LoadedBatch(step, share, samples, self._module)
+        self._run.metrics.begin_batch(samples, self._loaded.before_borrowed)
         if job.batch_norm_group is not None:
             job.batch_norm_group.begin_step(borrowed=self.borrowed)
-        self._memory.start(loaded.local_batch or 0)
+        self._memory.start(samples or 0)
         if share is not None:
             unproven = self._memory.exceeds_completed(share.counts)
             self._risky = unproven and not self._planner.fits_in_memory(share.counts)
         if self._buffers is not None:
-            self._buffers.add_batch(share, batch)
+            self._buffers.add_batch(samples if samples is not None else _length(batch))
         self._input_shape = self._input_shape or input_shape(batch)
         self._content_hash = loaders.content_hash(batch)
 
@@ -169,6 +171,7 @@ class Fit:
             plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
             content_hash=self._content_hash,
             trainable=self._trainable.current.checksum,
+            samples=1.0 if loaded.samples is None else loaded.samples,
         )
         pending = PendingMessages(self._job.group, message)
         self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
@@ -198,21 +201,20 @@ class Fit:
             **kwargs: its keyword arguments.
         """
         step, logging = self._running_step(), self._run.metrics.training_results
-        logging.begin_step(
-            borrowed=self.borrowed,
-            empty=step.count.is_zero,
-            samples=step.loaded.local_batch,
-            count=step.count.on_device,
-        )
+        logging.begin_step(borrowed=self.borrowed, empty=step.count.is_zero, count=step.count.on_device)
+        if self.borrowed:
+            self._receive(step)
+            if not step.samples.any():
+                return SKIPPED if self._module.automatic_optimization else None
         output: Any = None
         try:
-            with self._explained(step):
+            with self._explained(step), self._nothing.handled(step, args[0], partial(self._receive, step)):
                 if self._in_parts is not None:
                     output = self._in_parts.training_step(logging, *args, **kwargs)
                 else:
                     output = compute(*args, **kwargs)
         finally:
-            logging.end_step(loss_of(output))
+            logging.end_step(loss_of(output) if not step.count.is_zero else None)
         return output
 
     def backward(self, compute: Callable[[Tensor], Tensor], loss: Tensor, *, averaged: bool) -> Tensor:
@@ -270,16 +272,19 @@ class Fit:
         stepped = not (self._module.automatic_optimization and self._run.trainer.fit_loop._should_accumulate())
         self._receive(step)  # a module in manual optimization may not have gone backward
         bounds = self._in_parts.memory_bounds if self._in_parts is not None else None
-        self._memory.end(step.loaded.local_batch or 0, bounds)
+        self._memory.end(step.loaded.samples or 0, bounds)
         self._times.add(
             job.timer.stop(),
-            step.loaded.share,
+            step.loaded.share if step.loaded.is_whole else None,
             self._planner.global_batch or 0,  # 0 where the user shards the data
             stepped=stepped,
             in_parts=bounds is not None,
             averaged_after_backward=self._in_parts is not None,
         )
         step.loaded.undo_borrowed()
+        if not step.samples.all() and step.samples.any():
+            source = int(step.samples.argmax())
+            follow_steps(self._module, source, job.group, job.device, job.timer.waiting, follows=self.borrowed)
         self._run.metrics.end_batch(step.logged_weight)
         self._reporter.end_batch(step.loaded.step, stepped=stepped)
         self._loaded = self._step = self._in_parts = None
@@ -336,9 +341,9 @@ class Fit:
     def _prepare_parts(self, step: Step) -> None:
         """Let the step be computed in parts, if memory may run out in it."""
         if self._risky and self._recovery.can_recover():
-            too_large = self._memory.is_too_large(step.loaded.local_batch or 0)
+            too_large = self._memory.is_too_large(step.loaded.samples or 0)
             partial = PartialStep(
-                local_batch=step.loaded.local_batch,
+                local_batch=step.loaded.samples,
                 weight=lambda: self._weight(step),
                 count=lambda: float(step.count.value),
                 count_of=lambda part, samples: float(self._context.counter(self._module, part, samples)),
@@ -351,7 +356,7 @@ class Fit:
 
     def _explained(self, step: Step) -> AbstractContextManager[None]:
         """Inside, an out-of-memory error says where it happened, why it ends the run, and what to do."""
-        return self._recovery.explained(step.loaded.local_batch, risky=self._risky)
+        return self._recovery.explained(step.loaded.samples, risky=self._risky)
 
     def _running_step(self) -> Step:
         if self._step is None:
@@ -415,3 +420,11 @@ class Fit:
                 f"the profile {profile.path} is of samples of another shape ({profile.input_shape}; here "
                 f"{self._input_shape}), so the shares are measured anew"
             )
+
+
+def _length(batch: Any) -> int:
+    """Samples of a batch for the statistics of BatchNorm, where their number is not known."""
+    try:
+        return sample_count(batch)
+    except TypeError:
+        return 1

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.step.loss_count import find_loss_counter
+from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.trainer.results import EvaluationResults, MetricExchange, SynchronizedResults
 from lightning_hetero.trainer.torchmetrics import MetricSync
 from lightning_hetero.trainer.training_results import TrainingResults
@@ -179,8 +180,21 @@ class MetricSynchronizer:
         if isinstance(results := self._trainer._results, EvaluationResults):
             results.begin_batch(samples)
 
+    def begin_batch(self, samples: int | None, before_borrowed: ModuleSnapshot | None) -> None:
+        """A training batch was loaded.
+
+        Args:
+            samples: of this rank's own that it holds; None if their number is not known.
+            before_borrowed: the module before it computes borrowed samples; None if it has its own.
+        """
+        self.training_results.count_batch(samples)
+        if self.metric_sync is not None:
+            self.metric_sync.begin_batch(before_borrowed)
+
     def end_batch(self, loss_weight: float | Tensor | None) -> None:
         """The training step is over, and the hooks at the end of its batch follow; see `TrainingResults.end_batch`."""
+        if self.metric_sync is not None:
+            self.metric_sync.end_batch()
         self.training_results.end_batch(loss_weight)
         if isinstance(self.connector, SynchronizedLoggerConnector):
             self.connector.exchange_steps(self.training_results)

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from lightning_hetero.trainer.early_stop import EarlyStop
 from lightning_hetero.trainer.metric_synchronizer import MetricSynchronizer
+from lightning_hetero.trainer.skipped_steps import StepResult
 from lightning_hetero.trainer.torchmetrics import MetricSync
 
 
@@ -58,6 +59,7 @@ def patch_trainer(
             "fit_loop.epoch_loop._should_check_val_fx": partial(
                 early_stop.is_validation_due, metrics.is_validation_due
             ),
+            "fit_loop.epoch_loop.automatic_optimization.output_result_cls": StepResult,
             "fit_loop.epoch_loop._results": metrics.training_results,
             "fit_loop.epoch_loop.val_loop._results": validating,
             "validate_loop._results": evaluating,

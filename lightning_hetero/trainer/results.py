@@ -55,6 +55,7 @@ class SynchronizedResults(_ResultCollection):
         super().__init__(training)
         self._exchange = exchange
         self._keys: dict[str, LoggedKey] = {}  # the same on all ranks, in the same order
+        self._samples: int | None = None  # of this rank's batch, if that is known
         self._batches = self._samples_seen = 0  # of this rank, in this epoch or evaluation
 
     @property
@@ -67,7 +68,8 @@ class SynchronizedResults(_ResultCollection):
         self._batches = self._samples_seen = 0
 
     def count_batch(self, samples: int | None) -> None:
-        """A batch of so many samples of this rank begins; None if the user shards the data."""
+        """A batch was loaded, with so many samples of this rank's; None if their number is not known."""
+        self._samples = samples
         self._batches += 1
         if samples is None:
             try:
@@ -78,9 +80,15 @@ class SynchronizedResults(_ResultCollection):
 
     @override
     def _extract_batch_size(self, value: _ResultMetric, batch_size: int | None, meta: _Metadata) -> int:
-        """As Lightning's; a mean that is logged after the batches of an epoch is of all samples that the rank had."""
+        """As Lightning's, but a batch has the samples that the rank was given, and not the length of some tensor.
+
+        A mean that is logged after the batches of an epoch is of all samples that the rank had.
+        """
+        averaged = value.is_tensor and meta.on_epoch and meta.is_mean_reduction
+        if averaged and self.batch is not None and self.batch_size is None:
+            self.batch_size = self._samples or None
         after_batches = batch_size is None and meta.fx.endswith("_epoch_end") and self._batches > 0
-        if self._exchange.is_needed and after_batches and meta.is_mean_reduction:
+        if averaged and after_batches and self._exchange.is_needed:
             return self._samples_seen
         return super()._extract_batch_size(value, batch_size, meta)
 

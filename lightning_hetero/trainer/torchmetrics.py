@@ -61,7 +61,8 @@ class MetricSync:
         available = distributed_available or metric.distributed_available_fn
         own_sync = type(metric)._sync_dist not in (Metric._sync_dist, MeanAveragePrecision._sync_dist)
         own_group = dist_sync_fn is not None or process_group is not None or metric.process_group is not None
-        if not should_sync and not metric._should_unsync:  # in `forward`, which computes the value of this batch
+        in_forward = not should_sync and not metric._should_unsync  # which computes the value of this batch
+        if in_forward and self._borrowed is None:
             self._batch_states[id(metric)] = metric, {name: getattr(metric, name) for name in metric._reductions}
         with self._timer.waiting():
             if own_sync or own_group or metric._is_synced or not should_sync:
@@ -82,17 +83,13 @@ class MetricSync:
 
         All ranks call this with the same metrics; None for one that has computed no batch on any rank.
         """
-        own = [
-            (self._borrowed is None, _on_host(self._batch_states[id(metric)][1]))
-            if id(metric) in self._batch_states
-            else (False, {})
-            for metric in metrics
-        ]
+        batches = [self._batch_states.get(id(metric)) for metric in metrics]
+        own = [_on_host(batch[1]) if batch is not None else None for batch in batches]
         with self._timer.waiting():
             ranks = self._group.gather(own)
         values: list[Any] = []
-        for metric, contributions in zip(metrics, zip(*ranks, strict=True), strict=True):
-            of_ranks = [one for one in contributions if one[1]]
+        for metric, states in zip(metrics, zip(*ranks, strict=True), strict=True):
+            of_ranks = [(True, of_rank) for of_rank in states if of_rank is not None]
             values.append(_computed(metric, of_ranks) if of_ranks else None)
         return values
 

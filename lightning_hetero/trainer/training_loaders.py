@@ -20,6 +20,7 @@ from lightning_hetero.trainer.lockstep_loader import LockstepLoader
 from lightning_hetero.trainer.user_loader import (
     agreed_batches,
     batch_size_of,
+    count_samples,
     has_plain_batches,
     is_distributed,
     name_of,
@@ -38,15 +39,17 @@ def epoch_of(trainer: "pl.Trainer") -> int:
 
 
 class _HashingBatchSampler:
-    """Wraps the user's batch sampler, and keeps a hash of each of the first batches."""
+    """Wraps the user's batch sampler, and keeps a hash of each of the first batches, and how many samples they hold."""
 
     def __init__(self, batch_sampler: Any) -> None:
         self._batch_sampler = batch_sampler
         self.sampler = getattr(batch_sampler, "sampler", None)  # Lightning calls its set_epoch
         self.hashes: deque[str] = deque()
+        self.samples: deque[int] = deque()  # of the batches that were loaded, if they are counted
 
     def __iter__(self) -> Iterator[Any]:
         self.hashes.clear()
+        self.samples.clear()
         for number, batch in enumerate(self._batch_sampler):
             if number < DuplicateDataCheck.COMPARED_STEPS:
                 self.hashes.append(index_hash([batch]))
@@ -108,8 +111,9 @@ class TrainingLoaders:
             loaders.unsplit.append(loaders.prepared - 1)
             return loader
         if self.user_shards and loader.batch_sampler is not None:
-            loaders.hashing.append(_HashingBatchSampler(loader.batch_sampler))
-            return replace_batch_sampler(loader, loaders.hashing[-1])
+            hashing = _HashingBatchSampler(loader.batch_sampler)
+            loaders.hashing.append(hashing)
+            return count_samples(replace_batch_sampler(loader, hashing), hashing.samples.append)
         if self.user_shards or is_distributed(loader):
             return loader
         if loader.batch_sampler is None:
@@ -145,7 +149,7 @@ class TrainingLoaders:
             loads_in_process=loader.num_workers == 0 and not batches.endless,
         )
         self._loaders.samplers.append(sampler)
-        return replace_batch_sampler(loader, sampler)
+        return count_samples(replace_batch_sampler(loader, sampler), sampler.pending_shares.loaded)
 
     def _in_lockstep(self, loader: DataLoader[Any], global_batch: int | None) -> object:
         assert global_batch is not None, "torch gives an iterable data set its own batch sampler, with a batch size"
@@ -159,7 +163,8 @@ class TrainingLoaders:
             position=self._position,
         )
         self._loaders.samplers.append(sampler)
-        return LockstepLoader(replace_batch_sampler(loader, sampler), self._job.lockstep_group(number))
+        counted = count_samples(replace_batch_sampler(loader, sampler), sampler.pending_shares.loaded)
+        return LockstepLoader(counted, self._job.lockstep_group(number))
 
     def _global_batch(self, loader: DataLoader[Any]) -> int | None:
         """Samples of a step; None where that is only known once the batch sampler has drawn."""
@@ -203,8 +208,15 @@ class TrainingLoaders:
         if fetcher is not None and drawn - {None, self._position().epoch}:
             iter(fetcher)
 
-    def take(self, step: int) -> list[Share]:
-        """This rank's share of global batch `step` in every loader that is split; see `PendingShares.take`."""
+    def take(self, step: int) -> tuple[Share | None, int | None]:
+        """This rank's share of global batch `step`, and how many samples of its own its batch holds.
+
+        They are those of the first loader that is split, and None where the user shards the data, or where the number
+        is not known. A batch without samples of any of the loaders does not count.
+        """
+        if self._loaders.hashing:
+            held = [hashing.samples.popleft() for hashing in self._loaders.hashing if hashing.samples]
+            return None, (held[0] if all(held) else 0) if held else None
         pending = [sampler.pending_shares for sampler in self._loaders.samplers]
         shares = [loader.take(step) for loader in pending if not loader.exhausted(step)]
         if len(shares) > 1 and not self._warned_inexact and not _proportional(shares):
@@ -214,7 +226,10 @@ class TrainingLoaders:
                 "all of them, so the gradient is only nearly that of the global batch. Choose batch sizes that are "
                 "multiples of each other."
             )
-        return shares
+        if not shares:
+            return None, None
+        samples = [share.samples(self._group.rank) for share in shares]
+        return shares[0], samples[0] if all(samples) else 0
 
     @property
     def last_drawn(self) -> int:

@@ -32,10 +32,10 @@ class PartLogs:
         self._part: list[tuple[str, Tensor, int]] = []  # key, value and batch size
         self._kept: dict[str, list[_PartValue]] = {}
 
-    def begin(self, batch: Any) -> None:
-        """A part begins; what an earlier part logged without `keep` is dropped."""
+    def begin(self, batch: Any, samples: int) -> None:
+        """A part begins, of so many samples; what an earlier part logged without `keep` is dropped."""
         self._part.clear()
-        self._results.set_batch(batch)
+        self._results.set_batch(batch, samples)
 
     def add(self, key: str, value: Tensor, batch_size: int) -> None:
         """The part logs a value."""
@@ -49,7 +49,7 @@ class PartLogs:
             count: its loss count: the weight of the loss where that was logged; with 0, NaN is left out.
         """
         for key, value, batch_size in self._part:
-            is_loss = value.shape == loss.shape and torch.equal(value.to(loss.dtype), loss)
+            is_loss = value.shape == loss.shape and bool(_equal(value, loss).all())
             left_out = count == 0 and not bool(torch.isfinite(value).all())
             weight = 0.0 if left_out else count if is_loss else float(batch_size)
             self._kept.setdefault(key, []).append(_PartValue(value, batch_size, weight))
@@ -96,6 +96,13 @@ class _StepValue:
     step: int  # in which it was logged, from 1; the same numbers on all ranks
 
 
+def _equal(value: Tensor, loss: Tensor) -> Tensor:
+    """Where a logged value is the loss, in the coarser of their types: Lightning stores a number as a float32."""
+    types = [tensor.dtype for tensor in (value, loss) if tensor.is_floating_point()]
+    coarser = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+    return value.to(coarser) == loss.to(coarser)
+
+
 @final
 class TrainingResults(SynchronizedResults):
     """The training loop's collection; step values become those over all ranks too.
@@ -110,54 +117,53 @@ class TrainingResults(SynchronizedResults):
         self._step = self._exchanged_step = 0
         self._step_values: dict[str, _StepValue] = {}
         self._borrowed = self._empty = self._in_step = False
-        self._samples: float | Tensor | None = None
         self._count: Tensor | None = None
         self._pending: list[_StepLog] = []
+        self._earlier = 0  # how many of them an earlier closure of the same step has logged
         self._updated: set[str] = set()  # keys of this step
         self._parts: PartLogs | None = None
 
-    def set_batch(self, batch: Any) -> None:
-        """Values that are logged from now on are means over the samples of this batch."""
-        self.batch, self.batch_size = batch, None
+    def set_batch(self, batch: Any, samples: int | None) -> None:
+        """Values that are logged from now on are means over the samples of this batch, if their number is known."""
+        self.batch, self.batch_size = batch, samples
 
     @contextmanager
     def in_parts(self) -> Iterator[PartLogs]:
         """The batch is computed once more, in parts: each key is updated once, at the end, if it was not before."""
-        batch = self.batch
+        batch, size = self.batch, self.batch_size
         self._parts = parts = PartLogs(self)
         try:
             yield parts
         finally:
             self._parts = None
-            self.set_batch(batch)
+            self.set_batch(batch, size)
         done = set(self._updated)
         for key, value, size in parts.combined():
             if key not in done:
                 self.update_metrics(key, value, size)
 
-    def begin_step(self, *, borrowed: bool, empty: bool, samples: int | None, count: Tensor | None) -> None:
-        """A training step begins, on all ranks.
+    def begin_step(self, *, borrowed: bool, empty: bool, count: Tensor | None) -> None:
+        """A training step begins, on all ranks; with some optimizers, once more for the same batch.
 
         Args:
             borrowed: this rank computes other ranks' samples.
             empty: the loss count of this rank is known to be 0.
-            samples: of this rank; None where the user shards the data.
             count: the loss count, if it is only known on the device; NaN is left out where it is 0.
         """
         self._step += 1
-        self.count_batch(samples)
         self._in_step, self._borrowed, self._empty = True, borrowed, empty
-        self._samples, self._count = samples, count
+        self._count = count
         self._updated.clear()
+        self._earlier = len(self._pending)
 
     def end_step(self, loss: Tensor | None) -> None:
         """The training step has returned its loss; find the logged values that are this loss."""
         if loss is None or loss.numel() != 1:
             return
         loss = loss.detach().reshape(())
-        for logged in self._pending:
+        for logged in self._pending[self._earlier :]:
             if logged.value.device == loss.device:
-                equal = logged.value.to(loss.dtype) == loss
+                equal = _equal(logged.value, loss)
                 # Where the loss count stays on the device, this does too, so that the host does not wait.
                 logged.is_loss = equal if self._count is not None else bool(equal)
 

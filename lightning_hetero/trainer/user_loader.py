@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_hetero.exchange.consistency import require_equal
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, Index, index_hash
+from lightning_hetero.step.collating import CountingCollate, KeptBatches
 
 _ORIGINAL = "_lightning_hetero_users_loader"  # attribute of a copy: the user's loader
 
@@ -29,6 +31,27 @@ def replace_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> DataLo
     clone._iterator = None  # noqa: SLF001 - guarded by a test
     vars(clone)[_ORIGINAL] = loader
     return clone
+
+
+class _CountingLoader:
+    """Mixed into a loader's class, whose batches then are those of `KeptBatches`."""
+
+    def __iter__(self) -> Iterator[Any]:
+        state: Any = vars(self)
+        return KeptBatches(super().__iter__(), state["_record"], may_drop=state["collate_fn"].may_drop)  # type: ignore[misc] # the loader's
+
+
+def count_samples(loader: DataLoader[Any], record: Callable[[int], None]) -> DataLoader[Any]:
+    """A loader like `loader` that tells `record` how many samples each of its batches holds.
+
+    A loader with torch's own collate function and a data set with indices always has as many as were drawn.
+    """
+    collate = CountingCollate(loader.collate_fn)
+    if not collate.may_drop and not isinstance(loader.dataset, IterableDataset):
+        return loader
+    counting: DataLoader[Any] = object.__new__(type(name_of(loader), (_CountingLoader, type(loader)), {}))
+    vars(counting).update(vars(loader), collate_fn=collate, _record=record)
+    return counting
 
 
 def users_loader(loader: object) -> object:

@@ -89,7 +89,7 @@ class Logs:
     def __init__(self) -> None:
         self.parts: list[tuple[int, float]] = []
 
-    def begin(self, batch: Any) -> None:
+    def begin(self, batch: Any, samples: int) -> None:
         pass
 
     def keep(self, loss: Tensor, count: float) -> None:

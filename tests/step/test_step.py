@@ -46,8 +46,10 @@ def share_of(*counts: int, borrowed: bool = False, state: RandomState | None = N
 
 
 def step_of(context: StepContext, share: Share | None, count: LocalCount, *, accumulates: bool = False) -> Step:
-    loaded = LoadedBatch(5, share, context.group.rank, context.module)
-    pending = PendingMessages(context.group, StepMessage(TRAINS, 5, loss_count=count.on_host))
+    samples = share.samples(context.group.rank) if share is not None else None
+    loaded = LoadedBatch(5, share, samples, context.module)
+    message = StepMessage(TRAINS, 5, loss_count=count.on_host, samples=1 if samples is None else samples)
+    pending = PendingMessages(context.group, message)
     return Step(context, loaded, count, pending, accumulates=accumulates)
 
 
@@ -82,8 +84,8 @@ def test_borrowed_samples_leave_no_trace() -> None:
     before, random_state = module.state(), RandomState.current()
     following = draws()
     random_state.restore()
-    loaded = LoadedBatch(5, share_of(4, 0, borrowed=True), 1, module)
-    assert (loaded.borrowed, loaded.local_batch) == (True, 0)
+    loaded = LoadedBatch(5, share_of(4, 0, borrowed=True), 0, module)
+    assert loaded.borrowed
     for _ in range(3):
         module(torch.randn(4, 2))
         draws()
@@ -99,7 +101,7 @@ def test_random_numbers_go_on_from_before_a_borrowed_batch_was_loaded() -> None:
     following = draws()
     random_state.restore()
     draws()  # while the batch is loaded
-    loaded = LoadedBatch(5, share_of(4, 0, borrowed=True, state=random_state), 1, nn.Linear(1, 1))
+    loaded = LoadedBatch(5, share_of(4, 0, borrowed=True, state=random_state), 0, nn.Linear(1, 1))
     draws()
     loaded.undo_borrowed()
     assert draws() == following
@@ -108,8 +110,8 @@ def test_random_numbers_go_on_from_before_a_borrowed_batch_was_loaded() -> None:
 @pytest.mark.parametrize(("share", "samples"), [(share_of(1, 3), 3), (None, None)], ids=["own", "the user shards"])
 def test_what_a_ranks_own_samples_change_stays(share: Share | None, samples: int | None) -> None:
     module = Stateful()
-    loaded = LoadedBatch(5, share, 1, module)
-    assert (loaded.borrowed, loaded.local_batch) == (False, samples)
+    loaded = LoadedBatch(5, share, samples, module)
+    assert not loaded.borrowed
     module(torch.randn(4, 2))
     after, random_state = module.state(), RandomState.current()
     following = draws()
@@ -124,7 +126,8 @@ def test_what_a_ranks_own_samples_change_stays(share: Share | None, samples: int
 
 def counted(rule: Any, share: Share | None, batch: Any) -> LocalCount:
     module = nn.Linear(1, 1)
-    return LocalCount.of(context_of(module, rule), batch, LoadedBatch(5, share, 0, module))
+    samples = share.samples(0) if share is not None else None
+    return LocalCount.of(context_of(module, rule), batch, LoadedBatch(5, share, samples, module))
 
 
 def test_a_count_is_what_the_rule_says_of_the_batch() -> None:
@@ -168,7 +171,7 @@ def failures() -> tuple[str, str]:
     group = RankGroup(rank, 2, timedelta(seconds=30))
     module = nn.Linear(1, 1)
     context = context_of(module, failing if rank else None, group)
-    count = LocalCount.of(context, torch.ones(2), LoadedBatch(5, share_of(2, 2), rank, module))
+    count = LocalCount.of(context, torch.ones(2), LoadedBatch(5, share_of(2, 2), 2, module))
     step = step_of(context, share_of(2, 2), count)
     with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is what is tested
         step.receive()

@@ -58,7 +58,7 @@ def find_obstacle(
 class PartLogs(Protocol):
     """Collects what the parts of a batch log; see `trainer.training_results`."""
 
-    def begin(self, batch: Any) -> None:
+    def begin(self, batch: Any, samples: int) -> None:
         """Begin a part; drop what an earlier part has logged that was not kept."""
 
     def keep(self, loss: Tensor, count: float) -> None:
@@ -268,7 +268,7 @@ class StepInParts:
     def _compute(self, batch: Any, samples: int, weight: float | Tensor, total: float, logs: PartLogs | None) -> _Part:
         """Run forward and backward on one part."""
         if logs is not None:
-            logs.begin(batch)
+            logs.begin(batch, samples)
         count = self._step.count_of(batch, samples)
         fraction = count / total if total > 0 else 0.0
         output = self._passes.forward(batch, *self._args[1:], **self._kwargs)

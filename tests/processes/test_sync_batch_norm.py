@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lightning_hetero.exchange.groups import all_reduce_in_own_group
+from lightning_hetero.exchange.waits import Waits
 from lightning_hetero.step.sync_batch_norm import (
     BatchNormGroup,
     SynchronizedBatchNorm,
@@ -26,6 +28,10 @@ LAYERS = {
     "2d, no statistics": (partial(nn.BatchNorm2d, 3, track_running_stats=False), (2, 2)),
 }
 STEPS = 3
+
+
+def waits() -> Waits:
+    return Waits(dist.get_rank(), dist.get_world_size(), "cpu", None, None)
 
 
 def data(shape: tuple[int, ...], size: int, dtype: torch.dtype = torch.float64) -> Any:
@@ -50,7 +56,7 @@ def passes(layer: Any, values: Any, factors: Any, borrowed: bool = False) -> Any
 
 def on_ranks(sizes: list[int], borrows: int | None = None, dtype: torch.dtype = torch.float64) -> Any:
     rank = torch.distributed.get_rank()
-    batch_norm_group = BatchNormGroup(rank, len(sizes), all_reduce_in_own_group(None))
+    batch_norm_group = BatchNormGroup(rank, len(sizes), all_reduce_in_own_group(None, waits(), "a layer"))
     start = sum(sizes[:rank])
     out = {}
     for name, (make, shape) in LAYERS.items():
@@ -91,7 +97,7 @@ def test_is_batch_norm_of_one_process(sizes: list[int], borrows: int | None) -> 
 def low(sizes: list[int]) -> Any:
     rank = torch.distributed.get_rank()
     layer = nn.BatchNorm2d(3)
-    convert_sync_batchnorm(layer, BatchNormGroup(rank, len(sizes), all_reduce_in_own_group(None)))
+    convert_sync_batchnorm(layer, BatchNormGroup(rank, len(sizes), all_reduce_in_own_group(None, waits(), "a layer")))
     values, factors = data((4, 4), sum(sizes), torch.bfloat16)
     part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -116,7 +122,7 @@ def test_bfloat16_under_autocast() -> None:
 def one_value() -> None:
     layer = nn.BatchNorm1d(3)
     rank = torch.distributed.get_rank()
-    convert_sync_batchnorm(layer, BatchNormGroup(rank, 2, all_reduce_in_own_group(None)))
+    convert_sync_batchnorm(layer, BatchNormGroup(rank, 2, all_reduce_in_own_group(None, waits(), "a layer")))
     layer(torch.zeros(1 - rank, 3))
 
 

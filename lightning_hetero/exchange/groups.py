@@ -38,31 +38,29 @@ def gather_rows(row: Tensor, rank: int, world_size: int, all_reduce_sum: Callabl
 class PendingRows:
     """Rows of all ranks that are still being exchanged; see `RankGroup.start`."""
 
-    def __init__(self, table: Tensor, columns: int, wait: Callable[[], Tensor | None]) -> None:
-        self._table = table
-        self._columns = columns
-        self._wait: Callable[[], Tensor | None] | None = wait
+    def __init__(self, wait: Callable[[], Tensor]) -> None:
+        self._wait = wait
+        self._table: Tensor | None = None
 
     def wait(self) -> npt.NDArray[np.float64]:
-        """The rows of all ranks, (W, columns); blocks until the slowest rank has sent its row.
+        """The rows of all ranks, (W, columns), shorter ones filled up with zeros; blocks until the slowest has come.
 
         Raises:
             UnmatchedCallError: ranks make different calls.
             LostConnectionError: a rank has exited or failed.
             WaitTimeoutError: a rank has not sent its row within the group's timeout.
         """
-        wait, self._wait = self._wait, None
-        more = wait() if wait is not None else None
-        if more is not None:
-            self._table = torch.cat([self._table, more], dim=1)
-        return self._table[:, : self._columns].numpy()
+        if self._table is None:
+            self._table = self._wait()
+        return self._table.numpy()
 
 
 _HEAD = 3 + TEXT_COLUMNS
 """What each row begins with: the checksum of the call's name, its kind, the number of values; and its text."""
 
-_VALUES = 24
-"""How many values are sent with the head; more take a second exchange. Chosen: the messages of a step have fewer."""
+_VALUES = 80
+"""How many values are sent with the head; more take a second exchange. Chosen: the messages of a step have fewer,
+unless a step logs more than a dozen values."""
 
 
 class RankGroup:
@@ -95,9 +93,9 @@ class RankGroup:
         self._group: dist.ProcessGroup | None = _new_group("gloo", timeout) if world_size > 1 else None
 
     def start(self, row: Sequence[float], call: Call | str = "an exchange of numbers") -> PendingRows:
-        """Start to exchange this rank's row for those of all ranks, without waiting; rows must be equally long."""
+        """Start to exchange this rank's row for those of all ranks, without waiting."""
         if self._group is None:
-            return PendingRows(torch.tensor([list(row)], dtype=torch.float64), len(row), lambda: None)
+            return PendingRows(lambda: torch.tensor([list(row)], dtype=torch.float64))
         call = self.waits.call(call) if isinstance(call, str) else call
         values = list(row)
         head = [float(call.checksum), float(call.kind), float(len(values)), *pack(call.text)]
@@ -107,16 +105,19 @@ class RankGroup:
         number = self.waits.begin(self._channel)
         work = dist.all_reduce(table, group=self._group, async_op=True)
 
-        def wait() -> Tensor | None:
+        def wait() -> Tensor:
             self.waits.complete(work, call, self._channel, number)
             self._require_same(table)
-            if len(values) <= _VALUES:
-                return None
-            rest = _row_in_table(torch.tensor(values[_VALUES:], dtype=torch.float64), self.rank, self.world_size)
+            columns = int(table[:, 2].max())  # of the longest row
+            if columns <= _VALUES:
+                return table[:, _HEAD : _HEAD + columns]
+            more = torch.zeros(columns - _VALUES, dtype=torch.float64)
+            more[: max(0, len(values) - _VALUES)] = torch.tensor(values[_VALUES:], dtype=torch.float64)
+            rest = _row_in_table(more, self.rank, self.world_size)
             self._complete(lambda: dist.all_reduce(rest, group=self._group, async_op=True), call)
-            return rest
+            return torch.cat([table[:, _HEAD:], rest], dim=1)
 
-        return PendingRows(table[:, _HEAD:], len(values), wait)
+        return PendingRows(wait)
 
     def gather(self, value: T, call: Call | str = "a gathering of values") -> list[T]:
         """The values of all ranks, in rank order."""
@@ -159,17 +160,9 @@ class RankGroup:
         self.waits.complete(work, call, self._channel, number)
 
     def _require_same(self, table: Tensor) -> None:
-        """Check the heads of all ranks' rows, (W, columns).
-
-        Raises:
-            UnmatchedCallError: they are of different calls.
-            RuntimeError: they have different numbers of values.
-        """
-        names, lengths = set(table[:, 0].tolist()), set(table[:, 2].tolist())
-        if len(names) == 1 and len(lengths) == 1:
+        """Raise an UnmatchedCallError where the heads of the ranks' rows, (W, columns), are of different calls."""
+        if len(set(table[:, 0].tolist())) == 1:
             return
-        if len(names) == 1:
-            raise RuntimeError("the ranks exchange rows of different lengths; this is a bug")
         rows = table.tolist()
         raise unmatched(
             [Place(self.waits.name(rank), unpack(row[3:_HEAD]), int(row[1])) for rank, row in enumerate(rows)]

@@ -1,5 +1,6 @@
 """The message that each rank sends at every step, and all ranks' messages together."""
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 import numpy as np
@@ -54,16 +55,22 @@ class PendingMessages:
     Where a rank asks to stop, the others don't know of it and have sent their next message. Only if all ask, they
     stop at once. Otherwise those that did not ask send their message again, together with the next one of those that
     did: so nobody sends anything more in a step in which nobody asks.
+
+    Args:
+        group: of all ranks.
+        message: of this rank.
+        logged: numbers that are sent along, see `StepMessages.logged`.
     """
 
-    def __init__(self, group: RankGroup, message: StepMessage) -> None:
+    def __init__(self, group: RankGroup, message: StepMessage, logged: Sequence[float] = ()) -> None:
         self._group = group
         self._message = message
+        self._logged = logged
         self._pending = self._start()
 
     def _start(self) -> PendingRows:
         place = _place(self._message.kind, self._message.step)
-        return self._group.start(self._message.row(), Call("messages", place))
+        return self._group.start([*self._message.row(), *self._logged], Call("messages", place))
 
     def receive(self) -> "StepMessages":
         """The messages of all ranks; waits for the slowest one. Called once; see `PendingRows.wait` for errors."""
@@ -85,6 +92,11 @@ class StepMessages:
         """One field of `StepMessage` on all ranks, (W,)."""
         values: NDArray[np.float64] = self.table[:, _COLUMNS[name]]  # (W, columns) -> (W,)
         return values
+
+    @property
+    def logged(self) -> NDArray[np.float64]:
+        """What is sent along with the messages: values that were logged in earlier steps, (W, columns)."""
+        return self.table[:, len(_COLUMNS) :]
 
     @property
     def step(self) -> int:

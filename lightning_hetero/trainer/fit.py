@@ -119,7 +119,7 @@ class Fit:
         job = self._job
         if job.on_cpus and self._planner.is_exploring and not self._times.accumulates:
             step = job.batches.next_step()
-            messages = PendingMessages(job.group, self._message(FETCHES, step)).receive()
+            messages = PendingMessages(job.group, self._message(FETCHES, step), self._logged()).receive()
             messages.check()
             self._update(messages)
         job.timer.start()
@@ -173,7 +173,7 @@ class Fit:
             trainable=self._trainable.current.checksum,
             samples=1.0 if loaded.samples is None else loaded.samples,
         )
-        pending = PendingMessages(self._job.group, message)
+        pending = PendingMessages(self._job.group, message, self._logged())
         self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
         if self._trainable.is_wrapped:
             self._prepare_parts(step)
@@ -381,6 +381,10 @@ class Fit:
             **more,
         )
 
+    def _logged(self) -> list[float]:
+        """What earlier steps have logged, for the other ranks."""
+        return self._run.metrics.training_results.message() if self._job.group.world_size > 1 else []
+
     def _receive(self, step: Step) -> None:
         """Wait for the messages of a step, the first time; afterwards its weight is known."""
         messages = step.receive()
@@ -390,6 +394,7 @@ class Fit:
 
     def _update(self, messages: StepMessages) -> None:
         """Act on the messages of all ranks, in the same way on each rank."""
+        self._run.metrics.training_results.receive(messages.logged)
         self._memory.update(messages.column("local_batch"))
         self._stop_if_requested(messages)
         loaders, steps = self._run.loaders, self._run.trainer.num_training_batches

@@ -48,7 +48,7 @@ class SynchronizedLoggerConnector(_LoggerConnector):
     def exchange_steps(self, results: TrainingResults) -> None:
         """The training step is over on all ranks, and the hooks at the end of the batch follow."""
         self._values_used = self._uses_values()
-        if self._values_used and not self.trainer.interrupted:
+        if (self._values_used or results.needs_exchange) and not self.trainer.interrupted:
             results.exchange_steps()
 
     def exchange_epoch(self, results: SynchronizedResults) -> None:
@@ -168,7 +168,7 @@ class MetricSynchronizer:
         self.connector: _LoggerConnector = trainer._logger_connector
         self._lightnings_connector = self.connector
         exchange = MetricExchange(group, timer, trainer.strategy.reduce, module, device)
-        self.training_results = TrainingResults(exchange)
+        self.training_results = TrainingResults(exchange, self.metric_sync)
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
         self.evaluation_results: tuple[_ResultCollection, ...] = tuple(loop._results for loop in loops)
         if self.metric_sync is not None:

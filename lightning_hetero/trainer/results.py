@@ -31,6 +31,9 @@ from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.trainer.logged_values import COLUMNS, LoggedKey, Numbers, combined, on_host, union
 from lightning_hetero.trainer.torchmetrics import MetricSync
 
+LOGGED_VALUES = "an exchange of logged values"
+"""What errors call it."""
+
 
 @dataclass(frozen=True)
 class MetricExchange:
@@ -120,7 +123,9 @@ class SynchronizedResults(_ResultCollection):
         numbers = [value if isinstance(value, Tensor) and value.numel() == 1 else 0.0 for value in values]
         own = on_host([value.reshape(()) if isinstance(value, Tensor) else value for value in numbers])
         with self._exchange.timer.waiting():
-            table = self._exchange.group.start([float(self._samples_seen), *own]).wait()  # (W, 1 + metrics)
+            table = self._exchange.group.start(
+                [float(self._samples_seen), *own], LOGGED_VALUES
+            ).wait()  # (W, 1 + metrics)
         weights, rest = table[:, 0], table[:, 1:]  # (W,), (W, metrics)
         if not weights.any():
             weights = np.ones_like(weights)
@@ -153,9 +158,9 @@ class SynchronizedResults(_ResultCollection):
         own = np.array(on_host([number for key in [*known, *new] for number in row_of(key)])).reshape(-1, COLUMNS)
         group = self._exchange.group
         with self._exchange.timer.waiting():
-            table = group.start([len(new), *own[: len(known)].ravel()]).wait()  # (W, 1 + 4 * known)
+            table = group.start([len(new), *own[: len(known)].ravel()], LOGGED_VALUES).wait()  # (W, 1 + 4 * known)
             reported: list[list[tuple[LoggedKey, Numbers]]] = (
-                group.gather(list(zip(new, own[len(known) :], strict=True))) if table[:, 0].any() else []
+                group.gather(list(zip(new, own[len(known) :], strict=True)), LOGGED_VALUES) if table[:, 0].any() else []
             )
         found = list(zip(known, table[:, 1:].reshape(len(table), -1, COLUMNS).swapaxes(0, 1), strict=True))  # (W, 4)
         for key in union([[key for key, _ in pairs] for pairs in reported]):

@@ -65,10 +65,9 @@ class StepValues:
         own = self._own.get(key.key)
         return own.row(key.reduction) if own is not None else [0.0] * COLUMNS
 
-    def end_step(self, step: int, keys: Sequence[LoggedKey]) -> None:
-        """A step is over: its values of these keys go to the other ranks with a later message."""
-        numbers = [number for key in keys for number in self.row(key)]
-        self._readings.append(self._read(step, numbers))
+    def end_step(self, step: int, rows: Sequence[Sequence[Tensor | float]]) -> None:
+        """A step is over: its row of each key goes to the other ranks with a later message."""
+        self._readings.append(self._read(step, [number for row in rows for number in row]))
 
     def _read(self, step: int, numbers: Sequence[Tensor | float]) -> _Reading:
         on_device = [n.double() for n in numbers if isinstance(n, Tensor) and n.device.type != "cpu"]

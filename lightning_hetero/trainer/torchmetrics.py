@@ -75,7 +75,7 @@ class MetricSync:
                 cache = metric._copy_state_dict()
                 if metric._reductions:
                     own = self._contribution(metric)
-                    _set_states(metric, self._group.gather(own))
+                    _set_states(metric, self._group.gather(own, f"compute of {type(metric).__name__}"))
                 metric._cache, metric._is_synced = cache, True
 
     def batch_values(self, metrics: Sequence[Metric]) -> list[Any]:
@@ -86,7 +86,7 @@ class MetricSync:
         batches = [self._batch_states.get(id(metric)) for metric in metrics]
         own = [_on_host(batch[1]) if batch is not None else None for batch in batches]
         with self._timer.waiting():
-            ranks = self._group.gather(own)
+            ranks = self._group.gather(own, "the step values of metrics")
         values: list[Any] = []
         for metric, states in zip(metrics, zip(*ranks, strict=True), strict=True):
             of_ranks = [(True, of_rank) for of_rank in states if of_rank is not None]

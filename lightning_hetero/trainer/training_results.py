@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _METRICS
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_hetero.trainer.logged_values import COLUMNS, LoggedKey, is_zero
+from lightning_hetero.device.step_timer import device_clock
+from lightning_hetero.trainer.logged_values import COLUMNS, LoggedKey, Numbers, is_zero
 from lightning_hetero.trainer.results import MetricExchange, SynchronizedResults, without_exchange
+from lightning_hetero.trainer.step_values import StepValues
+from lightning_hetero.trainer.torchmetrics import MetricSync
 
 
 class _PartValue(NamedTuple):
@@ -87,15 +90,6 @@ class _StepLog:
     is_loss: bool | Tensor = False  # the same as the loss that the step returned
 
 
-@dataclass(frozen=True)
-class _StepValue:
-    """What this rank has logged in a step."""
-
-    value: Tensor
-    weight: float | Tensor  # in the mean over ranks; 0 leaves the value out of any reduction; may be on the device
-    step: int  # in which it was logged, from 1; the same numbers on all ranks
-
-
 def _equal(value: Tensor, loss: Tensor) -> Tensor:
     """Where a logged value is the loss, in the coarser of their types: Lightning stores a number as a float32."""
     types = [tensor.dtype for tensor in (value, loss) if tensor.is_floating_point()]
@@ -110,12 +104,22 @@ class TrainingResults(SynchronizedResults):
     A borrowed step registers its keys but adds nothing. A step without valid samples adds everything but its loss and
     values that are not finite. The loss that the step returned has the weight that it has in the loss of the global
     batch; everything else is weighted by Lightning's batch size.
+
+    In steps after which ranks exchange, step values are those of the step. In others they are those of an earlier one,
+    of the step before where all ranks run on CPUs: see `StepValues`. A torchmetrics object's is then the mean of the
+    ranks' values, each weighted by the rank's samples.
+
+    Args:
+        exchange: between the ranks.
+        metric_sync: gathers the states of torchmetrics; None with one rank.
     """
 
-    def __init__(self, exchange: MetricExchange) -> None:
+    def __init__(self, exchange: MetricExchange, metric_sync: MetricSync | None) -> None:
         super().__init__(exchange, training=True)
-        self._step = self._exchanged_step = 0
-        self._step_values: dict[str, _StepValue] = {}
+        self._metric_sync = metric_sync
+        self._step = self._sent_step = self._exchanged_step = 0
+        self._values = StepValues(device_clock(exchange.device), exchange.group.world_size)
+        self._is_due = False
         self._borrowed = self._empty = self._in_step = False
         self._count: Tensor | None = None
         self._pending: list[_StepLog] = []
@@ -204,11 +208,25 @@ class TrainingResults(SynchronizedResults):
             if self._borrowed:
                 metric.value = value  # registers the key; its value stays as it was
             else:
-                metric.forward(value, batch_size)
+                self._add_metric(key, value, batch_size)
         elif self._in_step:
             self._pending.append(_StepLog(key, value.detach(), batch_size))
         else:
             self._add(key, value, batch_size)
+
+    def _add_metric(self, key: str, value: Any, batch_size: int) -> None:
+        metric = self[key]
+        before = metric._forward_cache
+        metric.forward(value, batch_size)
+        if metric.meta.on_step and self._is_synchronized(metric.meta):
+            own = metric._forward_cache
+            metric._forward_cache = before
+            if isinstance(own, Tensor) and own.numel() == 1:
+                self._values.add(key, own.detach().reshape(()), float(self._samples or 1), self._step)
+
+    def _is_synchronized(self, meta: _Metadata) -> bool:
+        """Whether loggers and callbacks see the value over all ranks only."""
+        return self._exchange.is_needed and not meta.sync.rank_zero_only
 
     def _add(self, key: str, value: Tensor, weight: float | Tensor) -> None:
         metric = self[key]
@@ -221,7 +239,7 @@ class TrainingResults(SynchronizedResults):
             kept = (self._count > 0) | torch.isfinite(value)
             value, weight = torch.where(kept, value, torch.zeros_like(value)), kept * weight
         without_exchange(metric)
-        synchronized = self._exchange.is_needed and not meta.sync.rank_zero_only
+        synchronized = self._is_synchronized(meta)
         if is_zero(weight):
             metric._update_count += 1  # what torchmetrics' wrapped update does, so that `compute` is allowed
         else:
@@ -232,42 +250,69 @@ class TrainingResults(SynchronizedResults):
             metric.forward(value, weight)  # it only multiplies and adds
             value = metric._forward_cache
             if synchronized:
-                # Loggers and callbacks see the value over all ranks only, which the next exchange sets.
                 metric._forward_cache = before
         if synchronized and meta.on_step:
-            self._step_values[key] = _StepValue(value, weight, self._step)
+            self._values.add(key, value, weight, self._step)
+
+    # ---- between ranks ----
+
+    def message(self) -> list[float]:
+        """What is sent along with this rank's next message: whether it has logged new keys, and earlier values."""
+        keys = self._step_keys()
+        new = sum(
+            name not in self._keys and metric.meta.on_step and not metric.meta.sync.rank_zero_only
+            for name, metric in self.items()
+        )
+        if self._step > self._sent_step:
+            self._values.end_step(self._step, [self._step_row(key) for key in keys])
+            self._sent_step = self._step
+        return [float(new), *self._values.message(len(keys))]
+
+    def receive(self, table: Numbers) -> None:
+        """What all ranks have sent with their messages, (W, columns)."""
+        if table.shape[1] == 0:  # with one rank
+            return
+        self._is_due |= bool(table[:, 0].any())
+        complete = self._values.receive(table[:, 1:])
+        if complete is not None and complete[0] > self._exchanged_step:
+            for key, rows in zip(self._step_keys(), complete[1], strict=False):  # (W, 4)
+                self._set_step_value(key, rows)
+
+    @property
+    def needs_exchange(self) -> bool:
+        """Whether values have to be exchanged after this step, since a rank has logged new keys."""
+        return self._is_due or self._exchanged_step == 0
 
     def exchange_steps(self) -> None:
-        """Step values become those over all ranks, until the next exchange."""
-        self._exchanged_step = self._step
-        for key, rows in self._exchange_rows(lambda key: key.meta.on_step and key.is_tensor, self._step_row):  # (W, 4)
-            if not rows[:, 1].any():
-                continue
-            # A key that is not logged in every step keeps its last value, which only ranks that logged it last have.
-            latest = rows[rows[:, 0] == rows[:, 0].max()]
-            latest = latest[latest[:, 3] > 0]  # (n, 4)
-            metric = self._registered(key)
-            metric.has_reset = False
-            metric._forward_cache = self._tensor(metric, key, latest) if len(latest) else None
+        """Step values become those over all ranks."""
+        self._exchanged_step, self._is_due = self._step, False
+        metrics = []
+        for key, rows in self._exchange_rows(lambda key: key.meta.on_step, self._step_row):  # (W, 4)
+            self._set_step_value(key, rows)
+            if not key.is_tensor and rows[:, 1].any():
+                metrics.append(self._registered(key))
+        if metrics and self._metric_sync is not None:
+            values = self._metric_sync.batch_values([metric.value for metric in metrics])
+            for metric, value in zip(metrics, values, strict=True):
+                if isinstance(value, Tensor) and value.numel() == 1:
+                    metric._forward_cache = value.reshape(())
 
-    @override
-    def metrics(self, on_step: bool) -> _METRICS:
-        """As Lightning's; between exchanges the progress bar, which only rank 0 has, shows what this rank has."""
-        metrics = super().metrics(on_step)
-        if on_step and self._exchange.group.rank == 0:
-            for key, own in self._step_values.items():
-                metric = self[key]
-                is_newer = own.step > self._exchanged_step and not metric.has_reset and not is_zero(own.weight)
-                if is_newer and metric.meta.prog_bar:
-                    metrics["pbar"][self._forked_name(metric, on_step)[1]] = own.value.item()
-        return metrics
+    def _set_step_value(self, key: LoggedKey, rows: Numbers) -> None:
+        """Set the step value of a key from the rows of all ranks, (W, 4)."""
+        if not rows[:, 1].any():
+            return
+        # A key that is not logged in every step keeps its last value, which only ranks that logged it last have.
+        latest = rows[rows[:, 0] == rows[:, 0].max()]
+        latest = latest[latest[:, 3] > 0]  # (n, 4)
+        metric = self._registered(key)
+        metric.has_reset = False
+        metric._forward_cache = self._tensor(metric, key, latest) if len(latest) else None
+
+    def _step_keys(self) -> list[LoggedKey]:
+        """The keys with step values that all ranks know, in the same order."""
+        return [key for key in self._keys.values() if key.meta.on_step]
 
     def _step_row(self, key: LoggedKey) -> list[Tensor | float]:
-        """A row of: the step in which it was last logged, from 1; bytes of its type, 0 if not logged; sum; weight."""
-        own = self._step_values.get(key.key)
-        if own is None or self[key.key].has_reset:
-            return [0.0] * COLUMNS
-        value: Tensor | float = own.value
-        if key.reduction == "mean":
-            value = own.value.double() * own.weight if not is_zero(own.weight) else 0.0
-        return [float(own.step), float(own.value.element_size()), value, own.weight]
+        """See `StepValue.row`."""
+        known = key.key in self and not self[key.key].has_reset
+        return self._values.row(key) if known else [0.0] * COLUMNS

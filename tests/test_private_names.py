@@ -197,6 +197,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
             "_is_synced",
             "_reductions",
             "_sync_dist",
+            "_should_unsync",
             "_to_sync",
             "_update_count",
         ],
@@ -228,6 +229,7 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], list[str]]] = {
             "update_train_step_metrics": ["self"],
         },
         _ResultCollection: {
+            "_extract_batch_size": ["self", "value", "batch_size", "meta"],
             "_get_cache": ["result_metric", "on_step"],
             "metrics": ["self", "on_step"],
             "update_metrics": ["self", "key", "value", "batch_size"],

@@ -121,8 +121,9 @@ def step(
     count: Tensor | None = None,
 ) -> None:
     """A training step that logs its loss and the number of its samples."""
-    results.set_batch(torch.zeros(samples))
-    results.begin_step(borrowed=borrowed, empty=empty, samples=samples, count=count)
+    results.set_batch(torch.zeros(samples), None)
+    results.begin_batch(samples)
+    results.begin_step(borrowed=borrowed, empty=empty, count=count)
     value = torch.tensor(loss, dtype=torch.float64)
     results.log("training_step", "loss", value, on_step=True, sync_dist=True, sync_dist_fn=no_reduction)
     results.log("training_step", "samples", torch.tensor(float(samples)), reduce_fx=torch.sum)
@@ -148,8 +149,9 @@ def test_a_loss_has_its_weight_in_the_global_batch() -> None:
 def test_nothing_is_read_before_the_batch_is_over(weight: float | Tensor) -> None:
     """The weight is known only then; until then nothing has been logged."""
     results = training_results()
-    results.begin_step(borrowed=False, empty=False, samples=3, count=None)
-    results.set_batch(torch.zeros(3))
+    results.begin_batch(3)
+    results.begin_step(borrowed=False, empty=False, count=None)
+    results.set_batch(torch.zeros(3), None)
     results.log("training_step", "loss", torch.tensor(7.0))
     assert float(results["training_step.loss"].cumulated_batch_size) == 0
     results.end_step(torch.tensor(7.0))
@@ -179,12 +181,13 @@ def test_nan_is_left_out_where_nothing_counts(count: Tensor | None) -> None:
 
 def in_parts(results: TrainingResults, sizes: list[int], values: Tensor) -> None:
     """A step that is computed in parts of a batch, one of which fails at first."""
-    results.begin_step(borrowed=False, empty=False, samples=sum(sizes), count=None)
+    results.begin_batch(sum(sizes))
+    results.begin_step(borrowed=False, empty=False, count=None)
     with results.in_parts() as parts:
-        parts.begin(values)
+        parts.begin(values, len(values))
         results.log("training_step", "loss", values.mean())  # the part turns out not to fit
         for part in values.split(sizes):
-            parts.begin(part)
+            parts.begin(part, len(part))
             results.log("training_step", "loss", part.mean(), on_step=False, on_epoch=True)
             results.log("training_step", "most", part.max(), reduce_fx=torch.max)
             results.log("training_step", "sum", part.sum(), reduce_fx=torch.sum)
@@ -197,7 +200,7 @@ def in_parts(results: TrainingResults, sizes: list[int], values: Tensor) -> None
 def test_parts_log_what_the_whole_batch_would_have(sizes: list[int]) -> None:
     """Once, with the batch's size; and the batch is the loop's again."""
     results = training_results()
-    results.set_batch("the loop's")
+    results.set_batch("the loop's", None)
     values = torch.randn(sum(sizes), dtype=torch.float64, generator=torch.Generator().manual_seed(len(sizes)))
     in_parts(results, sizes, values)
     found = logged(results, on_step=False)
@@ -210,10 +213,11 @@ def test_parts_log_what_the_whole_batch_would_have(sizes: list[int]) -> None:
 
 def test_a_part_in_which_nothing_counts_is_left_out() -> None:
     results = training_results()
-    results.begin_step(borrowed=False, empty=False, samples=4, count=None)
+    results.begin_batch(4)
+    results.begin_step(borrowed=False, empty=False, count=None)
     with results.in_parts() as parts:
         for loss, count in ((math.nan, 0.0), (3.0, 2.0)):
-            parts.begin(torch.zeros(2))
+            parts.begin(torch.zeros(2), 2)
             results.log("training_step", "loss", torch.tensor(loss))
             parts.keep(torch.tensor(loss), count)
     results.end_batch(None)
@@ -241,7 +245,8 @@ def training_on_ranks() -> Any:
         before = logged(results, on_step=True)
         results.exchange_steps()
         seen.append((before, logged(results, on_step=True)))
-    results.begin_step(borrowed=False, empty=False, samples=3, count=None)
+    results.begin_batch(3)
+    results.begin_step(borrowed=False, empty=False, count=None)
     results.log("training_step", "bar", torch.tensor(1.0 + rank), prog_bar=True, on_step=True, on_epoch=False)
     results.end_batch(None)
     shown = results.metrics(on_step=True)["pbar"]

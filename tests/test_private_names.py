@@ -208,6 +208,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
             "_reductions",
             "_should_unsync",
             "_sync_dist",
+            "_should_unsync",
             "_to_sync",
             "_update_count",
         ],

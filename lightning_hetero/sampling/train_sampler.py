@@ -163,7 +163,9 @@ class LocalBatchSizeSampler(Sampler[list[None]]):
         self.pending_shares = PendingShares(rank)
 
     def __iter__(self) -> Iterator[list[None]]:
-        for step in count(self._position().step):
+        first_step = self._position().step
+        self.pending_shares.begin(first_step)
+        for step in count(first_step):
             plan = self._schedule.at(step)
             counts = split(self._global_batch, plan.local_batches, self._minimum)
             self.pending_shares.add(Share(step, counts, borrowed=False, checksum=plan.checksum))

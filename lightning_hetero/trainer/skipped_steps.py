@@ -8,6 +8,7 @@ import dis
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import getattr_static
 from types import CodeType, FunctionType
 from typing import Any, Self
 
@@ -50,7 +51,7 @@ def may_return_none(module: "pl.LightningModule") -> bool:
     """
     methods, pending = {"training_step"}, ["training_step"]
     while pending:
-        function = getattr(getattr(module, pending.pop(), None), "__func__", None)
+        function = getattr_static(module, pending.pop(), None)  # a property is not called
         if not isinstance(function, FunctionType) or function.__module__.startswith(("lightning.", "torch")):
             continue
         code = function.__code__
@@ -107,11 +108,17 @@ class StepsWithNothing:
         attributes = vars(self.module)  # where a compiled module has its own
         before = {name: attributes[name] for name in ("training_step",) if name in attributes}
         own_step = self.module.training_step
+        asks = self.asks
 
         def training_step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal asks
             output = None if batch is NO_SAMPLES else own_step(*args, **kwargs)
-            if self.asks and self._all_skip(step, receive, skips=output is None):
-                return SKIPPED
+            if asks:
+                asks = False  # once, since only this rank may run its batch in parts, each with such a call
+                if self._all_skip(step, receive, skips=output is None):
+                    return SKIPPED
+            elif self.asks:
+                return output
             return zero_loss(self.module) if output is None else output
 
         attributes["training_step"] = training_step

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from lightning_hetero.trainer.skipped_steps import may_return_none
 from tests.ranks import fails_on_ranks, run_ranks
-from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, plain_fit, relative_error
+from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, make_trainer, plain_fit, relative_error
 from tests.trainer.modules import Manual
 
 EXACT = 1e-12
@@ -272,3 +273,60 @@ def skipping(recipes: dict[str, Recipe], on_device: bool) -> dict[str, Any]:
     options = {"shares": [3, 1], "find_unused_parameters": True}
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     return fits(recipes, options)
+
+
+class Always(Logged):
+    """Returns a loss on all paths; None in a helper that returns nothing else is no reason to ask."""
+
+    def helper(self) -> None:
+        return None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.helper()
+        return self.loss(batch)
+
+    @property
+    def loss_scale(self) -> float:
+        raise AssertionError("a property is not called")
+
+
+class Bare(Logged):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx:
+            return  # noqa: RET502 - what is tested
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize(("module", "may"), [(Always, False), (Skips, True), (Bare, True), (Regression, False)])
+def test_ranks_ask_each_other_where_the_code_may_return_none(module: Any, may: bool) -> None:
+    assert may_return_none(module()) is may
+
+
+class Stream(IterableDataset[Any]):
+    """Each rank's own half of the series; the last batch of a rank is short."""
+
+    def __iter__(self) -> Any:
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        yield from series().samples[rank:50:world_size]
+
+
+class Drawn(Logged):
+    """Logs which rank it is, in a mean over samples."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("rank", float(self.global_rank), on_step=False, on_epoch=True)
+        return F.mse_loss(self.net(batch["x"]), batch["y"])
+
+
+def streamed() -> float:
+    from lightning_hetero import HeteroStrategy
+
+    trainer = make_trainer(HeteroStrategy(shares=[3, 1]), 2)
+    trainer.fit(Drawn(), DataLoader(Stream(), batch_size=6, collate_fn=time_first))
+    return float(trainer.callback_metrics["rank"])
+
+
+def test_samples_of_an_iterable_data_set_are_those_that_it_had() -> None:
+    """In steps of 9 and 3, rank 0 has 9, 9 and 7 samples; the epoch ends with it."""
+    for value in run_ranks(2, streamed):
+        assert value == pytest.approx(9 / (25 + 9))

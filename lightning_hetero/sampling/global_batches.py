@@ -41,13 +41,18 @@ class Grouping:
             yield list(chain.from_iterable(group)) if self.batched else group
 
 
+def plain_index(index: Index) -> Any:
+    """A Python number, or a list of them, for a tensor or a numpy number; any other index as it is."""
+    return index.tolist() if hasattr(index, "tolist") else index
+
+
 def index_hash(batches: Sequence[Sequence[Index]]) -> str:
     """A hash of drawn indices; equal draws have equal hashes on every rank.
 
     Different indices with equal `repr` (which may not show the value) have the same hash; equal indices with different
     `repr` only cost a broadcast.
     """
-    plain = [[index.tolist() if hasattr(index, "tolist") else index for index in batch] for batch in batches]
+    plain = [[plain_index(index) for index in batch] for batch in batches]
     return hashlib.blake2b(repr(plain).encode(), digest_size=16).hexdigest()
 
 

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loops import _EvaluationLoop, _PredictionLoop
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hetero.sampling.eval_sampler import EvaluationSampler, Scope
@@ -23,12 +24,12 @@ from lightning_hetero.trainer.training_loaders import TrainingLoaders, epoch_of
 from lightning_hetero.trainer.user_loader import (
     agreed_batches,
     has_plain_batches,
-    is_distributed,
     lost_geographic_sampler,
     name_of,
     replace_batch_sampler,
     require_same_loader,
     users_loader,
+    without_shards,
 )
 
 
@@ -38,6 +39,7 @@ class TrainerDataLoaders:
     def __init__(self, trainer: "pl.Trainer", job: Job, training: TrainingLoaders, seed: int) -> None:
         self._trainer, self._job, self._training, self._seed = trainer, job, training, seed
         self._lightnings_prepare = trainer._data_connector._prepare_dataloader
+        self._told_unsharded = False
 
     def prepare(self, dataloader: object, shuffle: bool, mode: RunningStage) -> object:
         """Called by Lightning for every loader, on all ranks; a ValueError says why one can't be split."""
@@ -48,15 +50,27 @@ class TrainerDataLoaders:
                 "overfit_batches replaces the geographic sampler by plain numbers, which "
                 f"{name_of(loader.dataset)} can't be indexed with: use limit_train_batches instead"
             )
+        if isinstance(loader, DataLoader) and not self._training.user_shards:
+            loader = self._without_shards(loader)
         if mode == RunningStage.TRAINING:
             return self._training.prepare(loader)
         return self._prepare_evaluation(loader, shuffle, mode) if isinstance(loader, DataLoader) else loader
+
+    def _without_shards(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        whole = without_shards(loader, self._job.group.world_size)
+        if whole is not loader and not self._told_unsharded:
+            self._told_unsharded = True
+            rank_zero_info(
+                "hetero: the strategy splits what the DistributedSampler of your loader draws on all ranks together, "
+                "by shares and without padding; Trainer(use_distributed_sampler=False) leaves it alone"
+            )
+        return whole
 
     def _prepare_evaluation(self, loader: DataLoader[Any], shuffle: bool, stage: RunningStage) -> object:
         """Each rank evaluates a part of the loader's own batches, unless the user shards them."""
         source: Any = loader.batch_sampler
         predicts = stage == RunningStage.PREDICTING
-        if self._training.user_shards or is_distributed(loader):
+        if self._training.user_shards:
             wraps = predicts and source is not None
             return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(source)) if wraps else loader
         if isinstance(loader.dataset, IterableDataset):
@@ -70,7 +84,7 @@ class TrainerDataLoaders:
             # Like Lightning, predict a last batch that is not full even with `drop_last`.
             grouping = Grouping(source.batch_size, drop_last=source.drop_last and not predicts, finite=True)
             source = source.sampler
-        batches = agreed_batches(group, source, grouping, self._seed)
+        batches = agreed_batches(group, source, grouping, self._seed, dataset=loader.dataset)
         sampler = EvaluationSampler(batches, group.rank, _StagePasses(self._trainer, stage, self._job.evaluation))
         return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(sampler) if predicts else sampler)
 

@@ -21,7 +21,6 @@ from lightning_hetero.trainer.user_loader import (
     agreed_batches,
     batch_size_of,
     has_plain_batches,
-    is_distributed,
     name_of,
     replace_batch_sampler,
     require_same_loader,
@@ -110,7 +109,7 @@ class TrainingLoaders:
         if self.user_shards and loader.batch_sampler is not None:
             loaders.hashing.append(_HashingBatchSampler(loader.batch_sampler))
             return replace_batch_sampler(loader, loaders.hashing[-1])
-        if self.user_shards or is_distributed(loader):
+        if self.user_shards:
             return loader
         if loader.batch_sampler is None:
             raise ValueError(
@@ -188,7 +187,7 @@ class TrainingLoaders:
         else:
             own = batch_size_of(loader)
             grouping = Grouping(global_batch // own if global_batch and own else self._group.world_size, batched=True)
-        return agreed_batches(self._group, source, grouping, self._seed + number)
+        return agreed_batches(self._group, source, grouping, self._seed + number, dataset=loader.dataset)
 
     # ---- while training ----
 

@@ -84,7 +84,7 @@ class TrainerDataLoaders:
             # Like Lightning, predict a last batch that is not full even with `drop_last`.
             grouping = Grouping(source.batch_size, drop_last=source.drop_last and not predicts, finite=True)
             source = source.sampler
-        batches = agreed_batches(group, source, grouping, self._seed, dataset=loader.dataset)
+        batches = agreed_batches(group, source, grouping, self._seed, loader)
         sampler = EvaluationSampler(batches, group.rank, _StagePasses(self._trainer, stage, self._job.evaluation))
         return replace_batch_sampler(loader, _IndexBatchSamplerWrapper(sampler) if predicts else sampler)
 

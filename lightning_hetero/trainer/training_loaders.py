@@ -187,7 +187,7 @@ class TrainingLoaders:
         else:
             own = batch_size_of(loader)
             grouping = Grouping(global_batch // own if global_batch and own else self._group.world_size, batched=True)
-        return agreed_batches(self._group, source, grouping, self._seed + number, dataset=loader.dataset)
+        return agreed_batches(self._group, source, grouping, self._seed + number, loader)
 
     # ---- while training ----
 

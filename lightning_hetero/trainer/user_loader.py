@@ -11,7 +11,14 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from lightning_hetero.exchange.consistency import require_equal
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, Index, index_hash, plain_index
+from lightning_hetero.sampling.global_batches import (
+    GlobalBatches,
+    Grouping,
+    Index,
+    WorkerSeeds,
+    index_hash,
+    plain_index,
+)
 from lightning_hetero.sampling.one_replica import OneReplica
 from lightning_hetero.sampling.sharded_draws import are_shards, declares_shard
 
@@ -126,16 +133,16 @@ class _IndexAgreement:
 
 
 def agreed_batches(
-    group: RankGroup, sampler: Any, grouping: Grouping, seed: int, *, dataset: object = None
+    group: RankGroup, sampler: Any, grouping: Grouping, seed: int, loader: DataLoader[Any]
 ) -> GlobalBatches:
-    """The global batches of a user's sampler or batch sampler, the same on all ranks.
+    """The global batches of the sampler or batch sampler of a user's loader, the same on all ranks.
 
-    Raises:
-        ValueError: from the first drawing on, if the sampler shards the samples of `dataset` by rank itself.
+    When it is drawn, a ValueError says if it shards the data by rank itself.
     """
     _require_tiles(sampler)
-    size = None if isinstance(dataset, IterableDataset) else _length(dataset)
-    return GlobalBatches(sampler, grouping, seed, _IndexAgreement(group, sampler, size))
+    agree = _IndexAgreement(group, sampler, _length(loader.dataset))
+    seeds = WorkerSeeds(loader.generator, once=loader.persistent_workers)
+    return GlobalBatches(sampler, grouping, seed, agree, seeds)
 
 
 def require_same_loader(

@@ -50,6 +50,8 @@ class Share:
     checksum: int  # of the plan
     random_state: RandomState | None = field(default=None, compare=False)
     """Of this process, just before a borrowed batch was loaded in it; None for any other share."""
+    planned: bool = True
+    """Whether it follows from a plan; otherwise whole batches are counted off."""
 
 
 class PendingShares:
@@ -107,7 +109,13 @@ class LocalBatchSampler(Sampler[list[Index]]):
     """
 
     def __init__(
-        self, passes: EpochPasses, schedule: Schedule, rank: int, *, minimum: int, loads_in_process: bool = False
+        self,
+        passes: EpochPasses[list[Index]],
+        schedule: Schedule,
+        rank: int,
+        *,
+        minimum: int,
+        loads_in_process: bool = False,
     ) -> None:
         self.passes = passes
         self._schedule, self._rank, self._minimum = schedule, rank, minimum

@@ -51,14 +51,14 @@ class LoadedBatch:
     """A rank's batch as it was loaded, before any of the user's code has seen it.
 
     Borrowed samples must have no side effects on this rank, so the state that they may change is saved here. `step` is
-    the number of the global batch; the share is None if the user shards.
+    the number of the global batch; its share is None if no plan holds for it, as where the user shards.
     """
 
     def __init__(self, step: int, share: Share | None, rank: int, module: nn.Module) -> None:
         self.step = step
-        self.share = share
+        self.share = share if share is not None and share.planned else None
         self.borrowed = share is not None and share.borrowed
-        self.local_batch = share.counts[rank] if share is not None else None  # 0 if samples are borrowed
+        self.local_batch = self.share.counts[rank] if self.share is not None else 0 if self.borrowed else None
         self._saved: tuple[ModuleSnapshot, RandomState] | None = None
         if share is not None and share.borrowed:
             self._saved = ModuleSnapshot(module), share.random_state or RandomState.current()

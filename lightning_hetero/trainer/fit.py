@@ -109,7 +109,7 @@ class Fit:
         if job.batch_norm_group is not None:
             job.batch_norm_group.begin_step(borrowed=self.borrowed)
         self._memory.start(loaded.local_batch or 0)
-        self._risky = share is not None and self._is_risky(share.counts)
+        self._risky = loaded.share is not None and self._is_risky(loaded.share.counts)
         if self._buffers is not None:
             self._buffers.add_batch(share, batch)
         self._input_shape = self._input_shape or input_shape(batch)
@@ -313,8 +313,7 @@ class Fit:
         """Act on the messages of all ranks, in the same way on each rank."""
         self._memory.update(messages.column("local_batch"))
         self._stop_if_requested(messages)
-        loaders, steps = self._run.loaders, self._run.trainer.num_training_batches
-        self._duplicates.check(messages, steps, loaders.duplicate_data_sentence)
+        self._duplicates.check(messages, self._run.trainer.num_training_batches)
         if self._job.planner_cache.current is not self._planner:  # the training data was set up anew, and differs
             self._planner, self._profile = self._job.planner_cache.current, self._job.planner_cache.profile
             self._reporter = make_reporter(self._run.trainer, self._planner, self._job.devices, self._folder)

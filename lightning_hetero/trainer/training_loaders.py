@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_hetero.exchange.duplicate_data import NO_DATA_LOADER, USER_SHARDS, DuplicateDataCheck, content_hash
+from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, index_hash
 from lightning_hetero.sampling.position import EpochPasses, Position
 from lightning_hetero.sampling.train_sampler import LocalBatchSampler, LocalBatchSizeSampler, Share
+from lightning_hetero.trainer.counted_off import CountedOff, counted_off_sentence
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.lockstep_loader import LockstepLoader
 from lightning_hetero.trainer.user_loader import (
@@ -63,7 +64,7 @@ class _LoaderSet:
     prepared: int = 0  # how many of them so far
     samplers: list[LocalBatchSampler | LocalBatchSizeSampler] = field(default_factory=list)  # that the strategy splits
     hashing: list[_HashingBatchSampler] = field(default_factory=list)  # of loaders that the user shards
-    unsplit: list[int] = field(default_factory=list)  # positions of the iterables that are no DataLoader
+    counted_off: list[CountedOff] = field(default_factory=list)  # of which ranks take whole batches
 
 
 class TrainingLoaders:
@@ -85,8 +86,6 @@ class TrainingLoaders:
         self._planner_for = planner_for
         self.user_shards = not trainer._accelerator_connector.use_distributed_sampler
         """Whether the user shards the data, by `use_distributed_sampler=False`."""
-        self.duplicate_data_sentence = USER_SHARDS if self.user_shards else NO_DATA_LOADER
-        """The error where all ranks train on the same data."""
         self._loaders = _LoaderSet(key=None)
         self._hashed = 0  # batches that were hashed
         self._warned_inexact = False
@@ -104,8 +103,7 @@ class TrainingLoaders:
         loaders = self._loaders
         loaders.prepared += 1
         if not isinstance(loader, DataLoader):
-            loaders.unsplit.append(loaders.prepared - 1)
-            return loader
+            return loader if self.user_shards or self._group.world_size == 1 else self._iterable(loader)
         if self.user_shards and loader.batch_sampler is not None:
             loaders.hashing.append(_HashingBatchSampler(loader.batch_sampler))
             return replace_batch_sampler(loader, loaders.hashing[-1])
@@ -145,6 +143,15 @@ class TrainingLoaders:
         )
         self._loaders.samplers.append(sampler)
         return replace_batch_sampler(loader, sampler)
+
+    def _iterable(self, users: Any) -> object:
+        """An iterable that is no DataLoader: its batches are counted off, unless ranks have different ones."""
+        loader = CountedOff(users, self._group, self._seed + self._loaders.prepared, self._position)
+        if not loader.agrees(self._group):
+            return loader.left_alone()
+        self._loaders.counted_off.append(loader)
+        rank_zero_info(counted_off_sentence(f"{name_of(users)} is no DataLoader", self._group.world_size))
+        return loader
 
     def _in_lockstep(self, loader: DataLoader[Any], global_batch: int | None) -> object:
         assert global_batch is not None, "torch gives an iterable data set its own batch sampler, with a batch size"
@@ -198,13 +205,14 @@ class TrainingLoaders:
         would otherwise train its first epoch on the indices that were drawn then.
         """
         fetcher = self._trainer.fit_loop._data_fetcher
-        drawn = {sampler.passes.epoch for sampler in self._loaders.samplers if isinstance(sampler, LocalBatchSampler)}
+        loaders = [*self._loaders.samplers, *self._loaders.counted_off]
+        drawn = {loader.passes.epoch for loader in loaders if isinstance(loader, LocalBatchSampler | CountedOff)}
         if fetcher is not None and drawn - {None, self._position().epoch}:
             iter(fetcher)
 
     def take(self, step: int) -> list[Share]:
         """This rank's share of global batch `step` in every loader that is split; see `PendingShares.take`."""
-        pending = [sampler.pending_shares for sampler in self._loaders.samplers]
+        pending = [loader.pending_shares for loader in (*self._loaders.samplers, *self._loaders.counted_off)]
         shares = [loader.take(step) for loader in pending if not loader.exhausted(step)]
         if len(shares) > 1 and not self._warned_inexact and not _proportional(shares):
             self._warned_inexact = True
@@ -223,20 +231,13 @@ class TrainingLoaders:
     def content_hash(self, batch: Any) -> float:
         """A hash of one of the first batches, for ranks to compare (all of the batch, on the CPU).
 
-        It is 0 for later batches, where nothing in the batch can be compared, and where the strategy splits the data.
+        It is 0 for later batches, where nothing in the batch can be compared, and where the user does not shard.
         """
-        if self._hashed >= DuplicateDataCheck.COMPARED_STEPS or not (self.user_shards or self._loaders.unsplit):
+        if self._hashed >= DuplicateDataCheck.COMPARED_STEPS or not self.user_shards:
             return 0.0
         self._hashed += 1
         drawn = [sampler.hashes.popleft() for sampler in self._loaders.hashing if sampler.hashes]
-        return content_hash(batch if self.user_shards else self._unsplit_parts(batch), "".join(drawn))
-
-    def _unsplit_parts(self, batch: Any) -> list[Any]:
-        try:
-            parts: list[Any] = cast("Any", self._trainer.fit_loop._combined_loader)._spec.flatten_up_to(batch)
-        except ValueError:  # a hook of the module has changed the batch's structure
-            return [batch]
-        return [parts[position] for position in self._loaders.unsplit]
+        return content_hash(batch, "".join(drawn))
 
 
 def _proportional(shares: list[Share]) -> bool:

@@ -22,7 +22,8 @@ from lightning_hetero.sampling.global_batches import (
 from lightning_hetero.sampling.one_replica import OneReplica
 from lightning_hetero.sampling.sharded_draws import are_shards, declares_shard
 
-_ORIGINAL = "_lightning_hetero_users_loader"  # attribute of a copy: the user's loader
+USERS_LOADER = "_lightning_hetero_users_loader"
+"""Attribute of what replaces a user's loader: the user's loader."""
 
 
 def replace_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
@@ -35,13 +36,13 @@ def replace_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> DataLo
     # DataLoader forbids setting it after construction, and building a new one would need guessed arguments.
     object.__setattr__(clone, "batch_sampler", batch_sampler)
     clone._iterator = None  # noqa: SLF001 - guarded by a test
-    vars(clone)[_ORIGINAL] = loader
+    vars(clone)[USERS_LOADER] = loader
     return clone
 
 
 def users_loader(loader: object) -> object:
     """The user's loader that a loader was copied from; Lightning puts the copies into the user's CombinedLoader."""
-    return getattr(loader, _ORIGINAL, loader)
+    return getattr(loader, USERS_LOADER, loader)
 
 
 def name_of(instance: object) -> str:

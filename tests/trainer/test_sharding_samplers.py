@@ -1,6 +1,5 @@
 """Samplers that shard by rank themselves: torch's is replaced by all that it draws, others are refused."""
 
-import logging
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -14,20 +13,9 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from lightning_hetero import HeteroStrategy
 from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, make_trainer, merged, parameters_of, relative_error
-from tests.trainer.loading import SIZE, OwnSampler, Validating, fit, loader, plain
+from tests.trainer.loading import SIZE, OwnSampler, Validating, fit, loader, plain, told_by_lightning
 
 SHUFFLED = {"shuffle": True, "seed": 3}
-
-
-class Told(logging.Handler):
-    """Collects what Lightning's loggers are told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
 
 
 class Inherits(DistributedSampler[Any]):
@@ -46,8 +34,7 @@ def grouped(sampler: Any) -> Any:
 
 def distributed_samplers() -> dict[str, Any]:
     results: dict[str, Any] = {}
-    told = Told()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(told)
+    told = told_by_lightning()
     numbers = Numbers(SIZE)
 
     def sampler(**options: Any) -> DistributedSampler[Any]:

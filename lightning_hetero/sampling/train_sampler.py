@@ -149,11 +149,18 @@ class LocalBatchSizeSampler(Sampler[list[None]]):
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, *, global_batch: int, minimum: int, position: Callable[[], Position]
+        self,
+        schedule: Schedule,
+        rank: int,
+        *,
+        global_batch: int,
+        minimum: int,
+        position: Callable[[], Position],
+        pending_shares: PendingShares | None = None,
     ) -> None:
         self._schedule, self._rank, self._minimum = schedule, rank, minimum
         self._global_batch, self._position = global_batch, position
-        self.pending_shares = PendingShares(rank)
+        self.pending_shares = pending_shares or PendingShares(rank)
 
     def __iter__(self) -> Iterator[list[None]]:
         for step in count(self._position().step):

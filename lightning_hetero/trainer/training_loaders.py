@@ -14,7 +14,7 @@ from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, index_hash
 from lightning_hetero.sampling.position import EpochPasses, Position
-from lightning_hetero.sampling.train_sampler import LocalBatchSampler, LocalBatchSizeSampler, Share
+from lightning_hetero.sampling.train_sampler import LocalBatchSampler, LocalBatchSizeSampler, PendingShares, Share
 from lightning_hetero.trainer.counted_off import CountedOff, counted_off_sentence
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.lockstep_loader import LockstepLoader
@@ -22,6 +22,7 @@ from lightning_hetero.trainer.user_loader import (
     agreed_batches,
     batch_size_of,
     has_plain_batches,
+    length_of,
     name_of,
     replace_batch_sampler,
     require_same_loader,
@@ -155,17 +156,28 @@ class TrainingLoaders:
 
     def _in_lockstep(self, loader: DataLoader[Any], global_batch: int | None) -> object:
         assert global_batch is not None, "torch gives an iterable data set its own batch sampler, with a batch size"
-        number = len(self._loaders.samplers)
+        number, group = len(self._loaders.samplers), self._group
+        sentence = counted_off_sentence(f"{name_of(loader.dataset)} is iterable", group.world_size)
+        pending = PendingShares(group.rank)
+        users = replace_batch_sampler(loader, loader.batch_sampler)
+        whole = CountedOff(users, group, self._seed + self._loaders.prepared, self._position, pending)
+        # Lightning asks for a length before it reads the first batch; without one, the loader compares when it is read.
+        if group.world_size > 1 and length_of(loader.dataset) is not None and whole.agrees(group):
+            self._loaders.counted_off.append(whole)
+            rank_zero_info(sentence)
+            return whole
         planner = self._planner_for(global_batch, number == 0)
         sampler = LocalBatchSizeSampler(
             planner.schedule,
-            self._group.rank,
+            group.rank,
             global_batch=global_batch,
             minimum=planner.minimum,
             position=self._position,
+            pending_shares=pending,
         )
         self._loaders.samplers.append(sampler)
-        return LockstepLoader(replace_batch_sampler(loader, sampler), self._job.lockstep_group(number))
+        clone = replace_batch_sampler(loader, sampler)
+        return LockstepLoader(clone, self._job.lockstep_group(number), whole, sentence)
 
     def _global_batch(self, loader: DataLoader[Any]) -> int | None:
         """Samples of a step; None where that is only known once the batch sampler has drawn."""

@@ -141,7 +141,7 @@ def agreed_batches(
     When it is drawn, a ValueError says if it shards the data by rank itself.
     """
     _require_tiles(sampler)
-    agree = _IndexAgreement(group, sampler, _length(loader.dataset))
+    agree = _IndexAgreement(group, sampler, length_of(loader.dataset))
     seeds = WorkerSeeds(loader.generator, once=loader.persistent_workers)
     return GlobalBatches(sampler, grouping, seed, agree, seeds)
 
@@ -152,7 +152,7 @@ def require_same_loader(
     """Raise the same ValueError on all ranks where their loaders differ."""
     facts = {
         "data set": name_of(loader.dataset),
-        "length of the data set": None if isinstance(loader.dataset, IterableDataset) else _length(loader.dataset),
+        "length of the data set": None if isinstance(loader.dataset, IterableDataset) else length_of(loader.dataset),
         "batch size": loader.batch_size,
         "batch sampler": name_of(loader.batch_sampler),
         "global batch": global_batch,
@@ -160,7 +160,8 @@ def require_same_loader(
     require_equal(group, facts, topic)
 
 
-def _length(dataset: Any) -> int | None:
+def length_of(dataset: Any) -> int | None:
+    """Samples in a data set; None if it does not say."""
     try:
         return len(dataset)
     except (TypeError, NotImplementedError):  # it need not have one

@@ -190,22 +190,60 @@ class Part(IterableDataset[Any]):
         return iter(numbers[i] for i in range(dist.get_rank(), 48, dist.get_world_size()))
 
 
-def warned_of(data: IterableDataset[Any]) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(DataLoader(data, 4), max_epochs=3)
-    return [str(warning.message) for warning in caught if "the first sample" in str(warning.message)]
+class Sized(Whole):
+    def __len__(self) -> int:
+        return 24
 
 
-def warned() -> tuple[list[str], list[str]]:
-    return warned_of(Whole()), warned_of(Part())
+class AlikeAtFirst(IterableDataset[Any]):
+    """Each rank's own samples, behind one that all of them have."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return chain([Numbers(1)[0]], Part())
 
 
-def test_an_iterable_data_set_that_is_the_same_on_all_ranks_is_a_warning() -> None:
-    (of_whole, of_part), *others = run_ranks(2, warned)
-    assert len(of_whole) == 1
-    assert "the first sample of Whole is the same on all ranks" in of_whole[0]
-    assert (of_part, others) == ([], [([], [])])
+def iterable_data_sets() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    told = told_by_lightning()
+    for name, data, options in (
+        ("whole", Whole(), {}),
+        ("with a length", Sized(), {}),
+        ("workers", Whole(), {"num_workers": 1}),
+        ("part", Part(), {}),
+        ("alike at first", AlikeAtFirst(), {}),
+    ):
+        told.messages.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer, module = fit(DataLoader(data, 4, **options))
+        warned = [str(warning.message) for warning in caught if "the first sample" in str(warning.message)]
+        said = [message for message in told.messages if "is iterable" in message]
+        results[name] = module.seen, trainer.num_training_batches, said, warned
+    return results
+
+
+@once
+def iterable_data() -> list[dict[str, Any]]:
+    return run_ranks(2, iterable_data_sets)
+
+
+@pytest.mark.parametrize("name", ["whole", "with a length", "workers"])
+def test_an_iterable_data_set_that_is_the_same_on_all_ranks_is_counted_off(name):
+    results = [result[name] for result in iterable_data()]
+    batches = merged(seen for seen, *_ in results)
+    assert list(chain.from_iterable(batches)) == 2 * [*range(24)]
+    assert len(batches) == 6
+    assert {length for _, length, *_ in results} == {3 if name == "with a length" else float("inf")}
+    assert [len(said) for _, _, said, _ in results] == [1, 0]
+    assert [warned for *_, warned in results] == [[], []]
+
+
+def test_one_that_is_each_ranks_own_is_not():
+    for name, expected in (("part", [0, 0]), ("alike at first", [1, 0])):
+        results = [result[name] for result in iterable_data()]
+        assert [len(said) for _, _, said, _ in results] == [0, 0]
+        assert [len(warned) for *_, warned in results] == expected
+        assert {len(batch) for batch in results[0][0][:3]} == {6}
 
 
 def groups_of_three_fits() -> list[int]:

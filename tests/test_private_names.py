@@ -113,7 +113,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         for path in ("fit_loop.epoch_loop.val_loop", "validate_loop", "test_loop")
     },
     "Trainer.predict_loop": ("lightning", of_trainer("predict_loop"), ["_combined_loader"]),
-    "CombinedLoader": ("lightning", lambda: CombinedLoader([]), ["_mode", "_spec"]),
+    "CombinedLoader": ("lightning", lambda: CombinedLoader([]), ["_mode"]),
     "_ResultCollection": ("lightning", lambda: _ResultCollection(training=True), ["_forked_name", "_get_cache"]),
     "_ResultMetric": ("lightning", result_metric, ["_computed", "_forward_cache", "_update_count"]),
     "_Metadata": ("lightning", lambda: _Metadata("training_step", "loss"), ["_sync"]),

@@ -113,11 +113,11 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
         for path in ("fit_loop.epoch_loop.val_loop", "validate_loop", "test_loop")
     },
     "Trainer.predict_loop": ("lightning", of_trainer("predict_loop"), ["_combined_loader", "_predictions"]),
-    "CombinedLoader": ("lightning", lambda: CombinedLoader([]), ["_mode", "_spec"]),
+    "CombinedLoader": ("lightning", lambda: CombinedLoader([]), ["_mode"]),
     "_ResultCollection": (
         "lightning",
         lambda: _ResultCollection(training=True),
-        ["_extract_batch_size", "_forked_name", "_get_cache"],
+        ["_extract_batch_size", "_get_cache"],
     ),
     "_ResultMetric": ("lightning", result_metric, ["_computed", "_forward_cache", "_update_count"]),
     "_Metadata": ("lightning", lambda: _Metadata("training_step", "loss"), ["_sync"]),
@@ -152,7 +152,7 @@ OWNERS: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # library, how 
     f"{RESULTS}.result": (
         "lightning",
         module(f"{RESULTS}.result"),
-        ["_METRICS", "_Metadata", "_OUT_DICT", "_ResultCollection", "_ResultMetric", "_Sync"],
+        ["_Metadata", "_OUT_DICT", "_ResultCollection", "_ResultMetric", "_Sync"],
     ),
     "lightning.pytorch.loops": ("lightning", module("lightning.pytorch.loops"), ["_EvaluationLoop", "_PredictionLoop"]),
     "lightning.fabric.strategies.registry": (

@@ -1,4 +1,4 @@
-"""Detects that all ranks train on the same data, if the strategy doesn't split it."""
+"""Detects that all ranks train on the same data, where the user shards it."""
 
 import hashlib
 from typing import Any
@@ -12,11 +12,7 @@ USER_SHARDS = (
     "all ranks draw the same patches; remove use_distributed_sampler=False (from the Trainer): the strategy then gives "
     "each rank its own share"
 )
-NO_DATA_LOADER = (
-    "all ranks train on the same data: the training data is an iterable that is not a DataLoader, which the strategy "
-    "can't split; pass a DataLoader, or make each rank's iterable yield different data"
-)
-"""The error messages if the user has chosen to shard, and if the training data can't be split."""
+"""The error message."""
 
 _HASHED = 2**16
 """Numbers of each tensor that are hashed. Chosen: enough to distinguish data, in well under a millisecond."""
@@ -52,13 +48,12 @@ class DuplicateDataCheck:
     def __init__(self) -> None:
         self._duplicates = 0
 
-    def check(self, messages: StepMessages, steps_in_epoch: float, sentence: str) -> None:
+    def check(self, messages: StepMessages, steps_in_epoch: float) -> None:
         """Compare the batches of a step.
 
         Args:
             messages: of all ranks; a hash of 0 is not compared, and all hashes are 0 once enough steps were compared.
             steps_in_epoch: if fewer than `COMPARED_STEPS`, comparing these is enough; infinity if not known.
-            sentence: the error message.
 
         Raises:
             ValueError: the batches of enough steps were the same on all ranks.
@@ -68,4 +63,4 @@ class DuplicateDataCheck:
             return
         self._duplicates += len(set(hashes)) == 1
         if self._duplicates == min(self.COMPARED_STEPS, steps_in_epoch):
-            raise ValueError(sentence)
+            raise ValueError(USER_SHARDS)

@@ -12,8 +12,10 @@ from itertools import chain, islice
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from lightning_hetero.sampling.random_state import SeparateRandomState
+from lightning_hetero.sampling.sampler_state import SamplerState
 
 # A sampler that draws more than 10 times its length, and more than 1000 times in all, is assumed never to end. A length
 # need not be exact (geographic samplers estimate theirs), but it is not wrong by that much. Chosen.
@@ -41,14 +43,30 @@ class Grouping:
             yield list(chain.from_iterable(group)) if self.batched else group
 
 
+def plain_index(index: Index) -> Any:
+    """A Python number, or a list of them, for a tensor or a numpy number; any other index as it is."""
+    return index.tolist() if hasattr(index, "tolist") else index
+
+
 def index_hash(batches: Sequence[Sequence[Index]]) -> str:
     """A hash of drawn indices; equal draws have equal hashes on every rank.
 
     Different indices with equal `repr` (which may not show the value) have the same hash; equal indices with different
     `repr` only cost a broadcast.
     """
-    plain = [[index.tolist() if hasattr(index, "tolist") else index for index in batch] for batch in batches]
+    plain = [[plain_index(index) for index in batch] for batch in batches]
     return hashlib.blake2b(repr(plain).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class WorkerSeeds:
+    """Where a DataLoader draws the seed of its workers, when a pass over it begins.
+
+    That may be the generator that its sampler draws from: ``DataLoader(shuffle=True, generator=...)``.
+    """
+
+    generator: torch.Generator | None = None  # None: torch's global one
+    once: bool = False  # only in the first pass, since the workers persist
 
 
 class AgreeOnIndices(Protocol):
@@ -66,11 +84,26 @@ class GlobalBatches:
         seed: shared by all ranks.
         agree: called once per pass with all of its global batches, or, if the pass may be endless, with only the first
             one (`complete=False`).
+        worker_seeds: of the loader.
+
+    A pass is drawn completely before it begins, so that ranks can compare it and its length is known. A sampler with a
+    state of its own (a generator) is then put back, and drawn once more as global batches are taken: so the next pass
+    is the one that a single process would draw, also after a pass that was cut short.
     """
 
-    def __init__(self, sampler: Iterable[Any], grouping: Grouping, seed: int, agree: AgreeOnIndices) -> None:
+    def __init__(
+        self,
+        sampler: Iterable[Any],
+        grouping: Grouping,
+        seed: int,
+        agree: AgreeOnIndices,
+        worker_seeds: WorkerSeeds = WorkerSeeds(),
+    ) -> None:
         self.sampler = sampler
         self._grouping, self._seed, self._agree = grouping, seed, agree
+        self._worker_seeds, self._read = worker_seeds, False
+        self._again: Iterator[list[Index]] = iter(())  # the drawn pass once more, if that changes the sampler's state
+        self._drawn_again = 0
         self._pass: tuple[int, int] | None = None  # epoch, and number in the epoch, of the last drawn pass
         self._drawn: list[list[Index]] = []
         self._undrawn: Iterator[list[Index]] = iter(())
@@ -99,6 +132,18 @@ class GlobalBatches:
                 return
             yield batch
 
+    def _look_ahead(self, seed: int) -> list[list[Index]]:
+        """All global batches of a pass; what drawing them has changed in the sampler is restored."""
+        before = SamplerState(self.sampler)
+        generator, once = self._worker_seeds.generator, self._worker_seeds.once
+        with SeparateRandomState(seed).active():
+            if any(generator is own for own in before.generators) and not (once and self._read):
+                torch.empty((), dtype=torch.int64).random_(generator=generator)  # as the loader does before it draws
+            drawn = list(self._grouping(self._draws()))
+        self._again = self._one_by_one(SeparateRandomState(seed)) if before.restore() else iter(())
+        self._drawn_again = 0
+        return drawn
+
     def draw(self, epoch: int, number: int) -> None:
         """Draw a pass over the sampler, unless it is the last drawn one.
 
@@ -111,14 +156,12 @@ class GlobalBatches:
         for sampler in (self.sampler, getattr(self.sampler, "sampler", None)):
             if callable(set_epoch := getattr(sampler, "set_epoch", None)):
                 set_epoch(epoch)
-        state = SeparateRandomState(int(np.random.SeedSequence([self._seed, epoch, number]).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence([self._seed, epoch, number]).generate_state(1)[0])
         if self.endless:
-            self._undrawn = self._one_by_one(state)
+            self._undrawn = self._one_by_one(SeparateRandomState(seed))
             self._drawn = [*self._agree(list(islice(self._undrawn, 1)), complete=False)]
         else:
-            with state.active():
-                drawn = list(self._grouping(self._draws()))
-            self._drawn = self._agree(drawn, complete=True)
+            self._drawn = self._agree(self._look_ahead(seed), complete=True)
         self._pass = (epoch, number)
 
     @property
@@ -128,11 +171,21 @@ class GlobalBatches:
 
     def batches(self, may_restart: Callable[[], bool]) -> Iterator[list[Index]]:
         """The global batches of the last drawn pass; kept as long as the pass may restart from its beginning."""
-        yield from tuple(self._drawn)
+        self._read = True
+        for number, batch in enumerate(tuple(self._drawn)):
+            self._draw_again(number + 1)
+            yield batch
+        self._draw_again(len(self._drawn) + 1)
         for batch in self._undrawn:
             if may_restart():
                 self._drawn.append(batch)
             yield batch
+
+    def _draw_again(self, batches: int) -> None:
+        """Draw as many global batches again from a sampler with a state, unless that was done before."""
+        while self._drawn_again < batches:
+            self._drawn_again += 1
+            next(self._again, None)
 
     def __len__(self) -> int:
         """Number of global batches in the last drawn pass; a TypeError if the sampler has no length."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from lightning_hetero.sampling.global_batches import GlobalBatches, Index
+Batch_co = TypeVar("Batch_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -14,13 +15,26 @@ class Position:
     step: int  # global batches started since the run began, which is also the number of the next one
 
 
-class EpochPasses:
+class Passes(Protocol[Batch_co]):
+    """Passes over global batches, or over this rank's parts of them, that are begun one by one; see `GlobalBatches`."""
+
+    @property
+    def endless(self) -> bool: ...
+
+    def draw(self, epoch: int, number: int) -> None: ...
+
+    def batches(self, may_restart: Callable[[], bool], /) -> Iterator[Batch_co]: ...
+
+    def __len__(self) -> int: ...
+
+
+class EpochPasses(Generic[Batch_co]):
     """The passes over a loader's global batches, and the step at which each begins, given the position of training.
 
     A loader is read once an epoch, or several times if it is cycled beside a longer one.
     """
 
-    def __init__(self, global_batches: GlobalBatches, position: Callable[[], Position]) -> None:
+    def __init__(self, global_batches: Passes[Batch_co], position: Callable[[], Position]) -> None:
         self.global_batches = global_batches
         self._position = position
         self.epoch: int | None = None
@@ -45,11 +59,11 @@ class EpochPasses:
         self.global_batches.draw(self.epoch, self._number)
         return self._first_step
 
-    def batches(self, first_step: int) -> Iterator[tuple[int, list[Index]]]:
+    def batches(self, first_step: int) -> Iterator[tuple[int, Batch_co]]:
         """The global batches of the current pass, each with its step."""
         step = first_step
-        for indices in self.global_batches.batches(lambda: self._position().step == first_step):
-            yield step, indices
+        for batch in self.global_batches.batches(lambda: self._position().step == first_step):
+            yield step, batch
             step += 1
         self._end = step
 

@@ -52,6 +52,8 @@ class Share:
     """Of this process, just before a borrowed batch was loaded in it; None for any other share."""
     kept: int | None = field(default=None, compare=False)
     """How many of its samples this rank has in its batch, if its collate function has left some out; else None."""
+    planned: bool = True
+    """Whether it follows from a plan; otherwise whole batches are counted off."""
 
     def samples(self, rank: int) -> int:
         """Samples of its own that this rank, `rank`, has in its batch; 0 if it computes borrowed ones."""
@@ -122,7 +124,13 @@ class LocalBatchSampler(Sampler[list[Index]]):
     """
 
     def __init__(
-        self, passes: EpochPasses, schedule: Schedule, rank: int, *, minimum: int, loads_in_process: bool = False
+        self,
+        passes: EpochPasses[list[Index]],
+        schedule: Schedule,
+        rank: int,
+        *,
+        minimum: int,
+        loads_in_process: bool = False,
     ) -> None:
         self.passes = passes
         self._schedule, self._rank, self._minimum = schedule, rank, minimum
@@ -156,11 +164,18 @@ class LocalBatchSizeSampler(Sampler[list[None]]):
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, *, global_batch: int, minimum: int, position: Callable[[], Position]
+        self,
+        schedule: Schedule,
+        rank: int,
+        *,
+        global_batch: int,
+        minimum: int,
+        position: Callable[[], Position],
+        pending_shares: PendingShares | None = None,
     ) -> None:
         self._schedule, self._rank, self._minimum = schedule, rank, minimum
         self._global_batch, self._position = global_batch, position
-        self.pending_shares = PendingShares(rank)
+        self.pending_shares = pending_shares or PendingShares(rank)
 
     def __iter__(self) -> Iterator[list[None]]:
         first_step = self._position().step

@@ -55,7 +55,7 @@ class LoadedBatch:
 
     Args:
         step: the number of the global batch.
-        share: None if the user shards.
+        share: None if no plan holds for it, as where the user shards.
         samples: of the rank's own, which its batch holds; with 0 it is borrowed. None if that is not known.
         module: the user's.
     """
@@ -63,7 +63,8 @@ class LoadedBatch:
     def __init__(self, step: int, share: Share | None, samples: int | None, module: nn.Module) -> None:
         self.step = step
         self.borrowed = samples == 0
-        self.share = replace(share, borrowed=True) if share is not None and self.borrowed else share
+        planned = share if share is not None and share.planned else None
+        self.share = replace(planned, borrowed=True) if planned is not None and self.borrowed else planned
         self.samples = samples
         random_state = share.random_state if share is not None else None
         self.before_borrowed = ModuleSnapshot(module) if self.borrowed else None

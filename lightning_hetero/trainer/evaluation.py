@@ -20,15 +20,21 @@ class _EvaluatedLoader:
 
     Args:
         key: what is evaluated: stage and loader.
-        local_batches: this rank's samples in each step; 0 where it repeats another rank's.
+        local_batches: this rank's samples in each step; 0 where it repeats another rank's. It may grow.
+        kept: how many of these its collate function has kept, of the batches loaded so far; empty if it keeps all.
         timings: of the steps so far.
         begun: steps so far.
     """
 
     key: tuple[str, int]
     local_batches: Sequence[int]
+    kept: list[int] = field(default_factory=list)
     timings: list[StepTiming | None] = field(default_factory=list)
     begun: int = 0
+
+    def samples(self, step: int) -> int:
+        """This rank's samples in a step that has been loaded; 0 if it has none of its own."""
+        return min(self.kept[step], self.local_batches[step]) if self.kept else self.local_batches[step]
 
 
 class EvaluationBalancer:
@@ -79,18 +85,23 @@ class EvaluationBalancer:
         self._loaders.append(_EvaluatedLoader(_key(stage, scope), local_batches))
         self._timer.start()
 
+    def load(self, samples: int) -> None:
+        """A batch was loaded of which the collate function has kept so many samples; of one that may leave some out."""
+        if self._loaders:
+            self._loaders[-1].kept.append(samples)
+
     def begin_batch(self) -> int | None:
         """A batch has been loaded; returns its samples, 0 if it repeats another rank's, None where that is unknown."""
         if not self._loaders or self._loaders[-1].begun >= len(self._loaders[-1].local_batches):
             return None
         loader = self._loaders[-1]
         loader.begun += 1
-        return loader.local_batches[loader.begun - 1]
+        return loader.samples(loader.begun - 1)
 
     def repeated_batches(self) -> list[set[int]]:
         """The batches of each loader of this evaluation in which this rank has repeated another rank's samples."""
         loaders = [loader for loader in self._loaders if loader.begun]
-        return [{batch for batch, size in enumerate(loader.local_batches) if size == 0} for loader in loaders]
+        return [{step for step in range(loader.begun) if loader.samples(step) == 0} for loader in loaders]
 
     def end_batch(self) -> None:
         """This rank has evaluated a batch."""
@@ -105,7 +116,7 @@ class EvaluationBalancer:
         measured: dict[Hashable, list[tuple[int, float]]] = {}
         for loader in loaders:
             for size, timing in zip(loader.local_batches, loader.timings, strict=False):
-                # The host does not wait for what the device has not reached.
+                # A batch of which samples were left out takes the time to load all of them. The host does not wait for what the device has not reached.
                 if size and timing is not None and timing.has_passed() and (seconds := timing.compute_seconds()) > 0:
                     measured.setdefault(loader.key, []).append((size, seconds))
         return measured

@@ -135,7 +135,7 @@ class Fit:
         if job.batch_norm_group is not None:
             job.batch_norm_group.begin_step(borrowed=self.borrowed)
         self._memory.start(samples or 0)
-        if share is not None:
+        if (share := self._loaded.share) is not None:
             unproven = self._memory.exceeds_completed(share.counts)
             self._risky = unproven and not self._planner.fits_in_memory(share.counts)
         if self._buffers is not None:
@@ -397,8 +397,7 @@ class Fit:
         self._run.metrics.training_results.receive(messages.logged)
         self._memory.update(messages.column("local_batch"))
         self._stop_if_requested(messages)
-        loaders, steps = self._run.loaders, self._run.trainer.num_training_batches
-        self._duplicates.check(messages, steps, loaders.duplicate_data_sentence)
+        self._duplicates.check(messages, self._run.trainer.num_training_batches)
         if self._job.planner_cache.current is not self._planner:  # the training data was set up anew, and differs
             self._planner, self._profile = self._job.planner_cache.current, self._job.planner_cache.profile
             self._reporter = make_reporter(self._run.trainer, self._planner, self._job.devices, self._folder)

@@ -3,6 +3,7 @@
 
 import os
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +15,7 @@ from lightning_hetero.exchange import consistency
 from lightning_hetero.exchange.store import new_run
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step.batch_norm import smallest_local_batch
+from lightning_hetero.step.collating import NO_SAMPLES
 from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
 from lightning_hetero.trainer.early_stop import EarlyStop
 from lightning_hetero.trainer.hooks import HookCallback, TrainingHooks
@@ -125,8 +127,17 @@ class Run:
             with self.log_dirs.recording():
                 _ = self.trainer.log_dir  # a broadcast, whose result the strategy keeps
 
-    def begin_evaluation_batch(self) -> None:
-        """A batch of an evaluation begins, and its hooks follow."""
+    def begin_evaluation_batch(self, batch: Any) -> None:
+        """A batch of an evaluation begins, and its hooks follow.
+
+        Raises:
+            RuntimeError: nothing is left of its samples, and there is no other one that could be computed instead.
+        """
+        if batch is NO_SAMPLES:
+            raise RuntimeError(
+                f"the collate function has left nothing of the samples of {self.job.place} in an evaluation batch, and "
+                "there is no other batch to compute in its place: leave fewer samples out, or choose a larger batch_size"
+            )
         samples = self.job.evaluation.begin_batch()
         self._repeats_sample = samples == 0
         self.metrics.begin_evaluation_batch(samples)

@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_hetero.exchange.duplicate_data import NO_DATA_LOADER, USER_SHARDS, DuplicateDataCheck, content_hash
+from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, index_hash
 from lightning_hetero.sampling.position import EpochPasses, Position
-from lightning_hetero.sampling.train_sampler import LocalBatchSampler, LocalBatchSizeSampler, Share
+from lightning_hetero.sampling.train_sampler import LocalBatchSampler, LocalBatchSizeSampler, PendingShares, Share
+from lightning_hetero.trainer.counted_off import CountedOff, counted_off_sentence
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.lockstep_loader import LockstepLoader
 from lightning_hetero.trainer.user_loader import (
@@ -22,7 +23,7 @@ from lightning_hetero.trainer.user_loader import (
     batch_size_of,
     count_samples,
     has_plain_batches,
-    is_distributed,
+    length_of,
     name_of,
     replace_batch_sampler,
     require_same_loader,
@@ -67,7 +68,7 @@ class _LoaderSet:
     prepared: int = 0  # how many of them so far
     samplers: list[LocalBatchSampler | LocalBatchSizeSampler] = field(default_factory=list)  # that the strategy splits
     hashing: list[_HashingBatchSampler] = field(default_factory=list)  # of loaders that the user shards
-    unsplit: list[int] = field(default_factory=list)  # positions of the iterables that are no DataLoader
+    counted_off: list[CountedOff] = field(default_factory=list)  # of which ranks take whole batches
 
 
 class TrainingLoaders:
@@ -89,32 +90,30 @@ class TrainingLoaders:
         self._planner_for = planner_for
         self.user_shards = not trainer._accelerator_connector.use_distributed_sampler
         """Whether the user shards the data, by `use_distributed_sampler=False`."""
-        self.duplicate_data_sentence = USER_SHARDS if self.user_shards else NO_DATA_LOADER
-        """The error where all ranks train on the same data."""
         self._loaders = _LoaderSet(key=None)
         self._hashed = 0  # batches that were hashed
         self._warned_inexact = False
 
-    def _position(self) -> Position:
+    def position(self) -> Position:
+        """How far training has come."""
         return Position(epoch_of(self._trainer), self._job.batches.next_step())
 
     def prepare(self, loader: object) -> object:
         """A training loader as this rank reads it; called for every one, on all ranks alike."""
         # Lightning prepares all of them in one go. During that, neither its combined loader nor the position changes;
         # by the next time, one of them has.
-        key = (id(self._trainer.fit_loop._combined_loader), self._position())
+        key = (id(self._trainer.fit_loop._combined_loader), self.position())
         if self._loaders.key != key:
             self._loaders = _LoaderSet(key)
         loaders = self._loaders
         loaders.prepared += 1
         if not isinstance(loader, DataLoader):
-            loaders.unsplit.append(loaders.prepared - 1)
-            return loader
+            return loader if self.user_shards or self._group.world_size == 1 else self._iterable(loader)
         if self.user_shards and loader.batch_sampler is not None:
             hashing = _HashingBatchSampler(loader.batch_sampler)
             loaders.hashing.append(hashing)
             return count_samples(replace_batch_sampler(loader, hashing), hashing.samples.append)
-        if self.user_shards or is_distributed(loader):
+        if self.user_shards:
             return loader
         if loader.batch_sampler is None:
             raise ValueError(
@@ -131,7 +130,7 @@ class TrainingLoaders:
     def _split(self, loader: DataLoader[Any], global_batch: int | None) -> object:
         number = len(self._loaders.samplers)
         batches = self._global_batches(loader, global_batch, number)
-        batches.draw(self._position().epoch, 0)
+        batches.draw(self.position().epoch, 0)
         if batches.first_size == 0:
             raise ValueError(
                 f"the training loader has no batches: {name_of(batches.sampler)} drew too few samples for a global "
@@ -140,7 +139,7 @@ class TrainingLoaders:
             )
         planner = self._planner_for(global_batch or batches.first_size, number == 0)
         sampler = LocalBatchSampler(
-            EpochPasses(batches, self._position),
+            EpochPasses(batches, self.position),
             planner.schedule,
             self._group.rank,
             minimum=planner.minimum,
@@ -151,20 +150,39 @@ class TrainingLoaders:
         self._loaders.samplers.append(sampler)
         return count_samples(replace_batch_sampler(loader, sampler), sampler.pending_shares.loaded)
 
+    def _iterable(self, users: Any) -> object:
+        """An iterable that is no DataLoader: its batches are counted off, unless ranks have different ones."""
+        loader = CountedOff(users, self._group, self._seed + self._loaders.prepared, self.position)
+        if not loader.agrees(self._group):
+            return loader.left_alone()
+        self._loaders.counted_off.append(loader)
+        rank_zero_info(counted_off_sentence(f"{name_of(users)} is no DataLoader", self._group.world_size))
+        return loader
+
     def _in_lockstep(self, loader: DataLoader[Any], global_batch: int | None) -> object:
         assert global_batch is not None, "torch gives an iterable data set its own batch sampler, with a batch size"
-        number = len(self._loaders.samplers)
+        number, group = len(self._loaders.samplers), self._group
+        sentence = counted_off_sentence(f"{name_of(loader.dataset)} is iterable", group.world_size)
+        pending = PendingShares(group.rank)
+        users = replace_batch_sampler(loader, loader.batch_sampler)
+        whole = CountedOff(users, group, self._seed + self._loaders.prepared, self.position, pending)
+        # Lightning asks for a length before it reads the first batch; without one, the loader compares when it is read.
+        if group.world_size > 1 and length_of(loader.dataset) is not None and whole.agrees(group):
+            self._loaders.counted_off.append(whole)
+            rank_zero_info(sentence)
+            return whole
         planner = self._planner_for(global_batch, number == 0)
         sampler = LocalBatchSizeSampler(
             planner.schedule,
-            self._group.rank,
+            group.rank,
             global_batch=global_batch,
             minimum=planner.minimum,
-            position=self._position,
+            position=self.position,
+            pending_shares=pending,
         )
         self._loaders.samplers.append(sampler)
         counted = count_samples(replace_batch_sampler(loader, sampler), sampler.pending_shares.loaded)
-        return LockstepLoader(counted, self._job.lockstep_group(number))
+        return LockstepLoader(counted, self._job.lockstep_group(number), whole, sentence)
 
     def _global_batch(self, loader: DataLoader[Any]) -> int | None:
         """Samples of a step; None where that is only known once the batch sampler has drawn."""
@@ -193,7 +211,7 @@ class TrainingLoaders:
         else:
             own = batch_size_of(loader)
             grouping = Grouping(global_batch // own if global_batch and own else self._group.world_size, batched=True)
-        return agreed_batches(self._group, source, grouping, self._seed + number)
+        return agreed_batches(self._group, source, grouping, self._seed + number, loader)
 
     # ---- while training ----
 
@@ -204,8 +222,9 @@ class TrainingLoaders:
         would otherwise train its first epoch on the indices that were drawn then.
         """
         fetcher = self._trainer.fit_loop._data_fetcher
-        drawn = {sampler.passes.epoch for sampler in self._loaders.samplers if isinstance(sampler, LocalBatchSampler)}
-        if fetcher is not None and drawn - {None, self._position().epoch}:
+        loaders = [*self._loaders.samplers, *self._loaders.counted_off]
+        drawn = {loader.passes.epoch for loader in loaders if isinstance(loader, LocalBatchSampler | CountedOff)}
+        if fetcher is not None and drawn - {None, self.position().epoch}:
             iter(fetcher)
 
     def take(self, step: int) -> tuple[Share | None, int | None]:
@@ -217,7 +236,7 @@ class TrainingLoaders:
         if self._loaders.hashing:
             held = [hashing.samples.popleft() for hashing in self._loaders.hashing if hashing.samples]
             return None, (held[0] if all(held) else 0) if held else None
-        pending = [sampler.pending_shares for sampler in self._loaders.samplers]
+        pending = [loader.pending_shares for loader in (*self._loaders.samplers, *self._loaders.counted_off)]
         shares = [loader.take(step) for loader in pending if not loader.exhausted(step)]
         if len(shares) > 1 and not self._warned_inexact and not _proportional(shares):
             self._warned_inexact = True
@@ -239,20 +258,13 @@ class TrainingLoaders:
     def content_hash(self, batch: Any) -> float:
         """A hash of one of the first batches, for ranks to compare (all of the batch, on the CPU).
 
-        It is 0 for later batches, where nothing in the batch can be compared, and where the strategy splits the data.
+        It is 0 for later batches, where nothing in the batch can be compared, and where the user does not shard.
         """
-        if self._hashed >= DuplicateDataCheck.COMPARED_STEPS or not (self.user_shards or self._loaders.unsplit):
+        if self._hashed >= DuplicateDataCheck.COMPARED_STEPS or not self.user_shards:
             return 0.0
         self._hashed += 1
         drawn = [sampler.hashes.popleft() for sampler in self._loaders.hashing if sampler.hashes]
-        return content_hash(batch if self.user_shards else self._unsplit_parts(batch), "".join(drawn))
-
-    def _unsplit_parts(self, batch: Any) -> list[Any]:
-        try:
-            parts: list[Any] = cast("Any", self._trainer.fit_loop._combined_loader)._spec.flatten_up_to(batch)
-        except ValueError:  # a hook of the module has changed the batch's structure
-            return [batch]
-        return [parts[position] for position in self._loaders.unsplit]
+        return content_hash(batch, "".join(drawn))
 
 
 def _proportional(shares: list[Share]) -> bool:

@@ -9,14 +9,23 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
 
 from lightning_hetero.exchange.consistency import require_equal
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.sampling.global_batches import GlobalBatches, Grouping, Index, index_hash
+from lightning_hetero.sampling.global_batches import (
+    GlobalBatches,
+    Grouping,
+    Index,
+    WorkerSeeds,
+    index_hash,
+    plain_index,
+)
+from lightning_hetero.sampling.one_replica import OneReplica
+from lightning_hetero.sampling.sharded_draws import are_shards, declares_shard
 from lightning_hetero.step.collating import CountingCollate, KeptBatches
 
-_ORIGINAL = "_lightning_hetero_users_loader"  # attribute of a copy: the user's loader
+USERS_LOADER = "_lightning_hetero_users_loader"
+"""Attribute of what replaces a user's loader: the user's loader."""
 
 
 def replace_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
@@ -29,7 +38,7 @@ def replace_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> DataLo
     # DataLoader forbids setting it after construction, and building a new one would need guessed arguments.
     object.__setattr__(clone, "batch_sampler", batch_sampler)
     clone._iterator = None  # noqa: SLF001 - guarded by a test
-    vars(clone)[_ORIGINAL] = loader
+    vars(clone)[USERS_LOADER] = loader
     return clone
 
 
@@ -56,7 +65,7 @@ def count_samples(loader: DataLoader[Any], record: Callable[[int], None]) -> Dat
 
 def users_loader(loader: object) -> object:
     """The user's loader that a loader was copied from; Lightning puts the copies into the user's CombinedLoader."""
-    return getattr(loader, _ORIGINAL, loader)
+    return getattr(loader, USERS_LOADER, loader)
 
 
 def name_of(instance: object) -> str:
@@ -75,10 +84,18 @@ def batch_size_of(loader: DataLoader[Any]) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-def is_distributed(loader: DataLoader[Any]) -> bool:
-    """Whether the user's own sampler splits the data over the ranks."""
-    samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
+def without_shards(loader: DataLoader[Any], world_size: int) -> DataLoader[Any]:
+    """A loader like `loader` without torch's `DistributedSampler`; `loader` itself if it has none.
+
+    The strategy splits what it draws instead, so that shares hold, and nothing is drawn twice for padding.
+    """
+    batches: Any = loader.batch_sampler
+    sampler = OneReplica.of(getattr(batches, "sampler", None), world_size)
+    if sampler is None:
+        return loader
+    batches = copy.copy(batches)
+    batches.sampler = sampler
+    return replace_batch_sampler(loader, batches)
 
 
 def lost_geographic_sampler(loader: DataLoader[Any]) -> bool:
@@ -93,35 +110,63 @@ def lost_geographic_sampler(loader: DataLoader[Any]) -> bool:
 
 @dataclass
 class _IndexAgreement:
-    """Makes all ranks use the same indices of a sampler; see `AgreeOnIndices`."""
+    """Makes all ranks use the same indices of a sampler; see `AgreeOnIndices`.
+
+    `size` is the number of samples of a map-style data set, if it is known.
+    """
 
     group: RankGroup
-    sampler: str
+    sampler: Any
+    size: int | None
     warned: bool = False
 
     def __call__(self, batches: list[list[Index]], *, complete: bool) -> list[list[Index]]:
-        if self.group.world_size == 1 or len(set(self.group.gather(index_hash(batches)))) == 1:
+        group = self.group
+        if group.world_size == 1:
+            return batches
+        declares = declares_shard(self.sampler, group.rank, group.world_size)
+        hashes, declared = zip(*group.gather((index_hash(batches), declares)), strict=True)
+        if len(set(hashes)) == 1 and not all(declared):
+            return batches
+        if not self.warned:
+            draws = group.gather([plain_index(index) for batch in batches for index in batch])
+            if are_shards(draws, self.size, declared=all(declared)):
+                raise ValueError(
+                    f"{name_of(self.sampler)} draws another part of the data on each rank, so that the strategy would "
+                    "use rank 0's part only: set Trainer(use_distributed_sampler=False) if it is to shard the data, or "
+                    "let it draw all of the data on every rank (num_replicas=1, rank=0 if it takes them), which the "
+                    "strategy then splits"
+                )
+        if len(set(hashes)) == 1:
             return batches
         if not complete:
             raise ValueError(
-                f"{self.sampler} has no length and draws other indices on every rank: give it a length, or let it "
-                "take its randomness from torch's, numpy's or Python's global generators"
+                f"{name_of(self.sampler)} has no length and draws other indices on every rank: give it a length, or "
+                "let it take its randomness from torch's, numpy's or Python's global generators; if it shards the data "
+                "by rank itself, set Trainer(use_distributed_sampler=False)"
             )
         if not self.warned:
             self.warned = True
             rank_zero_warn(
-                f"{self.sampler} draws other indices on every rank, so those of rank 0 are used on all of them. If it "
-                "shards the data by rank itself, set Trainer(use_distributed_sampler=False); else let it take its "
-                "randomness from torch's, numpy's or Python's global generators, or give it a generator= with a seed "
-                "if it takes one, and runs can be repeated"
+                f"{name_of(self.sampler)} draws other indices on every rank, so those of rank 0 are used on all of "
+                "them. If it shards the data by rank itself, set Trainer(use_distributed_sampler=False); else let it "
+                "take its randomness from torch's, numpy's or Python's global generators, or give it a generator= with "
+                "a seed if it takes one, and runs can be repeated"
             )
-        return self.group.broadcast(batches)
+        return group.broadcast(batches)
 
 
-def agreed_batches(group: RankGroup, sampler: Any, grouping: Grouping, seed: int) -> GlobalBatches:
-    """The global batches of a user's sampler or batch sampler, the same on all ranks."""
+def agreed_batches(
+    group: RankGroup, sampler: Any, grouping: Grouping, seed: int, loader: DataLoader[Any]
+) -> GlobalBatches:
+    """The global batches of the sampler or batch sampler of a user's loader, the same on all ranks.
+
+    When it is drawn, a ValueError says if it shards the data by rank itself.
+    """
     _require_tiles(sampler)
-    return GlobalBatches(sampler, grouping, seed, _IndexAgreement(group, name_of(sampler)))
+    agree = _IndexAgreement(group, sampler, length_of(loader.dataset))
+    seeds = WorkerSeeds(loader.generator, once=loader.persistent_workers)
+    return GlobalBatches(sampler, grouping, seed, agree, seeds)
 
 
 def require_same_loader(
@@ -130,7 +175,7 @@ def require_same_loader(
     """Raise the same ValueError on all ranks where their loaders differ."""
     facts = {
         "data set": name_of(loader.dataset),
-        "length of the data set": None if isinstance(loader.dataset, IterableDataset) else _length(loader.dataset),
+        "length of the data set": None if isinstance(loader.dataset, IterableDataset) else length_of(loader.dataset),
         "batch size": loader.batch_size,
         "batch sampler": name_of(loader.batch_sampler),
         "global batch": global_batch,
@@ -138,7 +183,8 @@ def require_same_loader(
     require_equal(group, facts, topic)
 
 
-def _length(dataset: Any) -> int | None:
+def length_of(dataset: Any) -> int | None:
+    """Samples in a data set; None if it does not say."""
     try:
         return len(dataset)
     except (TypeError, NotImplementedError):  # it need not have one

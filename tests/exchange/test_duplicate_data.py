@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_hetero.exchange.duplicate_data import NO_DATA_LOADER, USER_SHARDS, DuplicateDataCheck, content_hash
+from lightning_hetero.exchange.duplicate_data import USER_SHARDS, DuplicateDataCheck, content_hash
 from lightning_hetero.exchange.messages import TRAINS, StepMessage, StepMessages
 
 
@@ -12,22 +12,20 @@ def messages(step: int, *hashes: float) -> StepMessages:
     return StepMessages(np.array([StepMessage(TRAINS, step, content_hash=number).row() for number in hashes]))
 
 
-@pytest.mark.parametrize("sentence", [USER_SHARDS, NO_DATA_LOADER])
-def test_the_same_data_in_all_of_the_first_steps_ends_the_run(sentence: str) -> None:
-    """With the sentence that fits the reason why the strategy doesn't split the data."""
+def test_the_same_data_in_all_of_the_first_steps_ends_the_run() -> None:
     check = DuplicateDataCheck()
-    check.check(messages(0, 5, 5), float("inf"), sentence)
-    check.check(messages(1, 6, 6), float("inf"), sentence)
+    check.check(messages(0, 5, 5), float("inf"))
+    check.check(messages(1, 6, 6), float("inf"))
     with pytest.raises(ValueError, match="all ranks") as error:
-        check.check(messages(2, 7, 7), float("inf"), sentence)
-    assert str(error.value) == sentence
+        check.check(messages(2, 7, 7), float("inf"))
+    assert str(error.value) == USER_SHARDS
 
 
 def test_an_epoch_that_is_shorter_is_enough() -> None:
     check = DuplicateDataCheck()
-    check.check(messages(0, 5, 5), 2, USER_SHARDS)
+    check.check(messages(0, 5, 5), 2)
     with pytest.raises(ValueError, match="same patches"):
-        check.check(messages(1, 6, 6), 2, USER_SHARDS)
+        check.check(messages(1, 6, 6), 2)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +40,7 @@ def test_an_epoch_that_is_shorter_is_enough() -> None:
 def test_other_data_is_no_error(hashes: list[tuple[float, ...]]) -> None:
     check = DuplicateDataCheck()
     for step, row in enumerate(hashes):
-        check.check(messages(step, *row), float("inf"), USER_SHARDS)
+        check.check(messages(step, *row), float("inf"))
 
 
 def test_a_hash_stands_for_numbers_and_indices() -> None:

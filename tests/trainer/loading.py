@@ -1,5 +1,6 @@
 """Samplers, loaders and trainings that several tests of loaders share."""
 
+import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -170,6 +171,24 @@ class Recording(Regression):
         np.random.rand(len(indices))
         random.random()
         return torch.nn.functional.mse_loss(self.net(batch["x"]).squeeze(-1), batch["y"])
+
+
+class Told(logging.Handler):
+    """Collects messages of a logger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def told_by_lightning() -> Told:
+    """Collects what rank 0 is told from now on."""
+    told = Told()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(told)
+    return told
 
 
 def quiet() -> None:

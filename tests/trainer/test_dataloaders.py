@@ -7,14 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    StackDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, IterableDataset, StackDataset, default_collate
 
 from lightning_hetero.trainer.dataloaders import replace_batch_sampler
 from tests.ranks import fails_on_ranks, run_ranks
@@ -125,11 +118,6 @@ def unusual_loaders() -> dict[str, Any]:
     for context in ("forkserver", "spawn"):
         data = DataLoader(light, 4, num_workers=1, multiprocessing_context=context)
         results[context] = fit(data, max_epochs=1)[1].seen
-    # The user shards, and Lightning leaves such loaders alone: so does the strategy.
-    own = loader(sampler=DistributedSampler(range(SIZE), shuffle=True, seed=3))
-    results["sharded"] = fit(own, max_epochs=1)[1].seen
-    sharded = BatchSampler(DistributedSampler(range(SIZE), shuffle=False), 4, drop_last=False)
-    results["sharded batches"] = fit(DataLoader(Numbers(SIZE), batch_sampler=sharded), max_epochs=1)[1].seen
     return results
 
 
@@ -166,13 +154,6 @@ def test_batches_keep_their_order_where_the_users_loader_need_not():
     loader = DataLoader(Numbers(8), batch_size=2, num_workers=2, in_order=False)
     clone = replace_batch_sampler(loader, loader.batch_sampler)
     assert (loader.in_order, clone.in_order) == (False, True)
-
-
-def test_a_users_distributed_sampler_is_left_alone():
-    expected = [list(DistributedSampler(range(SIZE), 2, rank, shuffle=True, seed=3)) for rank in range(2)]
-    for rank, result in enumerate(unusual()):
-        assert list(chain.from_iterable(result["sharded"])) == expected[rank]
-        assert list(chain.from_iterable(result["sharded batches"])) == [*range(rank, SIZE, 2), *[0] * rank]
 
 
 class Noisy(Numbers):

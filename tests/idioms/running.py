@@ -1,0 +1,129 @@
+"""Runs idioms on ranks, one after the other in the same processes as long as none fails."""
+
+import importlib
+import logging
+import os
+import pickle
+import tempfile
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.idioms.gallery import ONE, SHARES, WORLD_SIZE, Idiom, Run, Topic, differences
+from tests.ranks import RanksFailedError, run_ranks
+from tests.trainer.loading import once
+
+TOPICS = (
+    "validation",
+    "logged_values",
+    "metrics",
+    "metric_wrappers",
+    "callbacks",
+    "finetuning",
+    "optimization",
+    "data",
+    "checkpoints",
+    "prediction",
+)
+_PATIENCE = timedelta(seconds=15)
+"""How long a rank waits for the other one; nothing in an idiom takes nearly as long."""
+Outcome = tuple[str, Any]
+"""("values", what the idiom returned) or ("error", its traceback)."""
+
+
+def topic(name: str) -> Topic:
+    return importlib.import_module(f"tests.idioms.{name}").TOPIC
+
+
+def gallery() -> list[tuple[str, Idiom]]:
+    """All idioms, with their topics."""
+    return [(name, idiom) for name in TOPICS for idiom in topic(name).idioms]
+
+
+@once
+def judgements(name: str, *modes: str) -> dict[tuple[str, str], str | None]:
+    """Of a topic: None for a mode and an idiom that is as it should be, or else what is wrong."""
+    idioms = {idiom.name: idiom for idiom in topic(name).idioms}
+    one = _run(name, [(ONE, idiom) for idiom in idioms])
+    ranks = _run(name, [(mode, idiom) for mode in modes for idiom in idioms])
+    return {
+        (mode, idiom): _judge(idioms[idiom], mode, one[ONE, idiom][0], outcomes)
+        for (mode, idiom), outcomes in ranks.items()
+    }
+
+
+def _judge(idiom: Idiom, mode: str, one: Outcome, ranks: list[Outcome]) -> str | None:
+    errors = [f"--- rank {rank} ---\n{value}" for rank, (kind, value) in enumerate(ranks) if kind == "error"]
+    if one[0] == "error":
+        return f"one process fails:\n{one[1]}"
+    if idiom.sentence is not None and mode in SHARES:
+        return idiom.wrong_sentence([value if kind == "error" else "" for kind, value in ranks])
+    if errors:
+        return "\n".join(errors)
+    return "\n".join(differences(one[1], [value for _, value in ranks], idiom.tolerance)) or None
+
+
+def _run(name: str, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], list[Outcome]]:
+    """Each job's outcomes by rank. New processes go on after one that failed: its ranks may be out of step."""
+    world_size = 1 if jobs[0][0] == ONE else WORLD_SIZE
+    done: dict[tuple[str, str], list[Outcome]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while len(done) < len(jobs):
+            crash = "the process ended"
+            try:
+                run_ranks(world_size, _work, name, jobs, len(done), folder)
+            except RanksFailedError as error:
+                crash = str(error)
+            begun = len(done)
+            for job, key in list(enumerate(jobs))[begun:]:
+                files = [Path(folder) / f"{job}-{rank}" for rank in range(world_size)]
+                complete = all(file.exists() for file in files)
+                if not complete and job > begun:
+                    break
+                done[key] = [pickle.loads(f.read_bytes()) if f.exists() else ("error", crash) for f in files]
+                if not complete:
+                    break
+    return done
+
+
+def _work(name: str, jobs: list[tuple[str, str]], first: int, folder: str) -> None:
+    """Run jobs on this rank until one fails on any rank."""
+    idioms = {idiom.name: idiom for idiom in topic(name).idioms}
+    # Lightning and torchmetrics advise against much of what is in here; the values are what counts.
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for job, (mode, idiom) in list(enumerate(jobs))[first:]:
+        # Each idiom in a group of its own, which is waited for until the other rank has come out of the last one.
+        dist.destroy_process_group()
+        if mode != ONE:
+            store = dist.FileStore(f"{folder}/meeting {first} {job}", world_size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
+        place = Path(folder) / f"run {job}"
+        place.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        try:
+            outcome: Outcome = ("values", idioms[idiom].function(Run(mode, place)))
+        except BaseException:  # noqa: BLE001 - it may be a SystemExit, and the test shows whatever it was
+            outcome = ("error", traceback.format_exc())
+        Path(folder, f"{job}-{rank}.part").write_bytes(pickle.dumps(outcome))
+        os.rename(f"{folder}/{job}-{rank}.part", f"{folder}/{job}-{rank}")
+        if mode == ONE:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        elif not _all_went_well(outcome):
+            return
+
+
+def _all_went_well(outcome: Outcome) -> bool:
+    """Whether no rank has failed, and the ranks are in step."""
+    failed = torch.tensor([outcome[0] == "error"])
+    try:
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    except RuntimeError:
+        return False
+    return not failed.item()

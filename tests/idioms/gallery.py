@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lightning_hetero import HeteroStrategy
 from tests.trainer.fits import Joined, Numbers, make_trainer, parameters_of
@@ -52,6 +52,9 @@ class Run:
     def loader(self, data: Dataset[Any] | int = 32, batch_size: int = 4, **options: Any) -> DataLoader[Any]:
         """Over so many samples of `Numbers`, or a data set; `batch_size` is that of one rank."""
         data = Numbers(data) if isinstance(data, int) else data
+        if self.mode == DDP and not options.keys() & {"sampler", "shuffle"} and not isinstance(data, IterableDataset):
+            # In order, as the others; Lightning's own sampler would shuffle in training.
+            options["sampler"] = DistributedSampler(data, shuffle=False)
         return DataLoader(data, batch_size=self.batch(batch_size), **options)
 
     def trainer(self, **options: Any) -> pl.Trainer:
@@ -161,8 +164,16 @@ def differences(one: dict[str, Any], ranks: list[dict[str, Any]], tolerance: flo
             if any(not equal(value.value, values[0].value, tolerance) for value in values):
                 lines.append(f"{key}: ranks differ, {[value.value for value in values]}")
         else:
-            lines += [f"{key}: {v} on a rank instead of {one[key]}" for v in values if not equal(v, one[key], tolerance)]
+            lines += [
+                f"{key}: {shown(v)} on a rank instead of {shown(one[key])}"
+                for v in values
+                if not equal(v, one[key], tolerance)
+            ]
     return lines
+
+
+def shown(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def equal(a: Any, b: Any, tolerance: float) -> bool:

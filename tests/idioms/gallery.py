@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from tests.trainer.fits import Joined, Numbers, make_trainer, parameters_of
 WORLD_SIZE = 2
 ONE, DDP = "one process", "plain DDP"
 SHARES = {"hetero, shares 3:1": [3, 1], "hetero, shares 9:1": [9, 1]}
+
+
+PATIENCE = timedelta(seconds=10)
+"""How long a rank waits for the other one; nothing in an idiom takes nearly as long."""
 
 
 class PerSample(dict[int, Any]):
@@ -63,7 +68,9 @@ class Run:
             DDP: ("ddp", WORLD_SIZE),
         }.get(self.mode, (None, WORLD_SIZE))
         options = {"default_root_dir": self.folder, "num_sanity_val_steps": 0} | options
-        return make_trainer(strategy or HeteroStrategy(shares=SHARES[self.mode]), devices, **options)
+        if strategy is None:
+            strategy = HeteroStrategy(shares=SHARES[self.mode], timeout=PATIENCE)
+        return make_trainer(strategy, devices, **options)
 
     def fit(
         self,

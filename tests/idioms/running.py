@@ -7,14 +7,13 @@ import pickle
 import tempfile
 import traceback
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.idioms.gallery import ONE, SHARES, WORLD_SIZE, Idiom, Run, Topic, differences
+from tests.idioms.gallery import ONE, PATIENCE, SHARES, WORLD_SIZE, Idiom, Run, Topic, differences
 from tests.ranks import RanksFailedError, run_ranks
 from tests.trainer.loading import once
 
@@ -30,8 +29,6 @@ TOPICS = (
     "checkpoints",
     "prediction",
 )
-_PATIENCE = timedelta(seconds=15)
-"""How long a rank waits for the other one; nothing in an idiom takes nearly as long."""
 Outcome = tuple[str, Any]
 """("values", what the idiom returned) or ("error", its traceback)."""
 
@@ -103,7 +100,7 @@ def _work(name: str, jobs: list[tuple[str, str]], first: int, folder: str) -> No
         dist.destroy_process_group()
         if mode != ONE:
             store = dist.FileStore(f"{folder}/meeting {first} {job}", world_size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=_PATIENCE)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
         place = Path(folder) / f"run {job}"
         place.mkdir(exist_ok=True)
         torch.manual_seed(0)

@@ -1,6 +1,5 @@
 """What an idiom is, what it runs with, and how the values of ranks are compared with those of one process."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -9,10 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lightning_hetero import HeteroStrategy
-from tests.trainer.fits import Joined, Numbers, make_trainer, parameters_of
+from tests.trainer.fits import Numbers, make_trainer, parameters_of
 
 WORLD_SIZE = 2
 ONE, DDP = "one process", "plain DDP"
@@ -63,14 +63,15 @@ class Run:
         return DataLoader(data, batch_size=self.batch(batch_size), **options)
 
     def trainer(self, **options: Any) -> pl.Trainer:
-        strategy, devices = {
-            ONE: ("auto", 1),
-            DDP: ("ddp", WORLD_SIZE),
-        }.get(self.mode, (None, WORLD_SIZE))
+        """With the options of `Trainer`, and `find_unused_parameters` of the strategy."""
+        unused = {"find_unused_parameters": True} if options.pop("find_unused_parameters", False) else {}
         options = {"default_root_dir": self.folder, "num_sanity_val_steps": 0} | options
-        if strategy is None:
-            strategy = HeteroStrategy(shares=SHARES[self.mode], timeout=PATIENCE)
-        return make_trainer(strategy, devices, **options)
+        if self.mode == ONE:
+            return make_trainer("auto", 1, **options)
+        if self.mode == DDP:
+            return make_trainer(DDPStrategy(**unused), WORLD_SIZE, **options)
+        strategy = HeteroStrategy(shares=SHARES[self.mode], timeout=PATIENCE, **unused)
+        return make_trainer(strategy, WORLD_SIZE, **options)
 
     def fit(
         self,
@@ -121,14 +122,6 @@ class Idiom:
     tolerance: float
     sentence: str | None = None
     reason: str | None = None
-
-    def wrong_sentence(self, errors: list[str]) -> str | None:
-        """What is wrong with the errors of the ranks; empty text stands for none."""
-        missing = [rank for rank, text in enumerate(errors) if not re.search(str(self.sentence), text, re.DOTALL)]
-        if not missing:
-            return None
-        shown = "\n".join(f"--- rank {rank} ---\n{text or 'no error'}" for rank, text in enumerate(errors))
-        return f"not {self.sentence!r} on ranks {missing}:\n{shown}"
 
 
 @dataclass(frozen=True)

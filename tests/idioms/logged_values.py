@@ -246,7 +246,10 @@ def logged_metrics(run: Run) -> Any:
     reader = Reader()
     run.fit(Module(), logger=csv_logger(run), log_every_n_steps=1, callbacks=[reader])
     ours = [{k: v for k, v in found.items() if not k.startswith("hetero/")} for found in reader.values]
-    return {"names": [sorted(found) for found in ours], "values": [v for found in ours for _, v in sorted(found.items())]}
+    return {
+        "names": [sorted(found) for found in ours],
+        "values": [v for found in ours for _, v in sorted(found.items())],
+    }
 
 
 @TOPIC.idiom("the gradient's norm, logged in `on_before_optimizer_step`")
@@ -295,9 +298,11 @@ def logger_by_hand(run: Run) -> Any:
                 self.logger.log_metrics({"by_hand": float(self.current_epoch)}, step=self.global_step)
 
     values = run.fit(Module(width=5), logger=csv_logger(run))
-    return {**values, "rows": [row.get("by_hand", "") for row in rows(run)] if run.rank == 0 else []} if (
-        run.rank == 0
-    ) else values
+    return (
+        {**values, "rows": [row.get("by_hand", "") for row in rows(run)] if run.rank == 0 else []}
+        if (run.rank == 0)
+        else values
+    )
 
 
 @TOPIC.idiom("values of training with `accumulate_grad_batches=2`", tolerance=1e-6)

@@ -15,7 +15,7 @@ from torchmetrics.classification import (
     MulticlassPrecision,
     MulticlassRecall,
 )
-from torchmetrics.regression import ExplainedVariance, MeanSquaredError, R2Score, SpearmanCorrCoef
+from torchmetrics.regression import ExplainedVariance, R2Score, SpearmanCorrCoef
 from torchmetrics.retrieval import RetrievalMAP
 
 from tests.idioms.gallery import Run, Topic
@@ -86,7 +86,9 @@ def by_hand(run: Run) -> Any:
     return run.fit(Module(), run.loader(30), run.loader(22))
 
 
-@TOPIC.idiom("`metric.compute()` logged in `training_step`, the last global batch smaller than the world", tolerance=1e-6)
+@TOPIC.idiom(
+    "`metric.compute()` logged in `training_step`, the last global batch smaller than the world", tolerance=1e-6
+)
 def compute_in_step(run: Run) -> Any:
     class Module(WithAccuracy):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -270,7 +272,9 @@ def functional(run: Run) -> Any:
     class Module(Classifier):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             logits = self(batch["x"])
-            value = torchmetrics.functional.accuracy(logits, batch["label"], "multiclass", num_classes=4, average="micro")
+            value = torchmetrics.functional.accuracy(
+                logits, batch["label"], "multiclass", num_classes=4, average="micro"
+            )
             self.log("accuracy", value, sync_dist=True)
 
     return run.validate(Module(), run.loader(30))

@@ -53,7 +53,7 @@ class Adversarial(Manual):
         return [make(self.layer.parameters(), lr=0.05), make(self.critic.parameters(), lr=0.02)], []
 
 
-@TOPIC.idiom("manual optimization, two adversarial networks with `toggle_optimizer`")
+@TOPIC.idiom("manual optimization, two adversarial networks with `toggle_optimizer`, `find_unused_parameters`")
 def adversarial(run: Run) -> Any:
     class Module(Adversarial):
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -73,7 +73,7 @@ def adversarial(run: Run) -> Any:
             critic.zero_grad()
             self.untoggle_optimizer(critic)
 
-    return run.fit(Module(), run.loader(30))
+    return run.fit(Module(), run.loader(30), find_unused_parameters=True)
 
 
 @TOPIC.idiom("manual optimization, an optimizer that steps in every second batch")
@@ -157,13 +157,11 @@ def sharpness_aware(run: Run) -> Any:
             self.manual_backward(loss)
             with torch.no_grad():
                 moves = [0.05 * p.grad / (p.grad.norm() + 1e-12) for p in self.parameters()]
-                for parameter, move in zip(self.parameters(), moves, strict=True):
-                    parameter += move
+                torch._foreach_add_(list(self.parameters()), moves)
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch))
             with torch.no_grad():
-                for parameter, move in zip(self.parameters(), moves, strict=True):
-                    parameter -= move
+                torch._foreach_sub_(list(self.parameters()), moves)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -382,7 +380,9 @@ def spectral(run: Run) -> Any:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(6)
-            self.layer = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3)), nn.Linear(3, 1)).double()
+            self.layer = nn.Sequential(
+                nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3)), nn.Linear(3, 1)
+            ).double()
 
     return run.fit(Module(), run.loader(25, 12), max_epochs=3)
 

@@ -2,11 +2,12 @@
 
 import importlib
 import logging
-import os
 import pickle
+import re
 import tempfile
 import traceback
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,15 @@ TOPICS = (
     "checkpoints",
     "prediction",
 )
-Outcome = tuple[str, Any]
-"""("values", what the idiom returned) or ("error", its traceback)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an idiom returned, or the last lines of its error and all of it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    message: str = ""
+    traceback: str = ""
 
 
 def topic(name: str) -> Topic:
@@ -55,14 +63,15 @@ def judgements(name: str, *modes: str) -> dict[tuple[str, str], str | None]:
 
 
 def _judge(idiom: Idiom, mode: str, one: Outcome, ranks: list[Outcome]) -> str | None:
-    errors = [f"--- rank {rank} ---\n{value}" for rank, (kind, value) in enumerate(ranks) if kind == "error"]
-    if one[0] == "error":
-        return f"one process fails:\n{one[1]}"
+    if one.traceback:
+        return f"one process fails:\n{one.traceback}"
+    shown = "\n".join(f"--- rank {rank} ---\n{outcome.traceback}" for rank, outcome in enumerate(ranks))
     if idiom.sentence is not None and mode in SHARES:
-        return idiom.wrong_sentence([value if kind == "error" else "" for kind, value in ranks])
-    if errors:
-        return "\n".join(errors)
-    return "\n".join(differences(one[1], [value for _, value in ranks], idiom.tolerance)) or None
+        found = [re.search(idiom.sentence, outcome.message, re.DOTALL) for outcome in ranks]
+        return None if all(found) else f"no error on all ranks with {idiom.sentence!r}:\n{shown}"
+    if any(outcome.traceback for outcome in ranks):
+        return shown
+    return "\n".join(differences(one.values, [outcome.values for outcome in ranks], idiom.tolerance)) or None
 
 
 def _run(name: str, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], list[Outcome]]:
@@ -82,7 +91,7 @@ def _run(name: str, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], list[O
                 complete = all(file.exists() for file in files)
                 if not complete and job > begun:
                     break
-                done[key] = [pickle.loads(f.read_bytes()) if f.exists() else ("error", crash) for f in files]
+                done[key] = [pickle.loads(f.read_bytes()) if f.exists() else Outcome({}, crash, crash) for f in files]
                 if not complete:
                     break
     return done
@@ -95,6 +104,7 @@ def _work(name: str, jobs: list[tuple[str, str]], first: int, folder: str) -> No
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # before one rank leaves the group in which the other one may still be arriving
     for job, (mode, idiom) in list(enumerate(jobs))[first:]:
         # Each idiom in a group of its own, which is waited for until the other rank has come out of the last one.
         dist.destroy_process_group()
@@ -105,11 +115,12 @@ def _work(name: str, jobs: list[tuple[str, str]], first: int, folder: str) -> No
         place.mkdir(exist_ok=True)
         torch.manual_seed(0)
         try:
-            outcome: Outcome = ("values", idioms[idiom].function(Run(mode, place)))
-        except BaseException:  # noqa: BLE001 - it may be a SystemExit, and the test shows whatever it was
-            outcome = ("error", traceback.format_exc())
-        Path(folder, f"{job}-{rank}.part").write_bytes(pickle.dumps(outcome))
-        os.rename(f"{folder}/{job}-{rank}.part", f"{folder}/{job}-{rank}")
+            outcome = Outcome(idioms[idiom].function(Run(mode, place)))
+        except BaseException as error:  # noqa: BLE001 - it may be a SystemExit, and the test shows whatever it was
+            outcome = Outcome({}, "".join(traceback.format_exception_only(error)), traceback.format_exc())
+        part = Path(folder, f"{job}-{rank}.part")
+        part.write_bytes(pickle.dumps(outcome))
+        part.rename(part.with_suffix(""))
         if mode == ONE:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         elif not _all_went_well(outcome):
@@ -118,7 +129,7 @@ def _work(name: str, jobs: list[tuple[str, str]], first: int, folder: str) -> No
 
 def _all_went_well(outcome: Outcome) -> bool:
     """Whether no rank has failed, and the ranks are in step."""
-    failed = torch.tensor([outcome[0] == "error"])
+    failed = torch.tensor([bool(outcome.traceback)])
     try:
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
     except RuntimeError:

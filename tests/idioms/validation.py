@@ -1,5 +1,6 @@
 """Idioms of validation: https://lightning.ai/docs/pytorch/stable/common/evaluation.html, and its hooks."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -336,12 +337,9 @@ def input_gradients(run: Run) -> Any:
 @TOPIC.idiom("files in `trainer.log_dir`, written by a callback in `on_validation_batch_end`")
 def log_dir(run: Run) -> Any:
     class Writer(Callback):
-        def on_validation_batch_end(
-            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any
-        ) -> None:
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
             for index in batch["index"].tolist():
-                with open(f"{trainer.log_dir}/{index}.txt", "w") as file:
-                    file.write(str(index))
+                Path(trainer.log_dir, f"{index}.txt").write_text(str(index))
 
         def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
             (run.folder / "version_0").mkdir(exist_ok=True)

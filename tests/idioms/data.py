@@ -1,4 +1,4 @@
-"""Idioms of data: https://lightning.ai/docs/pytorch/stable/data/data.html; samplers, collate functions, batches of any shape."""
+"""Idioms of data, with batches of any shape: https://lightning.ai/docs/pytorch/stable/data/data.html."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -171,7 +171,7 @@ class OwnBatches(Sampler[list[int]]):
         return (order[k : k + self.batch_size] for k in range(0, self.size, self.batch_size))
 
     def __len__(self) -> int:
-        return -(-self.size // self.batch_size)
+        return 1 + (self.size - 1) // self.batch_size
 
 
 @TOPIC.idiom("a batch sampler of one's own")

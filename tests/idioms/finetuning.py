@@ -1,4 +1,4 @@
-"""Idioms of finetuning: https://lightning.ai/docs/pytorch/stable/advanced/finetuning.html; modules that change on the way."""
+"""Idioms of finetuning: https://lightning.ai/docs/pytorch/stable/advanced/finetuning.html."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Idioms of torchmetrics: https://lightning.ai/docs/torchmetrics/stable/pages/lightning.html, metrics by their states."""
+"""Idioms of torchmetrics: https://lightning.ai/docs/torchmetrics/stable/pages/lightning.html."""
 
 from typing import Any
 
@@ -163,6 +163,11 @@ def regression(module: Any, batch: Any) -> tuple[Any, ...]:
     return module(batch["x"])[:, 0], batch["y"]
 
 
+def f_score() -> Metric:
+    precision, recall = MulticlassPrecision(4, average="micro"), MulticlassRecall(4, average="micro")
+    return 2 * precision * recall / (precision + recall)
+
+
 STATES: dict[str, tuple[Any, ...]] = {
     "`MulticlassAUROC`, lists of predictions": (lambda: MulticlassAUROC(4),),
     "`MulticlassAUROC` with thresholds": (lambda: MulticlassAUROC(4, thresholds=5),),
@@ -180,11 +185,7 @@ STATES: dict[str, tuple[Any, ...]] = {
         lambda m, b: (m(b["x"])[:, 0].sigmoid(), b["label"] % 2),
     ),
     "`MulticlassAccuracy(dist_sync_on_step=True)`": (lambda: micro(dist_sync_on_step=True),),
-    "a compositional metric, `2 * p * r / (p + r)`": (
-        lambda: (lambda p, r: 2 * p * r / (p + r))(
-            MulticlassPrecision(4, average="micro"), MulticlassRecall(4, average="micro")
-        ),
-    ),
+    "a compositional metric, `2 * p * r / (p + r)`": (f_score,),
 }
 
 

@@ -1,4 +1,4 @@
-"""Idioms of optimization: https://lightning.ai/docs/pytorch/stable/common/optimization.html and /model/manual_optimization.html."""
+"""Idioms of optimization, automatic and manual: https://lightning.ai/docs/pytorch/stable/common/optimization.html."""
 
 from typing import Any
 
@@ -157,11 +157,13 @@ def sharpness_aware(run: Run) -> Any:
             self.manual_backward(loss)
             with torch.no_grad():
                 moves = [0.05 * p.grad / (p.grad.norm() + 1e-12) for p in self.parameters()]
-                torch._foreach_add_(list(self.parameters()), moves)
+                for parameter, move in zip(self.parameters(), moves, strict=True):
+                    parameter.add_(move)
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch))
             with torch.no_grad():
-                torch._foreach_sub_(list(self.parameters()), moves)
+                for parameter, move in zip(self.parameters(), moves, strict=True):
+                    parameter.sub_(move)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -20,6 +20,7 @@ from tests.trainer.loading import once
 
 TOPICS = (
     "validation",
+    "evaluation",
     "logged_values",
     "metrics",
     "metric_wrappers",
@@ -50,9 +51,17 @@ def gallery() -> list[tuple[str, Idiom]]:
     return [(name, idiom) for name in TOPICS for idiom in topic(name).idioms]
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """Whether it is "equal", a "sentence", "differs", "fails" or "hangs"; and the numbers or errors that show it."""
+
+    verdict: str
+    details: str = ""
+
+
 @once
-def judgements(name: str, *modes: str) -> dict[tuple[str, str], str | None]:
-    """Of a topic: None for a mode and an idiom that is as it should be, or else what is wrong."""
+def judgements(name: str, *modes: str) -> dict[tuple[str, str], Judgement]:
+    """Of each mode and each idiom of a topic."""
     idioms = {idiom.name: idiom for idiom in topic(name).idioms}
     one = _run(name, [(ONE, idiom) for idiom in idioms])
     ranks = _run(name, [(mode, idiom) for mode in modes for idiom in idioms])
@@ -62,16 +71,19 @@ def judgements(name: str, *modes: str) -> dict[tuple[str, str], str | None]:
     }
 
 
-def _judge(idiom: Idiom, mode: str, one: Outcome, ranks: list[Outcome]) -> str | None:
+def _judge(idiom: Idiom, mode: str, one: Outcome, ranks: list[Outcome]) -> Judgement:
     if one.traceback:
-        return f"one process fails:\n{one.traceback}"
+        return Judgement("fails", f"in one process:\n{one.traceback}")
     shown = "\n".join(f"--- rank {rank} ---\n{outcome.traceback}" for rank, outcome in enumerate(ranks))
     if idiom.sentence is not None and mode in SHARES:
-        found = [re.search(idiom.sentence, outcome.message, re.DOTALL) for outcome in ranks]
-        return None if all(found) else f"no error on all ranks with {idiom.sentence!r}:\n{shown}"
+        if all(re.search(idiom.sentence, outcome.message, re.DOTALL) for outcome in ranks):
+            return Judgement("sentence")
+        return Judgement("fails", f"no {idiom.sentence!r} in the errors of all ranks:\n{shown}")
     if any(outcome.traceback for outcome in ranks):
-        return shown
-    return "\n".join(differences(one.values, [outcome.values for outcome in ranks], idiom.tolerance)) or None
+        hangs = any(re.search(r"Timed out|no result, exit code 1\b", outcome.message) for outcome in ranks)
+        return Judgement("hangs" if hangs else "fails", shown)
+    lines = differences(one.values, [outcome.values for outcome in ranks], idiom.tolerance)
+    return Judgement("differs" if lines else "equal", "\n".join(lines))
 
 
 def _run(name: str, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], list[Outcome]]:

@@ -125,7 +125,7 @@ def learning_rate_finder(run: Run) -> Any:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
 
     module = Module()
-    finder = LearningRateFinder(num_training_steps=8, max_lr=0.1, early_stop_threshold=None)
+    finder = LearningRateFinder(num_training_steps=20, max_lr=0.1, early_stop_threshold=None)
     return {**run.fit(module, run.loader(40), callbacks=[finder]), "lr": module.lr}
 
 

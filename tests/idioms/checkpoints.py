@@ -87,7 +87,7 @@ def save_on_all(run: Run) -> Any:
 
 @TOPIC.idiom(
     "`trainer.save_checkpoint` under `if trainer.is_global_zero`",
-    sentence=r"save_checkpoint.*rank 0|rank 0.*save_checkpoint",
+    sentence=r"rank 0 .*alone in save_checkpoint",
     reason="a sentence: saving waits for all ranks, so all of them have to call it (under plain DDP, too)",
 )
 def save_on_one(run: Run) -> Any:
@@ -115,7 +115,7 @@ def _alone(call: str) -> Any:
 for call in ("reduce", "all_gather", "barrier", "broadcast"):
     TOPIC.idiom(
         f"`strategy.{call}` under `if trainer.is_global_zero`",
-        sentence=rf"{call}.*rank 0|rank 0.*{call}",
+        sentence=rf"rank 0 .*alone in {call}",
         reason="a sentence: it needs all ranks (under plain DDP, too)",
     )(_alone(call))
 

@@ -335,7 +335,7 @@ for name, options in IN_CALLBACKS.items():
 
 @TOPIC.idiom(
     "`metric.compute()` under `if trainer.is_global_zero`",
-    sentence=r"is_global_zero|rank 0 .*(alone|only|compute)",
+    sentence=r"rank 0 .*alone in",
     reason="a sentence: computing gathers the states of all ranks, so all of them have to call it",
 )
 def on_one_rank(run: Run) -> Any:

@@ -107,7 +107,7 @@ AVERAGING: dict[str, Any] = {
 
 
 def _averaging(make: Any) -> Any:
-    return lambda run: fit(run, make(), max_epochs=3)
+    return lambda run: fit(run, make(), max_epochs=3, enable_checkpointing=True)
 
 
 for name, make in AVERAGING.items():
@@ -140,6 +140,8 @@ def batch_size_finder(run: Run) -> Any:
 
         def train_dataloader(self) -> Any:
             return run.loader(30, self.batch_size)
+
+        val_dataloader = train_dataloader
 
     trainer = run.trainer(callbacks=[BatchSizeFinder("power", steps_per_trial=1, max_trials=1)])
     trainer.fit(Module())

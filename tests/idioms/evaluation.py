@@ -193,8 +193,8 @@ class Exchanging:
     def __init__(self, trainer: pl.Trainer, value: torch.Tensor) -> None:
         trainer.strategy.barrier()
         assert trainer.strategy.broadcast("message") == "message"
-        self.sum = trainer.strategy.reduce(value, reduce_op="sum")
         self.gathered = trainer.strategy.all_gather(value).sum()
+        self.sum = trainer.strategy.reduce(value, reduce_op="sum")  # in place
 
 
 @TOPIC.idiom("`barrier`, `broadcast`, `all_gather` and `reduce` in `validation_step`")
@@ -208,7 +208,7 @@ def exchanges_in_step(run: Run) -> Any:
             self.sums.append([float(done.sum), float(done.gathered)])
 
     module = Module()
-    run.validate(module, run.loader(30))
+    run.validate(module, run.loader(32))
     return {"sums": module.sums}
 
 
@@ -224,7 +224,7 @@ def exchanges_in_callback(run: Run) -> Any:
             self.sums += (float(Exchanging(trainer, batch["y"].sum()).gathered),)
 
     callback = Exchanger()
-    run.validate(Linear(), run.loader(30), callbacks=[callback])
+    run.validate(Linear(), run.loader(32), callbacks=[callback])
     return {"sums": callback.sums}
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from tests.idioms.gallery import WORLD_SIZE, Alike, PerSample, Run, Topic
+from tests.idioms.gallery import Alike, PerSample, Run, Topic
 from tests.idioms.modules import Linear
 from tests.trainer.fits import Numbers, parameters_of
 
@@ -214,14 +214,14 @@ def shuffled(run: Run) -> Any:
 
 @TOPIC.idiom("a `DistributedSampler` given by hand, `set_epoch` called by Lightning")
 def distributed_sampler(run: Run) -> Any:
-    data, train = Numbers(32), {"seed": 3, "shuffle": True}
-    if run.rank == 0 and not torch.distributed.is_initialized():
-        sampler = DistributedSampler(data, 1, 0, **train)
-        own = DistributedSampler(data, 1, 0, shuffle=False)
-    else:
-        sampler = DistributedSampler(data, WORLD_SIZE, run.rank, **train)
-        own = DistributedSampler(data, WORLD_SIZE, run.rank, shuffle=False)
-    return run.fit(Linear(), run.loader(data, sampler=sampler), run.loader(data, sampler=own))
+    # Validation on an odd number of samples: the sampler would repeat one.
+    train, val = Numbers(32), Numbers(31)
+    replicas = {"num_replicas": run.world_size, "rank": run.rank}
+    return run.fit(
+        Linear(),
+        run.loader(train, sampler=DistributedSampler(train, **replicas, seed=3)),
+        run.loader(val, sampler=DistributedSampler(val, **replicas, shuffle=False)),
+    )
 
 
 @TOPIC.idiom(
@@ -231,8 +231,8 @@ def distributed_sampler(run: Run) -> Any:
 )
 def sharding(run: Run) -> Any:
     class Sharding(Sampler[int]):
-        def __init__(self, world_size: int) -> None:
-            self.indices = list(range(32))[run.rank :: world_size]
+        def __init__(self) -> None:
+            self.indices = list(range(32))[run.rank :: run.world_size]
 
         def __iter__(self) -> Iterator[int]:
             return iter(self.indices)
@@ -240,8 +240,7 @@ def sharding(run: Run) -> Any:
         def __len__(self) -> int:
             return len(self.indices)
 
-    world_size = WORLD_SIZE if torch.distributed.is_initialized() else 1
-    return run.fit(Linear(), run.loader(32, sampler=Sharding(world_size)))
+    return run.fit(Linear(), run.loader(32, sampler=Sharding()))
 
 
 class Module(pl.LightningDataModule):
@@ -369,7 +368,7 @@ def own_batch(run: Run) -> Any:
 @TOPIC.idiom("`use_distributed_sampler=False` with a `DistributedSampler` of one's own")
 def own_sharding(run: Run) -> Any:
     data = Numbers(32)
-    if not torch.distributed.is_initialized():
+    if run.world_size == 1:
         return run.fit(Linear(), run.loader(data))
     sampler = DistributedSampler(data, shuffle=False)
     return run.fit(Linear(), run.loader(data, sampler=sampler), use_distributed_sampler=False)

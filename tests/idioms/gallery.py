@@ -17,8 +17,6 @@ from tests.trainer.fits import Numbers, make_trainer, parameters_of
 WORLD_SIZE = 2
 ONE, DDP = "one process", "plain DDP"
 SHARES = {"hetero, shares 3:1": [3, 1], "hetero, shares 9:1": [9, 1]}
-
-
 PATIENCE = timedelta(seconds=10)
 """How long a rank waits for the other one; nothing in an idiom takes nearly as long."""
 
@@ -50,9 +48,13 @@ class Run:
     def rank(self) -> int:
         return 0 if self.mode == ONE else torch.distributed.get_rank()
 
+    @property
+    def world_size(self) -> int:
+        return 1 if self.mode == ONE else WORLD_SIZE
+
     def batch(self, batch_size: int) -> int:
         """What a loader gets: one process takes the global batch."""
-        return batch_size * (WORLD_SIZE if self.mode == ONE else 1)
+        return batch_size * WORLD_SIZE // self.world_size
 
     def loader(self, data: Dataset[Any] | int = 32, batch_size: int = 4, **options: Any) -> DataLoader[Any]:
         """Over so many samples of `Numbers`, or a data set; `batch_size` is that of one rank."""

@@ -126,7 +126,7 @@ def learning_rate_finder(run: Run) -> Any:
 
     module = Module()
     finder = LearningRateFinder(num_training_steps=20, max_lr=0.1, early_stop_threshold=None)
-    return {**run.fit(module, run.loader(40), callbacks=[finder]), "lr": module.lr}
+    return {**run.fit(module, run.loader(96), callbacks=[finder]), "lr": module.lr}
 
 
 @TOPIC.idiom(

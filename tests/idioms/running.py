@@ -1,5 +1,6 @@
 """Runs idioms on ranks, one after the other in the same processes as long as none fails."""
 
+import gc
 import importlib
 import logging
 import pickle
@@ -116,6 +117,7 @@ def _work(name: str, jobs: list[tuple[str, str]], first: int, folder: str) -> No
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    gc.freeze()  # so that collecting looks at an idiom's objects only, not at all that is imported
     dist.barrier()  # before one rank leaves the group in which the other one may still be arriving
     for job, (mode, idiom) in list(enumerate(jobs))[first:]:
         # Each idiom in a group of its own, which is waited for until the other rank has come out of the last one.
@@ -130,6 +132,8 @@ def _work(name: str, jobs: list[tuple[str, str]], first: int, folder: str) -> No
             outcome = Outcome(idioms[idiom].function(Run(mode, place)))
         except BaseException as error:  # noqa: BLE001 - it may be a SystemExit, and the test shows whatever it was
             outcome = Outcome({}, "".join(traceback.format_exception_only(error)), traceback.format_exc())
+        # Process groups of the idiom end here: a loader worker of a later one would crash where it collects them.
+        gc.collect()
         part = Path(folder, f"{job}-{rank}.part")
         part.write_bytes(pickle.dumps(outcome))
         part.rename(part.with_suffix(""))

@@ -116,7 +116,7 @@ class EvaluationBalancer:
         measured: dict[Hashable, list[tuple[int, float]]] = {}
         for loader in loaders:
             for size, timing in zip(loader.local_batches, loader.timings, strict=False):
-                # A batch of which samples were left out takes the time to load all of them. The host does not wait for what the device has not reached.
+                # Left-out samples take time too. The host does not wait for what the device has not reached.
                 if size and timing is not None and timing.has_passed() and (seconds := timing.compute_seconds()) > 0:
                     measured.setdefault(loader.key, []).append((size, seconds))
         return measured

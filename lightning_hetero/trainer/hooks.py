@@ -80,15 +80,15 @@ class HookCallback(Callback):
         self._begin_evaluation()
 
     @override
-    def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any, **__: Any) -> None:
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
         self._begin_evaluation_batch(batch)
 
     @override
-    def on_test_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any, **__: Any) -> None:
+    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
         self._begin_evaluation_batch(batch)
 
     @override
-    def on_predict_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any, **__: Any) -> None:
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
         self._begin_evaluation_batch(batch)
 
     @override

@@ -135,8 +135,8 @@ class Run:
         """
         if batch is NO_SAMPLES:
             raise RuntimeError(
-                f"the collate function has left nothing of the samples of {self.job.place} in an evaluation batch, and "
-                "there is no other batch to compute in its place: leave fewer samples out, or choose a larger batch_size"
+                f"the collate function has left nothing of the samples of {self.job.place} in an evaluation, and there "
+                "is no other batch to compute in their place: leave fewer samples out, or choose a larger batch_size"
             )
         samples = self.job.evaluation.begin_batch()
         self._repeats_sample = samples == 0

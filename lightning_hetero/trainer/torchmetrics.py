@@ -16,6 +16,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_hetero.device.step_timer import ComputeTimer
+from lightning_hetero.exchange.calls import OF_USER
 from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.step.snapshot import ModuleSnapshot
 
@@ -74,8 +75,8 @@ class MetricSync:
                     self._uncached.append(metric)
                 cache = metric._copy_state_dict()
                 if metric._reductions:
-                    own = self._contribution(metric)
-                    _set_states(metric, self._group.gather(own, f"compute of {type(metric).__name__}"))
+                    call = self._group.waits.call(f"{type(metric).__name__}.compute", OF_USER)
+                    _set_states(metric, self._group.gather(self._contribution(metric), call))
                 metric._cache, metric._is_synced = cache, True
 
     def batch_values(self, metrics: Sequence[Metric]) -> list[Any]:

@@ -1,8 +1,8 @@
 """The Lightning strategy: each of Lightning's hooks in a few lines."""
 # ruff: noqa: SLF001 - Lightning's strategies need its private names; `tests/test_private_names.py` guards them
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,8 +21,6 @@ from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_hetero.exchange import consistency, failures
-from lightning_hetero.exchange.calls import OF_USER
-from lightning_hetero.exchange.groups import RankGroup
 from lightning_hetero.exchange.store import default_store
 from lightning_hetero.planning.plan import Plan
 from lightning_hetero.planning.shares import Shares
@@ -34,7 +32,7 @@ from lightning_hetero.trainer.fit import Fit
 from lightning_hetero.trainer.hooks import TrainingHooks
 from lightning_hetero.trainer.job import Job
 from lightning_hetero.trainer.layer_sync import ExactSyncBatchNorm
-from lightning_hetero.trainer.log_dir import in_evaluation_batch
+from lightning_hetero.trainer.log_dir import BroadcastCache, in_evaluation_batch
 from lightning_hetero.trainer.options import Options, check_devices
 from lightning_hetero.trainer.planner_cache import NO_PLAN
 from lightning_hetero.trainer.run import Run
@@ -167,9 +165,8 @@ class HeteroStrategy(DDPStrategy):
     @override
     def setup(self, trainer: "pl.Trainer") -> None:
         if trainer.state.fn == TrainerFn.FITTING:
-            consistency.require_equal(
-                self.job.group, consistency.facts(trainer.lightning_module, trainer.precision), "the job"
-            )
+            facts = consistency.facts(trainer.lightning_module, trainer.precision)
+            consistency.require_equal(self.job.group, facts, "the job")
         super().setup(trainer)
 
     @override
@@ -220,10 +217,9 @@ class HeteroStrategy(DDPStrategy):
 
     def _merge_buffers(self, call: str) -> None:
         # A rank that fails may save a checkpoint while the others wait in another exchange.
-        if self._buffers is not None and not self._is_interrupted():
-            if self._buffers.is_due:
-                self._meet(call)
-            self._buffers.merge()
+        if self._buffers is not None and self._buffers.is_due and not self._is_interrupted():
+            with self._call_of_all_ranks(call):
+                self._buffers.merge()
 
     def _is_interrupted(self) -> bool:
         """Whether this rank has failed or was interrupted, and so runs hooks that the others don't."""
@@ -236,9 +232,8 @@ class HeteroStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if not self._is_interrupted():
-            self._meet("save_checkpoint")
-        super().save_checkpoint(*args, **kwargs)
+        with nullcontext() if self._is_interrupted() else self._call_of_all_ranks("save_checkpoint"):
+            super().save_checkpoint(*args, **kwargs)
         if self._fit is not None:
             self._fit.pause()
 
@@ -264,14 +259,10 @@ class HeteroStrategy(DDPStrategy):
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         # A module may move other data too: only the batches that the training loop has fetched are counted.
-        if self._fit is not None and self._is_fetched_batch():
+        is_training = self.run.trainer.state.stage == RunningStage.TRAINING
+        if self._fit is not None and is_training and self._current_hook() == "batch_to_device":
             self._fit.load(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
-
-    def _is_fetched_batch(self) -> bool:
-        trainer = self.run.trainer
-        hook = trainer.lightning_module._current_fx_name
-        return trainer.state.stage == RunningStage.TRAINING and hook == "batch_to_device"
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -346,41 +337,30 @@ class HeteroStrategy(DDPStrategy):
 
     # ---- exchanges by Lightning and the user's code: not compute time ----
 
-    def _waiting(self) -> AbstractContextManager[None]:
-        return self._job.timer.waiting() if self._job is not None else nullcontext()
-
     def _current_hook(self) -> str | None:
         """The hook of the module, a callback or the data module that is running, for errors."""
         return self.lightning_module._current_fx_name if self.lightning_module is not None else None
 
-    def _meet(self, name: str) -> None:
-        """Wait until all ranks make a call over DDP's group; where they don't, all of them raise the same error."""
-        if (group := self._group_to_ask()) is not None:
-            with self._waiting():
-                group.meet(group.waits.call(name, OF_USER))
-
-    def _require_equal_shapes(self, name: str, tensor: Any, group: Any) -> None:
-        """The same, for a call that takes tensors of equal shapes; a group of some ranks is the user's own matter."""
-        is_of_all_ranks = group is None or group is torch.distributed.group.WORLD
-        if is_of_all_ranks and isinstance(tensor, Tensor) and (ranks := self._group_to_ask()) is not None:
-            with self._waiting():
-                consistency.require_equal_shapes(ranks, tensor, ranks.waits.call(name, OF_USER))
-
-    def _group_to_ask(self) -> RankGroup | None:
-        """All ranks, before they make a call over DDP's group; None where no other rank is connected."""
+    @contextmanager
+    def _call_of_all_ranks(self, name: str, tensor: Tensor | None = None, group: Any = None) -> Iterator[None]:
+        """A call inside is over DDP's group; before it, ranks check that all make it, see `require_same_call`."""
         if self._job is None or self.world_size == 1 or not torch.distributed.is_initialized():
-            return None
-        if self._fit is not None:
-            self._fit.receive()
-        return self._job.group
+            yield
+            return
+        with self._job.timer.waiting():
+            if self._fit is not None:
+                self._fit.receive()
+            consistency.require_same_call(self._job.group, name, tensor, group)
+            yield
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg") and not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor):
+            return super().reduce(tensor, group, reduce_op)  # nothing to communicate
+        if reduce_op in ("mean", "avg") and not tensor.is_floating_point():
             # Lightning averages the sample counts of logged values as integers, rounded down: 55 on 3 ranks is 18.
             tensor = tensor.double()
-        self._require_equal_shapes("reduce", tensor, group)
-        with self._waiting():
+        with self._call_of_all_ranks("reduce", tensor, group):
             return super().reduce(tensor, group, reduce_op)
 
     @override
@@ -388,30 +368,22 @@ class HeteroStrategy(DDPStrategy):
         # A rank that fails runs hooks with barriers in them while the others wait in another exchange.
         if self._is_interrupted():
             return
-        self._meet("barrier")
-        with self._waiting():
+        with self._call_of_all_ranks("barrier"):
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if (
-            self._run is not None
-            and src == 0
-            and obj in self._run.log_dirs
-            and in_evaluation_batch(self.lightning_module)
-        ):
-            return self._run.log_dirs[obj]
-        self._meet("broadcast")
-        with self._waiting():
+        log_dirs = self._run.log_dirs if self._run is not None and src == 0 else BroadcastCache()
+        if obj in log_dirs and in_evaluation_batch(self.lightning_module):
+            return log_dirs[obj]
+        with self._call_of_all_ranks("broadcast"):
             result = super().broadcast(obj, src)
-        if self._run is not None and src == 0:
-            self._run.log_dirs.add(obj, result)
+        log_dirs.add(obj, result)
         return result
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        self._require_equal_shapes("all_gather", tensor, group)
-        with self._waiting():
+        with self._call_of_all_ranks("all_gather", tensor, group):
             return super().all_gather(tensor, group, sync_grads)
 
     @classmethod

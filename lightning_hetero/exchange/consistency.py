@@ -6,9 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from zlib import crc32
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hetero.exchange.calls import Call, listed
+from lightning_hetero.exchange.calls import OF_USER, Call, listed
 from lightning_hetero.exchange.groups import RankGroup
 
 
@@ -68,8 +69,30 @@ def require_equal(group: RankGroup, facts: Mapping[str, Any], topic: str) -> Non
 _MOST_DIMENSIONS = 16
 
 
-def require_equal_shapes(group: RankGroup, tensor: Tensor, call: Call) -> None:
-    """Check that a tensor has the same shape and type on all ranks, before a call that takes nothing else.
+def require_same_call(group: RankGroup, name: str, tensor: Tensor | None, subgroup: Any) -> None:
+    """Check that all ranks make a call over another process group, before they do.
+
+    Args:
+        group: of all ranks.
+        name: of the call.
+        tensor: what it takes, if that has to have the same shape and type on all ranks.
+        subgroup: its process group. One that the user has made may be of some ranks only, and nothing is checked.
+
+    Raises:
+        ValueError: the tensors differ, the same on all ranks.
+        UnmatchedCallError: not all ranks make the call.
+    """
+    if subgroup is not None and subgroup is not dist.group.WORLD:
+        return
+    call = group.waits.call(name, OF_USER)
+    if tensor is None:
+        group.meet(call)
+    else:
+        _require_equal_shapes(group, tensor, call)
+
+
+def _require_equal_shapes(group: RankGroup, tensor: Tensor, call: Call) -> None:
+    """Check that a tensor has the same shape and type on all ranks.
 
     Raises:
         ValueError: it doesn't, the same on all ranks.

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,18 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_hetero.device.peak_memory import PeakMemory
-from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck
-from lightning_hetero.exchange.messages import (
-    FETCHES,
-    LEFT_EPOCH,
-    TRAINS,
-    PendingMessages,
-    StepMessage,
-    StepMessages,
-)
-from lightning_hetero.planning.planner import SplitPlanner
+from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, PendingMessages, StepMessage
 from lightning_hetero.step import loss_count
-from lightning_hetero.step.batch_contents import input_shape, sample_count, shape_number
+from lightning_hetero.step.batch_contents import sample_count
 from lightning_hetero.step.buffers import BufferMerge, follow_steps
 from lightning_hetero.step.compute_times import ComputeTimes
 from lightning_hetero.step.gradients import average_gradients
@@ -32,10 +22,9 @@ from lightning_hetero.step.step import LoadedBatch, LocalCount, Step, StepContex
 from lightning_hetero.step.trainable import TrainableParameters
 from lightning_hetero.step.wrapping import bypass
 from lightning_hetero.step.zero_count import ZeroCountWarning
+from lightning_hetero.trainer.fit_messages import FitMessages
 from lightning_hetero.trainer.options import check_trainable
 from lightning_hetero.trainer.passes import loss_of, make_recovery
-from lightning_hetero.trainer.profiles import run_folder
-from lightning_hetero.trainer.reporting import make_reporter
 from lightning_hetero.trainer.run import Run
 from lightning_hetero.trainer.skipped_steps import SKIPPED, StepsWithNothing
 
@@ -76,12 +65,7 @@ class Fit:
             rank_zero_warn(counter.advice)
         self._times = ComputeTimes()
         self._memory = MemoryUse(PeakMemory(job.device), job.group.rank, job.group.world_size)
-        self._duplicates = DuplicateDataCheck()
-        self._folder = run_folder(run.trainer)
-        self._planner = job.planner_cache.current
-        if isinstance(self._planner, SplitPlanner):
-            self._planner.forget_memory()
-        self._reporter = make_reporter(run.trainer, self._planner, job.devices, self._folder)
+        self._messages = FitMessages(run, self._times, self._memory)
         self._context = StepContext(
             module=module,
             counter=counter,
@@ -93,9 +77,6 @@ class Fit:
             batch_norm_group=job.batch_norm_group,
         )
         self._nothing = StepsWithNothing.of(module, self._context, job.place)
-        self._input_shape = ""  # of the first batch
-        self._profile = job.planner_cache.profile  # None once its input shape was compared with this run's
-        self._content_hash = 0.0
         self._loaded: LoadedBatch | None = None  # from the batch to its end
         self._step: Step | None = None  # from the call of training_step to the end of the batch
         self._risky = False  # a rank has more samples than it is known to be able to compute; the same on all ranks
@@ -115,20 +96,19 @@ class Fit:
 
         They do not between the micro-batches of an optimizer step.
         """
-        self._reporter.begin_batch()
+        self._messages.reporter.begin_batch()
         job = self._job
-        if job.on_cpus and self._planner.is_exploring and not self._times.accumulates:
-            step = job.batches.next_step()
-            messages = PendingMessages(job.group, self._message(FETCHES, step), self._logged()).receive()
+        if job.on_cpus and self._messages.planner.is_exploring and not self._times.accumulates:
+            messages = self._messages.start(FETCHES, job.batches.next_step()).receive()
             messages.check()
-            self._update(messages)
+            self._messages.update(messages)
         job.timer.start()
 
     def load(self, batch: Any) -> None:
         """A batch has been fetched."""
-        job, loaders = self._job, self._run.loaders
+        job = self._job
         step = job.batches.begin()
-        share, samples = loaders.take(step)
+        share, samples = self._run.loaders.take(step)
         self._step = self._in_parts = None
         self._loaded = LoadedBatch(step, share, samples, self._module)
         self._run.metrics.begin_batch(samples, self._loaded.before_borrowed)
@@ -137,11 +117,10 @@ class Fit:
         self._memory.start(samples or 0)
         if (share := self._loaded.share) is not None:
             unproven = self._memory.exceeds_completed(share.counts)
-            self._risky = unproven and not self._planner.fits_in_memory(share.counts)
+            self._risky = unproven and not self._messages.planner.fits_in_memory(share.counts)
         if self._buffers is not None:
             self._buffers.add_batch(samples if samples is not None else _length(batch))
-        self._input_shape = self._input_shape or input_shape(batch)
-        self._content_hash = loaders.content_hash(batch)
+        self._messages.load(batch)
 
     def begin_step(self, batch: Any) -> list[nn.Parameter] | None:
         """Count the batch and send the step's message; an optimizer's next closure goes on with the same step.
@@ -164,16 +143,14 @@ class Fit:
         loaded, context = self._loaded, self._context
         self._trainable.look()
         count = LocalCount.of(context, batch, loaded)
-        message = self._message(
+        pending = self._messages.start(
             TRAINS,
             loaded.step,
             loss_count=count.on_host,
             plan_checksum=loaded.share.checksum if loaded.share is not None else 0,
-            content_hash=self._content_hash,
             trainable=self._trainable.current.checksum,
             samples=1.0 if loaded.samples is None else loaded.samples,
         )
-        pending = PendingMessages(self._job.group, message, self._logged())
         self._step = step = Step(context, loaded, count, pending, accumulates=self._times.accumulates)
         if self._trainable.is_wrapped:
             self._prepare_parts(step)
@@ -276,7 +253,7 @@ class Fit:
         self._times.add(
             job.timer.stop(),
             step.loaded.share if step.loaded.is_whole else None,
-            self._planner.global_batch or 0,  # 0 where the user shards the data
+            self._messages.planner.global_batch or 0,  # 0 where the user shards the data
             stepped=stepped,
             in_parts=bounds is not None,
             averaged_after_backward=self._in_parts is not None,
@@ -286,7 +263,7 @@ class Fit:
             source = int(step.samples.argmax())
             follow_steps(self._module, source, job.group, job.device, job.timer.waiting, follows=self.borrowed)
         self._run.metrics.end_batch(step.logged_weight)
-        self._reporter.end_batch(step.loaded.step, stepped=stepped)
+        self._messages.reporter.end_batch(step.loaded.step, stepped=stepped)
         self._loaded = self._step = self._in_parts = None
 
     def end_epoch(self) -> None:
@@ -304,20 +281,17 @@ class Fit:
         )
         messages = PendingMessages(self._job.group, message).receive()
         messages.check()
-        self._stop_if_requested(messages)
+        self._messages.stop_if_requested(messages)
         self._run.metrics.exchange_epoch()
         self.pause()
 
     def pause(self) -> None:
         """The time until the next batch is fetched belongs to no step: validation, a checkpoint."""
-        self._reporter.pause()
+        self._messages.reporter.pause()
 
     def end(self) -> None:
-        """Training is over: report what was gained, and save what was measured for the next run."""
-        self._reporter.end_run()
-        if isinstance(self._planner, SplitPlanner):
-            facts, state = self._job.planner_cache.facts, self._planner.state_dict()
-            self._job.profiles.save(self._folder, facts, state, self._input_shape)
+        """Training is over, on all ranks."""
+        self._messages.end()
 
     def close(self) -> None:
         """Stop monitoring, also after an error."""
@@ -363,67 +337,12 @@ class Fit:
             raise RuntimeError("there is no training step to go backward in: call manual_backward in training_step")
         return self._step
 
-    # ---- messages between ranks ----
-
-    def _message(self, kind: int, step: int, **more: Any) -> StepMessage:
-        """This rank's message of a step, with what it has measured since the last one."""
-        measurement = self._times.next_measurement()
-        measured = asdict(measurement) if measurement is not None else {}
-        return StepMessage(
-            kind=kind,
-            step=step,
-            last_drawn=self._run.loaders.last_drawn,
-            stop_requested=self._run.stop.requested,
-            should_stop=self._run.early_stop.wanted,
-            input_shape=shape_number(self._input_shape),
-            **measured,
-            **asdict(self._memory.report),
-            **more,
-        )
-
-    def _logged(self) -> list[float]:
-        """What earlier steps have logged, for the other ranks."""
-        return self._run.metrics.training_results.message() if self._job.group.world_size > 1 else []
-
     def _receive(self, step: Step) -> None:
         """Wait for the messages of a step, the first time; afterwards its weight is known."""
         messages = step.receive()
         if messages is not None:
             self._trainable.check(messages.column("trainable").tolist(), messages.step)
-            self._update(messages)
-
-    def _update(self, messages: StepMessages) -> None:
-        """Act on the messages of all ranks, in the same way on each rank."""
-        self._run.metrics.training_results.receive(messages.logged)
-        self._memory.update(messages.column("local_batch"))
-        self._stop_if_requested(messages)
-        self._duplicates.check(messages, self._run.trainer.num_training_batches)
-        if self._job.planner_cache.current is not self._planner:  # the training data was set up anew, and differs
-            self._planner, self._profile = self._job.planner_cache.current, self._job.planner_cache.profile
-            self._reporter = make_reporter(self._run.trainer, self._planner, self._job.devices, self._folder)
-        self._compare_with_profile(messages)
-        update = self._planner.update(messages.reports())
-        for warning in update.warnings:
-            rank_zero_warn(warning)
-        self._reporter.update(update)
-
-    def _stop_if_requested(self, messages: StepMessages) -> None:
-        if messages.column("stop_requested").any():
-            self._run.stop.stop()
-        if messages.column("should_stop").any():
-            self._run.early_stop.share(True)
-
-    def _compare_with_profile(self, messages: StepMessages) -> None:
-        """Discard a profile of samples of another shape than rank 0's first batch has; the same on all ranks."""
-        if self._profile is None or not self._input_shape or not isinstance(self._planner, SplitPlanner):
-            return
-        profile, self._profile = self._profile, None
-        if self._planner.has_profile and int(messages.column("input_shape")[0]) != shape_number(profile.input_shape):
-            self._planner.discard_profile()
-            rank_zero_warn(
-                f"the profile {profile.path} is of samples of another shape ({profile.input_shape}; here "
-                f"{self._input_shape}), so the shares are measured anew"
-            )
+            self._messages.update(messages)
 
 
 def _length(batch: Any) -> int:

@@ -111,9 +111,9 @@ STUCK: dict[str, tuple[Callable[[], Any], dict[str, Any], list[str]]] = {
         ["rank 0 (cpu) is alone in all_gather in training_step", "in the backward pass of global batch 1", USERS],
     ),
     "a skipped backward pass": (
-        partial(Skips, 0),
+        partial(Skips, 1),
         {"log_every_n_steps": 50},
-        ["rank 0 (cpu) is in the backward pass of global batch 0", "in the training step of global batch 1", SKIPPED],
+        ["rank 0 (cpu) is in the backward pass of global batch 1", "in the training step of global batch 2", SKIPPED],
     ),
     "a skipped backward pass in a step that is logged": (
         partial(Skips, 0),

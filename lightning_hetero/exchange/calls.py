@@ -83,6 +83,11 @@ def listed(names: Sequence[str], most: int = 4) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
+def numbered(ranks: Sequence[int]) -> str:
+    """Ranks in a sentence, by their numbers."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
 def _verb(group: Sequence[Place]) -> str:
     return f"{listed([place.rank for place in group])} {'is' if len(group) == 1 else 'are'}"
 

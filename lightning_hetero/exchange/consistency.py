@@ -9,7 +9,7 @@ from zlib import crc32
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_hetero.exchange.calls import OF_USER, Call, listed
+from lightning_hetero.exchange.calls import OF_USER, Call, listed, numbered
 from lightning_hetero.exchange.groups import RankGroup
 
 
@@ -46,13 +46,9 @@ def differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
         for rank, mapping in enumerate(facts):
             holders[repr(mapping.get(name, "missing"))].append(rank)
         if len(holders) > 1:
-            values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
+            values = ", ".join(f"{value} on {numbered(ranks)}" for value, ranks in holders.items())
             lines.append(f"{name}: {values}")
     return lines
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def require_equal(group: RankGroup, facts: Mapping[str, Any], topic: str) -> None:

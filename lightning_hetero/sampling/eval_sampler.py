@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.utils.data import Sampler
 
@@ -22,7 +22,13 @@ class Scope:
 
 
 class EvaluationPasses(Protocol):
-    """What a sampler needs to know about the evaluation that its passes belong to."""
+    """What a reader of a loader's samples needs to know about the evaluation that its passes belong to."""
+
+    def scope(self, reader: Any) -> Scope:
+        """How much of the reader's loader is evaluated."""
+
+    def begin(self, scope: Scope, local_batches: Sequence[int]) -> None:
+        """A pass begins, with the samples of this rank in each step, 0 where it borrows one; more may be added."""
 
     @property
     def world_size(self) -> int:
@@ -31,21 +37,15 @@ class EvaluationPasses(Protocol):
     def epoch(self) -> int:
         """The trainer's epoch."""
 
-    def scope(self, sampler: "EvaluationSampler") -> Scope:
-        """How much of the sampler's loader is evaluated."""
-
     def splits(self, scope: Scope, sizes: Sequence[int]) -> Sequence[Sequence[int]]:
         """For each step of `sizes` samples, W numbers of samples."""
-
-    def begin(self, scope: Scope, local_batches: Sequence[int]) -> None:
-        """Called when a pass begins, with the samples of this rank in each step; 0 where it repeats another's."""
 
 
 class EvaluationSampler(Sampler[list[Index]]):
     """The batch sampler of one rank in evaluation: its part of each step, each sample on one rank only.
 
-    All ranks take the same number of steps. If there are fewer samples than ranks, a rank without one repeats one of
-    another rank.
+    All ranks take the same number of steps. If there are fewer samples than ranks, a rank without one borrows
+    another's.
 
     Args:
         batches: the loader's own, as a single process would draw them.

@@ -23,6 +23,14 @@ def sample_count(batch: Any) -> int:
     )
 
 
+def sample_count_or_one(batch: Any) -> int:
+    """The same, as a weight that need not be exact: 1 where samples can't be counted."""
+    try:
+        return sample_count(batch)
+    except TypeError:
+        return 1
+
+
 def has_no_samples(batch: Any) -> bool:
     """Whether a batch is None, an empty collection, or a collection of only empty tensors and collections."""
     if batch is None:

@@ -11,6 +11,8 @@ from zlib import crc32
 from torch import nn
 from torch.distributed.distributed_c10d import Store
 
+from lightning_hetero.exchange.calls import numbered
+
 _KEY = "lightning_hetero/trainable/{}"
 _NAMED = 3
 """Parameters of a kind that an error names; a backbone may have hundreds."""
@@ -177,9 +179,7 @@ def describe_difference(shapes: Sequence[Mapping[str, Sequence[int]]], anew: Seq
     for (training, others), listed in groups.items():
         more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
         verb = "trains" if len(listed) == 1 else "train"
-        parts.append(f"{', '.join(listed[:_NAMED])}{more} {verb} on {_ranks(training)}, but not on {_ranks(others)}")
-    return "; ".join(parts) or f"those of {_ranks(anew)} have been replaced, reordered or converted"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        parts.append(
+            f"{', '.join(listed[:_NAMED])}{more} {verb} on {numbered(training)}, but not on {numbered(others)}"
+        )
+    return "; ".join(parts) or f"those of {numbered(anew)} have been replaced, reordered or converted"

@@ -1,28 +1,21 @@
 """Training data whose batches are the same on all ranks, and can't be cut: each rank takes every W-th of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lightning_hetero.exchange.duplicate_data import DuplicateDataCheck, content_hash
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.sampling.eval_sampler import Scope
+from lightning_hetero.sampling.eval_sampler import EvaluationPasses
 from lightning_hetero.sampling.position import EpochPasses, Position
 from lightning_hetero.sampling.random_state import SeparateRandomState
 from lightning_hetero.sampling.train_sampler import PendingShares, Share
 from lightning_hetero.sampling.whole_batches import Turn, turns
-from lightning_hetero.step.batch_contents import sample_count
+from lightning_hetero.step.batch_contents import sample_count_or_one
 from lightning_hetero.trainer.user_loader import USERS_LOADER, users_loader
-
-
-def _samples(batch: Any) -> int:
-    try:
-        return sample_count(batch)
-    except TypeError:  # it can't be counted
-        return 1
 
 
 def counted_off_sentence(subject: str, world_size: int) -> str:
@@ -64,7 +57,7 @@ class _Stream:
     def batches(self, _may_restart: Callable[[], bool]) -> Iterator[Turn]:
         """The turns of this rank in the pass."""
         self._begun = None
-        taken = turns(self.unread, self._rank, self._world_size, _samples)
+        taken = turns(self.unread, self._rank, self._world_size, sample_count_or_one)
         while True:
             with self._state.active():
                 turn = next(taken, None)
@@ -89,7 +82,7 @@ class _Wrapper:
         return getattr(self._users, name)
 
 
-class Begun(_Wrapper):
+class _Begun(_Wrapper):
     """An iterable whose first batches have been read: its first pass begins with these.
 
     Args:
@@ -146,9 +139,9 @@ class CountedOff(_Wrapper):
         of_ranks = group.gather(hashes)
         return bool(hashes) and all(hashes) and all(others == hashes for others in of_ranks)
 
-    def left_alone(self) -> Begun:
+    def left_alone(self) -> _Begun:
         """The user's iterable where it is each rank's own; the pass that `agrees` has begun is its first one."""
-        return Begun(self._users, self._stream.unread)
+        return _Begun(self._users, self._stream.unread)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning sets `_iterator` when it has shut workers down. Its `worker_init_fn` would seed them by rank.
@@ -163,23 +156,13 @@ class CountedOff(_Wrapper):
 
     def _steps(self, first_step: int) -> Iterator[Any]:
         for step, turn in self.passes.batches(first_step):
-            self.pending_shares.add(Share(step, turn.counts, turn.repeated, checksum=0, planned=False))
+            self.pending_shares.add(Share(step, turn.counts, turn.borrowed, checksum=0, planned=False))
             yield turn.batch
         self.pending_shares.end()
 
     def __len__(self) -> int:
         """Number of steps; a TypeError if the iterable has no length."""
         return ceil(len(self._users) / self._world_size)
-
-
-class EvaluationPass(Protocol):
-    """What an iterable needs to know about the evaluation that its passes belong to; see `EvaluationPasses`."""
-
-    def scope(self, reader: Any) -> Scope:
-        """How much of the iterable is evaluated."""
-
-    def begin(self, scope: Scope, local_batches: Sequence[int]) -> None:
-        """Called when a pass begins; `local_batches` grows as batches are read."""
 
 
 class EvaluatedWhole(CountedOff):
@@ -191,7 +174,7 @@ class EvaluatedWhole(CountedOff):
         group: RankGroup,
         seed: int,
         position: Callable[[], Position],
-        evaluation: EvaluationPass,
+        evaluation: EvaluationPasses,
     ) -> None:
         super().__init__(users, group, seed, position)
         self._rank, self._evaluation = group.rank, evaluation
@@ -200,5 +183,5 @@ class EvaluatedWhole(CountedOff):
         local_batches: list[int] = []
         self._evaluation.begin(self._evaluation.scope(self), local_batches)
         for _, turn in self.passes.batches(first_step):
-            local_batches.append(0 if turn.repeated else turn.counts[self._rank])
+            local_batches.append(0 if turn.borrowed else turn.counts[self._rank])
             yield turn.batch

@@ -20,7 +20,7 @@ class _EvaluatedLoader:
 
     Args:
         key: what is evaluated: stage and loader.
-        local_batches: this rank's samples in each step; 0 where it repeats another rank's. It may grow.
+        local_batches: this rank's samples in each step; 0 where it borrows one. It may grow.
         kept: how many of these its collate function has kept, of the batches loaded so far; empty if it keeps all.
         timings: of the steps so far.
         begun: steps so far.
@@ -69,7 +69,7 @@ class EvaluationBalancer:
             self._warned = True
             rank_zero_warn(
                 f"a step of the {stage.dataloader_prefix} loader has fewer samples ({min(sizes)}) than there are ranks "
-                f"({self._world_size}): a rank without one repeats another's, so that all take part in what the "
+                f"({self._world_size}): a rank without one borrows another's, so that all take part in what the "
                 "module exchanges. What it computes then is left out of logged values, predictions and the module's "
                 "metrics, but not of lists and of metrics held elsewhere"
             )
@@ -91,15 +91,15 @@ class EvaluationBalancer:
             self._loaders[-1].kept.append(samples)
 
     def begin_batch(self) -> int | None:
-        """A batch has been loaded; returns its samples, 0 if it repeats another rank's, None where that is unknown."""
+        """A batch has been loaded; returns this rank's samples in it: 0 if they are borrowed, None if not known."""
         if not self._loaders or self._loaders[-1].begun >= len(self._loaders[-1].local_batches):
             return None
         loader = self._loaders[-1]
         loader.begun += 1
         return loader.samples(loader.begun - 1)
 
-    def repeated_batches(self) -> list[set[int]]:
-        """The batches of each loader of this evaluation in which this rank has repeated another rank's samples."""
+    def borrowed_batches(self) -> list[set[int]]:
+        """The batches of each loader of this evaluation in which this rank has borrowed other ranks' samples."""
         loaders = [loader for loader in self._loaders if loader.begun]
         return [{step for step in range(loader.begun) if loader.samples(step) == 0} for loader in loaders]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_hetero.device.peak_memory import PeakMemory
 from lightning_hetero.exchange.messages import FETCHES, LEFT_EPOCH, TRAINS, PendingMessages, StepMessage
 from lightning_hetero.step import loss_count
-from lightning_hetero.step.batch_contents import sample_count
+from lightning_hetero.step.batch_contents import sample_count_or_one
 from lightning_hetero.step.buffers import BufferMerge, follow_steps
 from lightning_hetero.step.compute_times import ComputeTimes
 from lightning_hetero.step.gradients import average_gradients
@@ -119,7 +119,7 @@ class Fit:
             unproven = self._memory.exceeds_completed(share.counts)
             self._risky = unproven and not self._messages.planner.fits_in_memory(share.counts)
         if self._buffers is not None:
-            self._buffers.add_batch(samples if samples is not None else _length(batch))
+            self._buffers.add_batch(samples if samples is not None else sample_count_or_one(batch))
         self._messages.load(batch)
 
     def begin_step(self, batch: Any) -> list[nn.Parameter] | None:
@@ -343,11 +343,3 @@ class Fit:
         if messages is not None:
             self._trainable.check(messages.column("trainable").tolist(), messages.step)
             self._messages.update(messages)
-
-
-def _length(batch: Any) -> int:
-    """Samples of a batch for the statistics of BatchNorm, where their number is not known."""
-    try:
-        return sample_count(batch)
-    except TypeError:
-        return 1

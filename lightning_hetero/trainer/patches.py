@@ -27,7 +27,7 @@ def patch_trainer(
     prepare_dataloader: Callable[..., object],
     before_batch: Callable[[], None],
     on_sigterm: Callable[[int, Any], None],
-    repeats_sample: Callable[[], bool],
+    borrows: Callable[[], bool],
     callbacks: Sequence[Callback] = (),
 ) -> ExitStack:
     """Connect a strategy to its Trainer for one run.
@@ -39,7 +39,7 @@ def patch_trainer(
         prepare_dataloader: in place of Lightning's, which injects samplers.
         before_batch: called before a batch is fetched, in place of a broadcast; see `signals.StopRequest`.
         on_sigterm: the handler of SIGTERM.
-        repeats_sample: whether this rank's evaluation batch is another rank's, so that its prediction isn't written.
+        borrows: whether the samples of this rank's evaluation batch are borrowed: no prediction is written then.
         callbacks: called before the user's.
 
     Returns:
@@ -80,7 +80,7 @@ def patch_trainer(
         trainers_callbacks = vars(trainer)["callbacks"]  # set where mypy can't see it
         for callback in trainers_callbacks:
             if isinstance(callback, BasePredictionWriter):
-                _skip_borrowed_batches(stack, callback, repeats_sample)
+                _skip_borrowed_batches(stack, callback, borrows)
         _call_before_monitors(stack, trainers_callbacks, metrics.exchange_epoch)
         stack.callback(_remove_callbacks, trainer, callbacks)
         trainers_callbacks[:0] = callbacks
@@ -151,11 +151,11 @@ def _sync(metric: Metric, metric_sync: MetricSync, *args: Any, **kwargs: Any) ->
     metric_sync.sync(metric, *args, **kwargs)
 
 
-def _skip_borrowed_batches(stack: ExitStack, writer: BasePredictionWriter, repeats_sample: Callable[[], bool]) -> None:
+def _skip_borrowed_batches(stack: ExitStack, writer: BasePredictionWriter, borrows: Callable[[], bool]) -> None:
     hook = writer.on_predict_batch_end
 
     def on_predict_batch_end(*args: Any, **kwargs: Any) -> None:
-        if not repeats_sample():
+        if not borrows():
             hook(*args, **kwargs)
 
     _replace(stack, writer, "on_predict_batch_end", on_predict_batch_end)

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from lightning_hetero.device.step_timer import ComputeTimer
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.step.batch_contents import sample_count
+from lightning_hetero.step.batch_contents import sample_count_or_one
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.trainer.logged_values import COLUMNS, LoggedKey, Numbers, combined, on_host, union
 from lightning_hetero.trainer.torchmetrics import MetricSync
@@ -74,12 +74,7 @@ class SynchronizedResults(_ResultCollection):
         """A batch was loaded, with so many samples of this rank's; None if their number is not known."""
         self._samples = samples
         self._batches += 1
-        if samples is None:
-            try:
-                samples = sample_count(self.batch)
-            except TypeError:
-                samples = 1
-        self._samples_seen += samples
+        self._samples_seen += sample_count_or_one(self.batch) if samples is None else samples
 
     @override
     def _extract_batch_size(self, value: _ResultMetric, batch_size: int | None, meta: _Metadata) -> int:
@@ -233,7 +228,7 @@ class EvaluationResults(SynchronizedResults):
         self._metrics = metrics
         self._count = count  # from a batch to its loss count
         self._counted: tuple[Any, float | Tensor] = (None, 1.0)
-        self._before_borrowed: ModuleSnapshot | None = None  # while this rank repeats a sample of another rank
+        self._before_borrowed: ModuleSnapshot | None = None  # while this rank computes borrowed samples
 
     def begin_batch(self, samples: int | None) -> None:
         """A batch begins, before its hooks; see `EvaluationBalancer.begin_batch`."""

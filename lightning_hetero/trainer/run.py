@@ -63,7 +63,7 @@ class Run:
             job.device,
             loss_count=job.options.loss_count,
         )
-        self._repeats_sample = False  # this rank's evaluation batch is another rank's
+        self._borrows = False  # whether the samples of this rank's evaluation batch are borrowed
         self._patches = patch_trainer(
             trainer,
             self.metrics,
@@ -71,7 +71,7 @@ class Run:
             prepare_dataloader=loaders.prepare,
             before_batch=hooks.before_batch,
             on_sigterm=self.stop.handle,
-            repeats_sample=lambda: self._repeats_sample,
+            borrows=lambda: self._borrows,
             callbacks=[
                 HookCallback(
                     hooks,
@@ -139,16 +139,16 @@ class Run:
                 "is no other batch to compute in their place: leave fewer samples out, or choose a larger batch_size"
             )
         samples = self.job.evaluation.begin_batch()
-        self._repeats_sample = samples == 0
+        self._borrows = samples == 0
         self.metrics.begin_evaluation_batch(samples)
 
     def end_prediction(self) -> None:
-        """This rank has no more batches to predict: leave out those that it has repeated."""
+        """This rank has no more batches to predict: leave out those that it has borrowed."""
         loop = self.trainer.predict_loop
-        for number, repeated in enumerate(self.job.evaluation.repeated_batches()):
+        for number, borrowed in enumerate(self.job.evaluation.borrowed_batches()):
             for kept in (loop._predictions, loop.epoch_batch_indices):
                 if number < len(kept):
-                    kept[number][:] = [one for batch, one in enumerate(kept[number]) if batch not in repeated]
+                    kept[number][:] = [one for batch, one in enumerate(kept[number]) if batch not in borrowed]
 
     def end_evaluation(self) -> None:
         """An evaluation ends, on all ranks: they exchange how long it took, and whether any was asked to stop.

@@ -104,7 +104,7 @@ def in_order(parts: list[list[Any]]) -> list[Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_sample_is_evaluated_once(name):
-    """In the order of the stream; with fewer samples than ranks, the others repeat one."""
+    """In the order of the stream; with fewer samples than ranks, the others borrow one."""
     size = SIZES.get(name, SIZE)
     parts = [result[name] for result in evaluated()]
     assert len({len(part) for part in parts}) == 1, "all ranks take the same steps"
@@ -267,7 +267,7 @@ def exchanging() -> list[Any]:
 
 
 def test_what_a_module_exchanges_in_an_evaluation_batch_is_right():
-    """Also where a rank repeats a sample, and where DDP would broadcast buffers in its forward."""
+    """Also where a rank borrows a sample, and where DDP would broadcast buffers in its forward."""
     ends = [0.0, 1.0]
     of_a_batch = [ends, (ends, ("of rank", 0), 1.0), ends]
     for (many, evaluated_many), (one, evaluated_one) in run_ranks(2, exchanging):

@@ -123,18 +123,18 @@ def test_loaders_side_by_side_are_one() -> None:
         balancer.end_batch()
         balancer.begin(VALIDATING, Scope(side_by_side=True), [2, 6])
     assert balancer.begin_batch() is None
-    assert balancer.repeated_batches() == [{2}]
+    assert balancer.borrowed_batches() == [{2}]
     assert dict(balancer.measured()) == {("val", 0): [(4, 1.0), (6, 1.0)]}
 
 
-def test_batches_that_repeat_samples_of_other_ranks_are_known() -> None:
+def test_batches_of_borrowed_samples_are_known() -> None:
     clock = Clock()
     balancer = balancer_of(clock)
     evaluate(balancer, clock, RunningStage.PREDICTING, [3, 0])
     evaluate(balancer, clock, RunningStage.PREDICTING, [0], number=1)
-    assert balancer.repeated_batches() == [{1}, {0}]
+    assert balancer.borrowed_batches() == [{1}, {0}]
     balancer.measured()
-    assert balancer.repeated_batches() == []
+    assert balancer.borrowed_batches() == []
 
 
 def test_a_step_with_fewer_samples_than_ranks_is_told_once() -> None:

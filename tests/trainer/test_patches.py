@@ -32,7 +32,7 @@ def patched(trainer: pl.Trainer, *callbacks: Callback) -> ExitStack:
         prepare_dataloader=prepare,
         before_batch=prepare,
         on_sigterm=prepare,
-        repeats_sample=lambda: False,
+        borrows=lambda: False,
         callbacks=callbacks,
     )
 

@@ -320,7 +320,7 @@ def test_evaluation_values_are_those_of_all_ranks_after_an_exchange() -> None:
 
 
 def borrowing_on_ranks() -> Any:
-    """Rank 1 repeats a sample of rank 0 in the only step."""
+    """Rank 1 borrows a sample of rank 0 in the only step."""
     rank = torch.distributed.get_rank()
     module = Measures()
     results = evaluation_results(module)
@@ -338,10 +338,10 @@ def borrowing_on_ranks() -> Any:
         return logged(results, on_step=False), float(module.total.compute()), inside
 
 
-def test_what_a_rank_repeats_is_left_out() -> None:
+def test_what_a_rank_borrows_is_left_out() -> None:
     for values, total, inside in run_ranks(2, borrowing_on_ranks):
         assert values == {"mean": 4.0, "sum": 4.0, "most": 4.0, "end": 5.0}
-        assert total == inside == 4.0, "a metric of the module too, also while the sample is repeated"
+        assert total == inside == 4.0, "a metric of the module too, also while it is computed"
 
 
 def lacking() -> None:

@@ -1,4 +1,4 @@
-"""What ranks send to each other: the messages of a step, what they must agree on at the start, why one has failed.
+"""What ranks send to each other: messages, what they must agree on, where they wait, why one has failed.
 
 May import `planning`, `sampling` and torch; it is the first folder that uses `torch.distributed`.
 """

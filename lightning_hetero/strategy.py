@@ -313,7 +313,7 @@ class HeteroStrategy(DDPStrategy):
         if self._fit is not None:
             self._fit.pause()
 
-    # ---- evaluation: without DDP's wrapper, which may exchange buffers; each rank evaluates by itself ----
+    # ---- evaluation: without DDP's wrapper, which may exchange buffers ----
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:

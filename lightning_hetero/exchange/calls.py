@@ -77,9 +77,14 @@ def unmatched(places: Sequence[Place]) -> UnmatchedCallError:
     return UnmatchedCallError(f"the ranks went different ways: {sentence}: {advice}.")
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
+_MOST_NAMES = 4
+"""Names of ranks in a sentence; there may be thousands of ranks."""
+
+
+def listed(names: Sequence[str]) -> str:
     """Names in a sentence."""
-    shown = list(names[:most]) + ([f"{len(names) - most} more"] if len(names) > most else [])
+    more = len(names) - _MOST_NAMES
+    shown = list(names[:_MOST_NAMES]) + ([f"{more} more"] if more > 0 else [])
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 

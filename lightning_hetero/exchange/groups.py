@@ -96,7 +96,7 @@ class RankGroup:
         """Start to exchange this rank's row for those of all ranks, without waiting."""
         if self._group is None:
             return PendingRows(lambda: torch.tensor([list(row)], dtype=torch.float64))
-        call = self.waits.call(call) if isinstance(call, str) else call
+        call = self._named(call)
         values = list(row)
         head = [float(call.checksum), float(call.kind), float(len(values)), *pack(call.text)]
         first = torch.zeros(_HEAD + _VALUES, dtype=torch.float64)  # (columns,)
@@ -123,7 +123,7 @@ class RankGroup:
         """The values of all ranks, in rank order."""
         if self._group is None:
             return [value]
-        call = self.waits.call(call) if isinstance(call, str) else call
+        call = self._named(call)
         own = _bytes_of(value)
         sizes = [int(size) for size in self.start([len(own)], call).wait()[:, 0]]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
@@ -141,7 +141,7 @@ class RankGroup:
         """Rank 0's value, on all ranks."""
         if self._group is None:
             return value
-        call = self.waits.call(call) if isinstance(call, str) else call
+        call = self._named(call)
         data = _bytes_of(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
         size = int(self.start([len(data)], call).wait()[0, 0])
         data = data if self.rank == 0 else torch.empty(size, dtype=torch.uint8)
@@ -151,6 +151,9 @@ class RankGroup:
     def meet(self, call: Call) -> None:
         """Wait until all ranks make a call that is not this group's."""
         self.start((), call).wait()
+
+    def _named(self, call: Call | str) -> Call:
+        return self.waits.call(call) if isinstance(call, str) else call
 
     def _complete(self, begin: Callable[[], dist.Work | None], call: Call) -> None:
         """Make a further exchange of a call, and wait for it."""
@@ -199,9 +202,9 @@ def _rebuilt(name: str, text: str) -> Exception:
     return relayed(text) if relayed is not None else RuntimeError(f"{name}: {text}")
 
 
-def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Sum a tensor over all ranks, in place; by default in the default group, whose backend supports its device."""
-    dist.all_reduce(tensor, group=group)
+def all_reduce_sum(tensor: Tensor) -> None:
+    """Sum a tensor over all ranks, in place, in the default group, whose backend supports its device."""
+    dist.all_reduce(tensor)
 
 
 def all_reduce_in_own_group(timeout: timedelta | None, waits: Waits, call: str) -> Callable[[Tensor], None]:

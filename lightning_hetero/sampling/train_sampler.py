@@ -157,10 +157,11 @@ class LocalBatchSampler(Sampler[list[Index]]):
 
 
 class LocalBatchSizeSampler(Sampler[list[None]]):
-    """The batch sampler of one rank for an iterable dataset: it only gives the number of samples, and never ends.
+    """The batch sampler of one rank for an iterable data set: it only gives the number of samples, and never ends.
 
-    An iterable dataset can't be split: each rank iterates over samples of its own, and its local batch follows the
-    plan. Arguments are those of `LocalBatchSampler`, the samples of a full global batch, and the position of training.
+    An iterable data set can't be split: each rank iterates over samples of its own, and its local batch follows the
+    plan. Arguments are those of `LocalBatchSampler`, the samples of a full global batch, the position of training, and
+    where the shares are recorded.
     """
 
     def __init__(
@@ -171,11 +172,11 @@ class LocalBatchSizeSampler(Sampler[list[None]]):
         global_batch: int,
         minimum: int,
         position: Callable[[], Position],
-        pending_shares: PendingShares | None = None,
+        pending_shares: PendingShares,
     ) -> None:
         self._schedule, self._rank, self._minimum = schedule, rank, minimum
         self._global_batch, self._position = global_batch, position
-        self.pending_shares = pending_shares or PendingShares(rank)
+        self.pending_shares = pending_shares
 
     def __iter__(self) -> Iterator[list[None]]:
         first_step = self._position().step

@@ -1,9 +1,9 @@
 """How ranks describe a logged value to each other, and how their values are combined into one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -104,12 +104,24 @@ def combined(reduction: str, values: Numbers, weights: Numbers) -> float:
 
 def on_host(numbers: Sequence[Tensor | float]) -> list[float]:
     """Numbers as Python floats; those on a device are fetched in one transfer."""
-    on_device = [number for number in numbers if isinstance(number, Tensor) and number.device.type != "cpu"]
-    fetched = iter(torch.stack([number.to(torch.float64) for number in on_device]).tolist() if on_device else ())
-    return [
-        next(fetched) if isinstance(number, Tensor) and number.device.type != "cpu" else float(number)
-        for number in numbers
-    ]
+    stacked = stacked_on_device(numbers)
+    return with_fetched(numbers, stacked.tolist() if stacked is not None else ())
+
+
+def stacked_on_device(numbers: Sequence[Tensor | float]) -> Tensor | None:
+    """Those of the numbers that are on a device, (n,), in float64; None if all are on the host."""
+    on_device = [number.double() for number in numbers if _is_on_device(number)]
+    return torch.stack(on_device) if on_device else None
+
+
+def with_fetched(numbers: Sequence[Tensor | float], fetched: Iterable[float]) -> list[float]:
+    """Numbers as Python floats; those on a device are the `fetched` ones, in order."""
+    remaining = iter(fetched)
+    return [next(remaining) if _is_on_device(number) else float(number) for number in numbers]
+
+
+def _is_on_device(number: Tensor | float) -> TypeGuard[Tensor]:
+    return isinstance(number, Tensor) and number.device.type != "cpu"
 
 
 def is_zero(weight: float | Tensor) -> bool:

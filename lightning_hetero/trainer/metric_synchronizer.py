@@ -24,9 +24,9 @@ from lightning_hetero.trainer.training_results import TrainingResults
 class SynchronizedLoggerConnector(_LoggerConnector):
     """Lightning's logger connector; wherever its values are used, they are those over all ranks.
 
-    In training, ranks exchange at the end of a batch after which values are used: before its hooks, and after them if
-    the hooks log values; and before and after the hooks at the end of an epoch. In evaluation they exchange at the end
-    of each loader, and after the hooks at the end.
+    In training, ranks exchange at the end of a batch after which values are used, or in which a rank has logged new
+    keys: before its hooks, and after them if the hooks log values; and before and after the hooks at the end of an
+    epoch. In evaluation they exchange at the end of each loader, and after the hooks at the end.
     """
 
     def __init__(self, connector: _LoggerConnector) -> None:

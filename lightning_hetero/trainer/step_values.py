@@ -6,11 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lightning_hetero.device.step_timer import DeviceClock
-from lightning_hetero.trainer.logged_values import COLUMNS, LoggedKey, Numbers, is_zero, on_host
+from lightning_hetero.trainer.logged_values import (
+    COLUMNS,
+    LoggedKey,
+    Numbers,
+    is_zero,
+    on_host,
+    stacked_on_device,
+    with_fetched,
+)
 
 
 @dataclass(frozen=True)
@@ -70,18 +77,13 @@ class StepValues:
         self._readings.append(self._read(step, [number for row in rows for number in row]))
 
     def _read(self, step: int, numbers: Sequence[Tensor | float]) -> _Reading:
-        on_device = [n.double() for n in numbers if isinstance(n, Tensor) and n.device.type != "cpu"]
-        if not on_device:
+        stacked = stacked_on_device(numbers)
+        if stacked is None:
             values = on_host(numbers)
             return _Reading(step, lambda: values, lambda: True)
-        copied = torch.stack(on_device).to("cpu", non_blocking=True)  # (numbers on the device,)
+        copied = stacked.to("cpu", non_blocking=True)
         point: Any = self._clock.now()
-
-        def arrived() -> list[float]:
-            found = iter(copied.tolist())
-            return [next(found) if isinstance(n, Tensor) and n.device.type != "cpu" else float(n) for n in numbers]
-
-        return _Reading(step, arrived, lambda: self._clock.has_passed(point))
+        return _Reading(step, lambda: with_fetched(numbers, copied.tolist()), lambda: self._clock.has_passed(point))
 
     def message(self, keys: int) -> list[float]:
         """The numbers to send with a message: a step, 0 for none, and a row for each of so many keys."""

@@ -96,7 +96,12 @@ def test_counts_for_iterable_data_follow_the_plan(world_size, minimum, data):
     schedule.append(Plan(6, second))
     for rank in range(world_size):
         sampler = LocalBatchSizeSampler(
-            schedule, rank, global_batch=20, minimum=minimum, position=lambda: Position(1, 4)
+            schedule,
+            rank,
+            global_batch=20,
+            minimum=minimum,
+            position=lambda: Position(1, 4),
+            pending_shares=PendingShares(rank),
         )
         batches = list(islice(sampler, 4))
         assert [len(batch) for batch in batches] == [first[rank]] * 2 + [second[rank]] * 2

@@ -111,7 +111,7 @@ class Fit:
         share, samples = self._run.loaders.take(step)
         self._step = self._in_parts = None
         self._loaded = LoadedBatch(step, share, samples, self._module)
-        self._run.metrics.begin_batch(samples, self._loaded.before_borrowed)
+        self._run.metrics.begin_batch(batch, samples, self._loaded.before_borrowed)
         if job.batch_norm_group is not None:
             job.batch_norm_group.begin_step(borrowed=self.borrowed)
         self._memory.start(samples or 0)

@@ -180,14 +180,15 @@ class MetricSynchronizer:
         if isinstance(results := self._trainer._results, EvaluationResults):
             results.begin_batch(samples)
 
-    def begin_batch(self, samples: int | None, before_borrowed: ModuleSnapshot | None) -> None:
+    def begin_batch(self, batch: Any, samples: int | None, before_borrowed: ModuleSnapshot | None) -> None:
         """A training batch was loaded.
 
         Args:
+            batch: as it was loaded.
             samples: of this rank's own that it holds; None if their number is not known.
             before_borrowed: the module before it computes borrowed samples; None if it has its own.
         """
-        self.training_results.count_batch(samples)
+        self.training_results.count_batch(batch, samples)
         if self.metric_sync is not None:
             self.metric_sync.begin_batch(before_borrowed)
 

@@ -70,11 +70,11 @@ class SynchronizedResults(_ResultCollection):
         """An epoch or an evaluation begins, or the last one is over."""
         self._batches = self._samples_seen = 0
 
-    def count_batch(self, samples: int | None) -> None:
+    def count_batch(self, batch: Any, samples: int | None) -> None:
         """A batch was loaded, with so many samples of this rank's; None if their number is not known."""
         self._samples = samples
         self._batches += 1
-        self._samples_seen += sample_count_or_one(self.batch) if samples is None else samples
+        self._samples_seen += sample_count_or_one(batch) if samples is None else samples
 
     @override
     def _extract_batch_size(self, value: _ResultMetric, batch_size: int | None, meta: _Metadata) -> int:
@@ -232,7 +232,7 @@ class EvaluationResults(SynchronizedResults):
 
     def begin_batch(self, samples: int | None) -> None:
         """A batch begins, before its hooks; see `EvaluationBalancer.begin_batch`."""
-        self.count_batch(samples)
+        self.count_batch(self.batch, samples)
         self._before_borrowed = ModuleSnapshot(self._exchange.module) if samples == 0 else None
         self._metrics.begin_batch(self._before_borrowed)
 

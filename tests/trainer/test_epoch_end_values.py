@@ -1,5 +1,6 @@
 """What is logged when the batches of an epoch are over is the value over all samples."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -104,3 +105,31 @@ def test_sums_and_extremes_stay_those_of_all_ranks() -> None:
     found = ranks[1][0]
     assert found["sum"] == pytest.approx(sum(outs))
     assert (found["most"], found["least"]) == pytest.approx((max(outs), min(outs)))
+
+
+class Batches:
+    """Four batches of `size` samples, in no DataLoader."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(DataLoader(Numbers(4 * self.size), batch_size=self.size))
+
+    def __len__(self) -> int:
+        return 4
+
+
+class Ranks(Regression):
+    def on_train_epoch_end(self) -> None:
+        self.log("rank", float(self.global_rank))
+
+
+def of_own_batches() -> float:
+    trainer = make_trainer(HeteroStrategy(shares=[3, 1]), 2)
+    trainer.fit(Ranks(), Batches((3, 1)[torch.distributed.get_rank()]))
+    return float(trainer.callback_metrics["rank"])
+
+
+def test_a_rank_without_a_plan_weighs_as_many_samples_as_its_batches_hold() -> None:
+    assert run_ranks(2, of_own_batches) == [0.25, 0.25]

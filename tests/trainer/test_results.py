@@ -124,7 +124,7 @@ def step(
     count: Tensor | None = None,
 ) -> None:
     """A training step that logs its loss and the number of its samples."""
-    results.count_batch(samples)
+    results.count_batch(None, samples)
     results.set_batch(torch.zeros(samples), None)
     results.begin_step(borrowed=borrowed, empty=empty, count=count)
     value = torch.tensor(loss, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_a_loss_has_its_weight_in_the_global_batch() -> None:
 def test_nothing_is_read_before_the_batch_is_over(weight: float | Tensor) -> None:
     """The weight is known only then; until then nothing has been logged."""
     results = training_results()
-    results.count_batch(3)
+    results.count_batch(None, 3)
     results.begin_step(borrowed=False, empty=False, count=None)
     results.set_batch(torch.zeros(3), None)
     results.log("training_step", "loss", torch.tensor(7.0))
@@ -184,7 +184,7 @@ def test_nan_is_left_out_where_nothing_counts(count: Tensor | None) -> None:
 
 def in_parts(results: TrainingResults, sizes: list[int], values: Tensor) -> None:
     """A step that is computed in parts of a batch, one of which fails at first."""
-    results.count_batch(sum(sizes))
+    results.count_batch(None, sum(sizes))
     results.begin_step(borrowed=False, empty=False, count=None)
     with results.in_parts() as parts:
         parts.begin(values, len(values))
@@ -216,7 +216,7 @@ def test_parts_log_what_the_whole_batch_would_have(sizes: list[int]) -> None:
 
 def test_a_part_in_which_nothing_counts_is_left_out() -> None:
     results = training_results()
-    results.count_batch(4)
+    results.count_batch(None, 4)
     results.begin_step(borrowed=False, empty=False, count=None)
     with results.in_parts() as parts:
         for loss, count in ((math.nan, 0.0), (3.0, 2.0)):

@@ -1,7 +1,8 @@
 """How long does a validation take, beside plain DDP's, on unequal CPU ranks?
 
 Each side trains a little first, then validates in turns. Plain DDP gives every rank the same number of samples, and
-repeats some to make them so; `hetero` deals each sample out once, by what its own evaluation batches took before.
+repeats some to make them so; `hetero` evaluates each sample once, in steps that it splits by what its own evaluation
+batches took before.
 """
 
 import argparse

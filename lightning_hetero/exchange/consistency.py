@@ -63,6 +63,7 @@ def require_equal(group: RankGroup, facts: Mapping[str, Any], topic: str) -> Non
 
 
 _MOST_DIMENSIONS = 16
+"""Of a tensor whose shape is compared, so that rows are equally long; of the others only their product is."""
 
 
 def require_same_call(group: RankGroup, name: str, tensor: Tensor | None, subgroup: Any) -> None:

@@ -181,7 +181,7 @@ class Fit:
         logging.begin_step(borrowed=self.borrowed, empty=step.count.is_zero, count=step.count.on_device)
         if self.borrowed:
             self._receive(step)
-            if not step.samples.any():
+            if not step.samples.any():  # nothing is left on any rank
                 return SKIPPED if self._module.automatic_optimization else None
         output: Any = None
         try:

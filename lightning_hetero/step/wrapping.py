@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_hetero.exchange.calls import UnmatchedCallError
 from lightning_hetero.exchange.messages import CHANGES, PendingMessages, StepMessage
 from lightning_hetero.step.step import StepContext
-from lightning_hetero.step.trainable import TrainableParameters
+from lightning_hetero.step.trainable import TrainableParameters, TrainableSet
 
 
 def wrap_anew(
@@ -47,8 +47,7 @@ def wrap_anew(
         model._check_reducer_finalized()  # noqa: SLF001 - else its error would be lost
         model._remove_autograd_hooks()  # noqa: SLF001 - others may still refer to it
     _broadcast_new(module, new, device)
-    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
-    if not any(one.requires_grad and name not in ignored for name, one in module.named_parameters()):
+    if not TrainableSet.of(module).named:
         return module
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(module, device_ids, **{**options, "init_sync": False})

@@ -35,7 +35,7 @@ class StepResult(ClosureResult):
         return ClosureResult.from_training_step_output(output, normalize)
 
 
-def zero_loss(module: nn.Module) -> Tensor:
+def _zero_loss(module: nn.Module) -> Tensor:
     """A loss of 0 whose gradient is 0 for each parameter that trains."""
     terms = [parameter.sum() * 0 for parameter in module.parameters() if parameter.requires_grad]
     loss = terms[0]
@@ -119,7 +119,7 @@ class StepsWithNothing:
                     return SKIPPED
             elif self.asks:
                 return output
-            return zero_loss(self.module) if output is None else output
+            return _zero_loss(self.module) if output is None else output
 
         attributes["training_step"] = training_step
         try:

@@ -23,6 +23,7 @@ from lightning_hetero.step.out_of_memory.batch_slicing import CannotSliceError, 
 from lightning_hetero.step.out_of_memory.errors import explained, is_out_of_memory, out_of_memory_error
 from lightning_hetero.step.snapshot import ModuleSnapshot
 from lightning_hetero.step.sync_batch_norm import SynchronizedBatchNorm
+from lightning_hetero.step.trainable import TrainableSet
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -213,8 +214,7 @@ class StepInParts:
             _add_gradients(self._module, gradients)
         _add_gradients(self._module, earlier)
         if average is not None:
-            ignored = getattr(self._module, "_ddp_params_and_buffers_to_ignore", ())
-            average([p for name, p in self._module.named_parameters() if p.requires_grad and name not in ignored])
+            average(list(TrainableSet.of(self._module).named.values()))
 
     def _prepare_forward(self) -> None:
         """Do what DDP's forward does before it calls the module's forward."""

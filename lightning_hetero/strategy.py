@@ -318,22 +318,17 @@ class HeteroStrategy(DDPStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.val_step_context():
-            return self._evaluate(self.run.trainer.lightning_module.validation_step, *args, **kwargs)
+            return self.run.evaluate(self.run.trainer.lightning_module.validation_step, *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.test_step_context():
-            return self._evaluate(self.run.trainer.lightning_module.test_step, *args, **kwargs)
+            return self.run.evaluate(self.run.trainer.lightning_module.test_step, *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.predict_step_context():
-            return self._evaluate(self.run.trainer.lightning_module.predict_step, *args, **kwargs)
-
-    def _evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = step(*args, **kwargs)
-        self.job.evaluation.end_batch()
-        return output
+            return self.run.evaluate(self.run.trainer.lightning_module.predict_step, *args, **kwargs)
 
     # ---- exchanges by Lightning and the user's code: not compute time ----
 

@@ -2,6 +2,7 @@
 # ruff: noqa: SLF001 - `tests/test_private_names.py` guards what is changed in a loop
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_hetero.exchange.store import new_run
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step.batch_norm import smallest_local_batch
 from lightning_hetero.step.collating import NO_SAMPLES
+from lightning_hetero.step.out_of_memory import explained
 from lightning_hetero.trainer.dataloaders import TrainerDataLoaders
 from lightning_hetero.trainer.early_stop import EarlyStop
 from lightning_hetero.trainer.hooks import HookCallback, TrainingHooks
@@ -63,7 +65,7 @@ class Run:
             job.device,
             loss_count=job.options.loss_count,
         )
-        self._borrows = False  # whether the samples of this rank's evaluation batch are borrowed
+        self._local_batch: int | None = None  # of an evaluation; 0 if its samples are borrowed
         self._patches = patch_trainer(
             trainer,
             self.metrics,
@@ -71,7 +73,7 @@ class Run:
             prepare_dataloader=loaders.prepare,
             before_batch=hooks.before_batch,
             on_sigterm=self.stop.handle,
-            borrows=lambda: self._borrows,
+            borrows=lambda: self._local_batch == 0,
             callbacks=[
                 HookCallback(
                     hooks,
@@ -138,9 +140,20 @@ class Run:
                 f"the collate function has left nothing of the samples of {self.job.place} in an evaluation, and there "
                 "is no other batch to compute in their place: leave fewer samples out, or choose a larger batch_size"
             )
-        samples = self.job.evaluation.begin_batch()
-        self._borrows = samples == 0
-        self.metrics.begin_evaluation_batch(samples)
+        self._local_batch = self.job.evaluation.begin_batch()
+        self.metrics.begin_evaluation_batch(self._local_batch)
+
+    def evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's step in an evaluation.
+
+        Raises:
+            RankOutOfMemoryError: memory has run out.
+        """
+        reason = "the batches of a fast rank are larger than the batch_size of an evaluation loader"
+        with explained(self.job.place, self._local_batch, reason, "choose a smaller batch_size for it"):
+            output = step(*args, **kwargs)
+        self.job.evaluation.end_batch()
+        return output
 
     def end_prediction(self) -> None:
         """This rank has no more batches to predict: leave out those that it has borrowed."""

@@ -134,7 +134,7 @@ def evaluated(name: str, folder: str) -> dict[str, Any]:
     """Validate the same checkpoint in one plain process."""
     _quiet()
     module, data = CASES[name]()
-    trainer = make_trainer("auto", 1, limit_val_batches=6)
+    trainer = make_trainer("auto", 1, limit_val_batches=12)  # a step of two ranks takes two batches
     trainer.validate(module, data, ckpt_path=f"{folder}/trained.ckpt", verbose=False)
     return {"counts": module.counts, "values": _values(trainer)}
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.ranks import fails_on_ranks, run_ranks
-from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, make_trainer
+from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, make_trainer, relative_error
 from tests.trainer.modules import Classifier, Manual
 
 
@@ -182,12 +182,13 @@ class Leaves(Regression):
         return super().training_step(batch, batch_idx)
 
 
+LEFT = r"rank 0 is in (the training step of|fetching) global batch 2; rank 1 is in the end of the epoch"
+
+
 @pytest.mark.parametrize(
     ("way", "rank0", "rank1"),
     [
-        ("leaves", r"rank 0 (trains on|fetches) global batch 2; rank 1 left the epoch", r"rank 1 left the epoch"),
-        ("stops", r"rank 0 (trains on|fetches) global batch 3; rank 1 left the epoch", r"rank 1 left the epoch"),
-        ("none", r"rank 1 \(cpu\) failed first: RuntimeError: Skipping the `training_step`", r"Skipping the"),
+        ("leaves", LEFT, LEFT),
         (
             "words",
             r"rank 1 \(cpu\) failed first: RuntimeError: DataLoader timed",
@@ -203,6 +204,16 @@ def test_one_rank_alone(way: str, rank0: str, rank1: str) -> None:
     assert re.search(rank1, errors[1]), errors[1]
 
 
+@pytest.mark.parametrize("way", ["stops", "none"])
+def test_one_rank_alone_that_goes_on_with_the_others(way: str) -> None:
+    """`should_stop` on one rank stops all of them, and a batch that a rank skips doesn't count."""
+    recipe = Recipe(module=partial(Leaves, way))
+    first, second = run_ranks(2, hetero_fit, recipe, {})
+    assert first["step"] == second["step"]
+    assert relative_error(first["parameters"], second["parameters"]) == 0
+    assert (first["step"] < 10) == (way == "stops")
+
+
 class Skips(Manual):
     """Rank 1 makes no backward pass in batch 2."""
 
@@ -214,7 +225,10 @@ class Skips(Manual):
 def test_one_rank_alone_skips_a_backward_pass() -> None:
     """In manual optimization nothing stops it; the others would wait for its gradients for ever."""
     errors = fails_on_ranks(2, hetero_fit, Recipe(module=Skips), {})
-    sentence = r"rank 1 is at global batch 3 while rank 0 waits in the backward pass of global batch 2"
+    sentence = (
+        r"rank 0 \(cpu\) is in the backward pass of global batch 2, while rank 1 \(cpu\) is in .*: "
+        r"rank 1 \(cpu\) skipped a backward pass"
+    )
     for text in errors.values():
         assert re.search(sentence, text.splitlines()[-1]), text
 
@@ -253,7 +267,7 @@ def ready_batches(batch_size: int) -> Any:
 def test_a_loader_that_ends_on_one_rank() -> None:
     """Loaders that the strategy does not split need equally many batches on every rank; otherwise ranks would hang."""
     errors = fails_on_ranks(2, hetero_fit, Recipe(loader=ready_batches), {})
-    assert "rank 1 left the epoch" in errors[0]
+    assert "rank 1 is in the end of the epoch" in errors[0]
 
 
 def fit_then_test() -> Any:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from tests.ranks import run_ranks
+from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, make_trainer
 from tests.trainer.loading import SIZE, OwnBatchesWithSize, UnsizedSampler, Validating, loader, once, quiet
 
@@ -367,3 +367,26 @@ def test_plain_ddp_pads_and_hetero_does_not():
     exact = run_ranks(2, counting, "hetero")
     assert sorted(chain.from_iterable(indices for indices, _ in exact)) == list(range(61))
     assert all(matrix == truth for _, matrix in exact)
+
+
+# ----------------------------------------------------------------------------------------------------- out of memory
+
+
+class Large(Validating):
+    """Runs out of memory where a batch has more than 5 samples."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if len(batch["y"]) > 5:
+            raise MemoryError("no more pages")
+
+
+def too_large() -> None:
+    from lightning_hetero import HeteroStrategy
+
+    make_trainer(HeteroStrategy(shares=[3, 1]), 2).validate(Large(), loader(batch_size=4), verbose=False)
+
+
+def test_a_fast_rank_that_runs_out_of_memory_says_what_to_do():
+    error = fails_on_ranks(2, too_large)[0].splitlines()[-1]
+    assert "rank 0 (cpu) ran out of memory at a local batch of 6" in error
+    assert "choose a smaller batch_size for it (no more pages)" in error

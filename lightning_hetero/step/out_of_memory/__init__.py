@@ -3,7 +3,7 @@
 A fit uses `OutOfMemoryRecovery`, `StepInParts` and `PartialStep`. May import the same as `step`.
 """
 
-from lightning_hetero.step.out_of_memory.errors import RankOutOfMemoryError
+from lightning_hetero.step.out_of_memory.errors import RankOutOfMemoryError, explained
 from lightning_hetero.step.out_of_memory.recovery import (
     MemoryBounds,
     OutOfMemoryRecovery,
@@ -20,5 +20,6 @@ __all__ = [
     "Passes",
     "RankOutOfMemoryError",
     "StepInParts",
+    "explained",
     "find_obstacle",
 ]

@@ -29,18 +29,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
 
 
+_ADVICE = "use a smaller global_batch, shares that give this rank less, or a lower memory_limit"
+
+
 @contextmanager
-def explained(place: str, local_batch: int | None, reason: str) -> Iterator[None]:
+def explained(place: str, local_batch: int | None, reason: str, advice: str = _ADVICE) -> Iterator[None]:
     """Raise a RankOutOfMemoryError from an out-of-memory error inside; see `out_of_memory_error`."""
     try:
         yield
     except Exception as error:
         if isinstance(error, RankOutOfMemoryError) or not is_out_of_memory(error):
             raise
-        raise out_of_memory_error(place, local_batch, reason, str(error)) from error
+        raise out_of_memory_error(place, local_batch, reason, str(error), advice) from error
 
 
-def out_of_memory_error(place: str, local_batch: int | None, reason: str, details: str) -> RankOutOfMemoryError:
+def out_of_memory_error(
+    place: str, local_batch: int | None, reason: str, details: str, advice: str = _ADVICE
+) -> RankOutOfMemoryError:
     """The error that ends the run.
 
     Args:
@@ -48,9 +53,10 @@ def out_of_memory_error(place: str, local_batch: int | None, reason: str, detail
         local_batch: the rank's samples; None if not known.
         reason: why the run can't continue, as the end of a sentence.
         details: the message of the original error.
+        advice: what to do.
     """
     samples = f" at a local batch of {local_batch}" if local_batch is not None else ""
     return RankOutOfMemoryError(
-        f"{place} ran out of memory{samples}, and {reason}; use a smaller global_batch, shares that give this rank "
-        f"less, or a lower memory_limit ({details.splitlines()[0] if details else 'no further details'})"
+        f"{place} ran out of memory{samples}, and {reason}; {advice} "
+        f"({details.splitlines()[0] if details else 'no further details'})"
     )

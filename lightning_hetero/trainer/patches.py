@@ -1,4 +1,4 @@
-"""All attributes of a Trainer that are replaced during a run, and how they are restored afterwards.
+"""All that is replaced during a run on a Trainer, and in torchmetrics; and how it is restored afterwards.
 
 Lightning has no public interface for them; a test fails when a release no longer has one of them.
 """

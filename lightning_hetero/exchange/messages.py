@@ -10,11 +10,13 @@ from lightning_hetero.exchange.calls import Call
 from lightning_hetero.exchange.groups import PendingRows, RankGroup
 from lightning_hetero.planning.reports import MemoryReports, StepReports
 
-TRAINS, LEFT_EPOCH, FETCHES, ASKS_TO_STOP, CHANGES = range(5)
+TRAINS, LEFT_EPOCH, FETCHES, ASKS_TO_STOP, CHANGES, ASKS_TO_LOG = range(6)
 """Kinds of messages: what a rank is about to do, or has done, when it sends its message.
 
-A rank that asks to stop sends this in place of its next message, see `PendingMessages`.
+A rank that asks to stop, or to exchange logged values, sends this in place of its next message: see `PendingMessages`.
 """
+
+_ASKING = (ASKS_TO_STOP, ASKS_TO_LOG)
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ _COLUMNS = {field.name: number for number, field in enumerate(fields(StepMessage
 class PendingMessages:
     """A rank's message, and those of all ranks, which are still being exchanged.
 
-    Where a rank asks to stop, the others don't know of it and have sent their next message. Only if all ask, they
-    stop at once. Otherwise those that did not ask send their message again, together with the next one of those that
+    Where a rank asks something, the others don't know of it and have sent their next message. Only if all ask, they
+    act at once. Otherwise those that did not ask send their message again, together with the next one of those that
     did: so nobody sends anything more in a step in which nobody asks.
 
     Args:
@@ -66,20 +68,34 @@ class PendingMessages:
         self._group = group
         self._message = message
         self._logged = logged
+        self._received: StepMessages | None = None
         self._pending = self._start()
 
     def _start(self) -> PendingRows:
         place = _place(self._message.kind, self._message.step)
         return self._group.start([*self._message.row(), *self._logged], Call("messages", place))
 
-    def receive(self) -> "StepMessages":
-        """The messages of all ranks; waits for the slowest one. Called once; see `PendingRows.wait` for errors."""
-        while True:
+    def receive_once(self) -> "StepMessages | None":
+        """The same as `receive`; but None if a rank asks something, as the others may answer only later in the step."""
+        if self._received is None:
             messages = StepMessages(self._pending.wait())
-            asking = messages.column("kind") == ASKS_TO_STOP
-            if asking.all() or not asking.any() or self._message.kind == ASKS_TO_STOP:
-                return messages
-            self._pending = self._start()
+            asking = np.isin(messages.column("kind"), _ASKING)
+            if asking.all() or not asking.any() or self._message.kind in _ASKING:
+                self._received = messages
+            else:
+                self._pending = self._start()
+        return self._received
+
+    def receive(self) -> "StepMessages":
+        """The messages of all ranks; waits for the slowest one. See `PendingRows.wait` for errors."""
+        while (messages := self.receive_once()) is None:
+            pass
+        return messages
+
+
+def all_ask(group: RankGroup, kind: int, step: int) -> bool:
+    """Whether all ranks ask the same, in between two steps; if not, those that don't have begun with `step`."""
+    return bool((PendingMessages(group, StepMessage(kind, step)).receive().column("kind") == kind).all())
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,8 @@ class StepMessages:
 def _place(kind: float, step: float) -> str:
     if kind == LEFT_EPOCH:
         return f"the end of the epoch, after global batch {int(step) - 1}"
+    if kind == ASKS_TO_LOG:
+        return f"an exchange of newly logged values before global batch {int(step)}"
     if kind == ASKS_TO_STOP:
         return f"should_stop before global batch {int(step)}"
     if kind == CHANGES:

@@ -172,6 +172,16 @@ class Step:
         self._device_total = DeviceTotal(count, context) if context.counts_on_device else None
         self._counts = np.ones(context.group.world_size)  # (W,) loss counts, as hosts know them
 
+    def knows_nobody_has_samples(self) -> bool:
+        """Whether no rank has a sample of its own; waits for the messages, but not where a rank asks something in one.
+
+        A rank that waits before its forward pass may not wait for one that sends its message again in the backward
+        pass.
+        """
+        with self._context.timer.waiting():
+            messages = self._pending.receive_once() if self._pending is not None else None
+        return messages is not None and not messages.column("samples").any()
+
     def receive(self) -> StepMessages | None:
         """Wait for the messages of all ranks, which determine this rank's weight; None if they were received before.
 

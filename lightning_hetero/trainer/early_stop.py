@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_hetero.exchange.groups import RankGroup
-from lightning_hetero.exchange.messages import ASKS_TO_STOP, PendingMessages, StepMessage
+from lightning_hetero.exchange.messages import ASKS_TO_STOP, all_ask
 
 
 class EarlyStop:
@@ -69,8 +69,7 @@ class EarlyStop:
         return True
 
     def _ask(self) -> bool:
-        message = StepMessage(ASKS_TO_STOP, self._next_step())
-        on_all = bool((PendingMessages(self._group, message).receive().column("kind") == ASKS_TO_STOP).all())
+        on_all = all_ask(self._group, ASKS_TO_STOP, self._next_step())
         if on_all:
             self.share(True)
         return on_all

@@ -29,9 +29,10 @@ class SynchronizedLoggerConnector(_LoggerConnector):
     epoch. In evaluation they exchange at the end of each loader, and after the hooks at the end.
     """
 
-    def __init__(self, connector: _LoggerConnector) -> None:
+    def __init__(self, connector: _LoggerConnector, all_have_new_keys: Callable[[], bool]) -> None:
         super().__init__(connector.trainer)
         vars(self).update(vars(connector))  # continues with the state of Lightning's own
+        self._all_have_new_keys = all_have_new_keys
         self._values_used = False  # after the current step
         self._batch_end_exchanged = False  # once, so that all ranks know the keys that hooks at a batch's end log
         self._loaders_evaluated = False  # the hooks at the end of the evaluation follow, or are over
@@ -48,7 +49,8 @@ class SynchronizedLoggerConnector(_LoggerConnector):
     def exchange_steps(self, results: TrainingResults) -> None:
         """The training step is over on all ranks, and the hooks at the end of the batch follow."""
         self._values_used = self._uses_values()
-        if (self._values_used or results.needs_exchange) and not self.trainer.interrupted:
+        due = self._values_used or results.needs_exchange
+        if not self.trainer.interrupted and (due or (results.has_new_keys and self._all_have_new_keys())):
             results.exchange_steps()
 
     def exchange_epoch(self, results: SynchronizedResults) -> None:
@@ -140,6 +142,7 @@ class MetricSynchronizer:
         timer: of this rank's compute time.
         device: of this rank.
         loss_count: the user's function of the module and a batch, if any.
+        all_have_new_keys: asks the other ranks after a step in which this rank has logged a key for the first time.
 
     Attributes:
         training_results: the collection of the training loop.
@@ -156,6 +159,7 @@ class MetricSynchronizer:
         device: torch.device,
         *,
         loss_count: Callable[[Any, Any], float | Tensor] | None,
+        all_have_new_keys: Callable[[], bool],
     ) -> None:
         module = trainer.lightning_module
 
@@ -173,7 +177,7 @@ class MetricSynchronizer:
         self.evaluation_results: tuple[_ResultCollection, ...] = tuple(loop._results for loop in loops)
         if self.metric_sync is not None:
             self.evaluation_results = tuple(EvaluationResults(exchange, self.metric_sync, count) for _ in loops)
-            self.connector = SynchronizedLoggerConnector(self.connector)
+            self.connector = SynchronizedLoggerConnector(self.connector, all_have_new_keys)
 
     def begin_evaluation_batch(self, samples: int | None) -> None:
         """A batch of an evaluation begins; see `EvaluationBalancer.begin_batch`."""

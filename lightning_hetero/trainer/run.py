@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_hetero.device.speed_test import speed
 from lightning_hetero.exchange import consistency
+from lightning_hetero.exchange.messages import ASKS_TO_LOG, all_ask
 from lightning_hetero.exchange.store import new_run
 from lightning_hetero.planning.planner import SplitPlanner
 from lightning_hetero.step.batch_norm import smallest_local_batch
@@ -64,6 +65,7 @@ class Run:
             job.timer,
             job.device,
             loss_count=job.options.loss_count,
+            all_have_new_keys=lambda: all_ask(job.group, ASKS_TO_LOG, job.batches.next_step()),
         )
         self._local_batch: int | None = None  # of an evaluation; 0 if its samples are borrowed
         self._patches = patch_trainer(

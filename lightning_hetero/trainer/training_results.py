@@ -259,14 +259,10 @@ class TrainingResults(SynchronizedResults):
     def message(self) -> list[float]:
         """What is sent along with this rank's next message: whether it has logged new keys, and earlier values."""
         keys = self._step_keys()
-        new = sum(
-            name not in self._keys and metric.meta.on_step and not metric.meta.sync.rank_zero_only
-            for name, metric in self.items()
-        )
         if self._step > self._sent_step:
             self._values.end_step(self._step, [self._step_row(key) for key in keys])
             self._sent_step = self._step
-        return [float(new), *self._values.message(len(keys))]
+        return [float(self.has_new_keys), *self._values.message(len(keys))]
 
     def receive(self, table: Numbers) -> None:
         """What all ranks have sent with their messages, (W, columns)."""
@@ -277,6 +273,14 @@ class TrainingResults(SynchronizedResults):
         if complete is not None and complete[0] > self._exchanged_step:
             for key, rows in zip(self._step_keys(), complete[1], strict=False):  # (W, 4)
                 self._set_step_value(key, rows)
+
+    @property
+    def has_new_keys(self) -> bool:
+        """Whether this rank has logged step values under keys that not all ranks know."""
+        return any(
+            name not in self._keys and metric.meta.on_step and not metric.meta.sync.rank_zero_only
+            for name, metric in self.items()
+        )
 
     @property
     def needs_exchange(self) -> bool:

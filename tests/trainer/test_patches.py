@@ -23,7 +23,9 @@ def prepare(*_: Any) -> None:
 
 def patched(trainer: pl.Trainer, *callbacks: Callback) -> ExitStack:
     group, timer = RankGroup(0, 1, timedelta(seconds=9)), ComputeTimer(HostClock())
-    metrics = MetricSynchronizer(trainer, group, timer, torch.device("cpu"), loss_count=None)
+    metrics = MetricSynchronizer(
+        trainer, group, timer, torch.device("cpu"), loss_count=None, all_have_new_keys=lambda: False
+    )
     early_stop = EarlyStop(trainer, group, lambda: 0)
     return patch_trainer(
         trainer,

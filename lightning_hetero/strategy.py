@@ -359,12 +359,12 @@ class HeteroStrategy(DDPStrategy):
             return super().reduce(tensor, group, reduce_op)
 
     @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
         # A rank that fails runs hooks with barriers in them while the others wait in another exchange.
         if self._is_interrupted():
             return
-        with self._call_of_all_ranks("barrier"):
-            super().barrier(*args, **kwargs)
+        with self._call_of_all_ranks(f"barrier({name!r})" if name else "barrier"):  # Lightning's have names
+            super().barrier(name, *args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:

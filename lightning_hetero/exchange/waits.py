@@ -20,6 +20,9 @@ _FAILURE = "lightning_hetero/failure/{}"
 _KNOWN = "lightning_hetero/failure/{}/known"
 _LOST = "lightning_hetero/lost/{}/{}"
 
+_RUNS = "runs"
+"""The channel in which a rank says that its run is over."""
+
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 """PyTorch's own, of a gloo group."""
 
@@ -120,6 +123,13 @@ class Waits:
         with self._lock:
             self._clear()
 
+    def end_run(self) -> None:
+        """A run is over on this rank: it makes no call of it any more, and says so to ranks that wait."""
+        with self._lock:
+            self._clear()
+            if self._store is not None and self._failure is None:
+                self._publish(_Waiting(Call("end", "the end of the run"), _RUNS, self._run, monotonic()))
+
     def watch(self) -> None:
         """Begin to look at waits from a thread: during a backward pass the main thread is blocked."""
         if self._store is not None and self._thread is None:
@@ -184,7 +194,10 @@ class Waits:
             except LostConnectionError as error:
                 if (sentence := self._timeout_sentence()) is not None:
                     raise WaitTimeoutError(f"{sentence} ({error})") from None
-                raise
+                waits = ask(self._store, lambda _: self._all_waits(self._waiting[-1])) or {}
+                if self.rank in (ranks := stuck(waits)):  # another rank has come to its end
+                    raise unmatched([waits[rank].place for rank in ranks]) from None
+                raise LostConnectionError(f"in {call.text}: {error}") from None
 
     def check(self) -> None:
         """Look whether this rank's wait can still end; called now and then while it lasts.
@@ -200,7 +213,8 @@ class Waits:
         now = monotonic()
         if now - waiting.since > self._long and now - self._looked > self._long:
             self._looked = now
-            waits = self._all_waits(waiting)
+            # A rank whose run is over may still begin another one.
+            waits = {rank: wait for rank, wait in self._all_waits(waiting).items() if wait.channel != _RUNS}
             if self.rank in (ranks := stuck(waits)):
                 raise unmatched([waits[rank].place for rank in ranks])
         if self._failure is not None:
@@ -243,6 +257,9 @@ class Waits:
                 return f"another rank ended without saying why{where}; it may have been killed"
             return f"rank 0, whose process hosts the rendezvous, ended before it could say why{where}: see its output"
         silent = [rank for rank, has_lost in zip(others, heard, strict=True) if not has_lost] or others
+        waits = ask(self._store, lambda _: self._all_waits(self._broken[0] if self._broken is not None else None)) or {}
+        if ended := [self.name(rank) for rank in silent if rank in waits and waits[rank].channel == _RUNS]:
+            return f"{listed(ended)} had come to the end of the run{where}"
         names = " or ".join(self.name(rank) for rank in silent[:4])
         return (
             f"{names if len(silent) <= 4 else 'another rank'} ended without saying why{where}; it may have been killed"
@@ -289,9 +306,9 @@ class Waits:
             Place(self.place, waiting.call.text, waiting.call.kind), waiting.channel, waiting.number, dict(self._begun)
         )
 
-    def _all_waits(self, waiting: _Waiting) -> dict[int, Wait]:
-        """By rank: this rank's wait, and those that others have published."""
-        waits = {self.rank: self._wait(waiting)}
+    def _all_waits(self, waiting: _Waiting | None) -> dict[int, Wait]:
+        """By rank: this rank's wait, if it waits, and those that others have published."""
+        waits = {self.rank: self._wait(waiting)} if waiting is not None else {}
         assert self._store is not None
         for rank in range(self.world_size):
             if rank != self.rank and (text := value(self._store, _WAIT.format(rank))):
@@ -310,18 +327,18 @@ class Waits:
                 return
             seconds = monotonic() - self._waiting[-1].since
             if seconds > self._long and not self._is_published:
-                self._publish()
+                self._publish(self._waiting[-1])
             if self._failure is not None or seconds < self._interval:
                 return
             self._failure = ask(self._store, lambda store: value(store, _FAILURE.format(self._run)))
             if self._failure is not None and self.rank:
                 self._leave_word()
 
-    def _publish(self) -> None:
+    def _publish(self, waiting: _Waiting) -> None:
         self._is_published = True
         with suppress(Exception):  # without the store nothing can be published
             assert self._store is not None
-            self._store.set(_WAIT.format(self.rank), json.dumps(asdict(self._wait(self._waiting[-1]))))
+            self._store.set(_WAIT.format(self.rank), json.dumps(asdict(self._wait(waiting))))
 
     def _clear(self) -> None:
         if self._is_published:

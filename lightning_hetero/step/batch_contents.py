@@ -58,6 +58,17 @@ def sample_shapes(sample: Any) -> Iterator[tuple[int, ...]]:
         yield from (tuple(tensor.shape) for tensor in tensors_of(sample))
 
 
+def sequences_of(batch: Any) -> Iterator[list[Any]]:
+    """The entries of each list and tuple in a batch, also of those inside others."""
+    if isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from sequences_of(value)
+    elif isinstance(batch, list | tuple):
+        yield list(batch)
+        for value in batch:
+            yield from sequences_of(value)
+
+
 def input_shape(batch: Any) -> str:
     """Dtype and shape, without the batch dimension, of all tensors in a batch, such as ``"float32 (13, 64, 64)"``.
 

@@ -2,12 +2,13 @@
 
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_hetero.step.batch_contents import has_no_samples, sample_shapes, tensors_of
+from lightning_hetero.step.batch_contents import has_no_samples, sample_shapes, sequences_of, tensors_of
 
 
 class Collated(NamedTuple):
@@ -30,9 +31,10 @@ NO_SAMPLES = _NoSamples()
 class CountingCollate:
     """Calls a loader's collate function, and counts the samples that it keeps.
 
-    It is given what the data set returned for `n` indices. Samples that are None don't count, and no others if there is
-    nothing else to see. If tensors of the batch are tensors of the samples, stacked along the first dimension, and all
-    of these have the same length m < n, it has kept m.
+    It is given what the data set returned for `n` indices. Samples that are None don't count. It has kept m < n if the
+    batch has no list of length n, but one of m samples, or of a tensor of each; or if tensors of samples were stacked
+    along the first dimension, which has length m in all of them; or if that is the first dimension of all tensors, and
+    no other is n. Otherwise nothing is seen to be left out.
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
@@ -70,13 +72,45 @@ def _places(error: Exception) -> list[tuple[str, int | None]]:
 
 def _kept(samples: Sequence[Any], batch: Any) -> int:
     present = [sample for sample in samples if sample is not None]
-    tensors = list(tensors_of(batch))
-    if all(len(tensor) >= len(present) for tensor in tensors):
-        return len(present)
+    size, tensors = len(present), list(tensors_of(batch))
     shapes = {shape for sample in present for shape in sample_shapes(sample)}
+    lists = [entries for entries in sequences_of(batch) if not _are_stacked(entries, shapes)]
+    if any(len(entries) == size for entries in lists):
+        return size
+    listed = {len(entries) for entries in lists if len(entries) < size and _are_samples(entries, present, shapes)}
+    if len(listed) == 1:
+        return listed.pop()
+    if all(len(tensor) >= size for tensor in tensors):
+        return size
     found = {tuple(tensor.shape) for tensor in tensors} - shapes  # one that is a sample's own has not been stacked
     stacked = {length for length, *shape in found if tuple(shape) in shapes}
-    return min(len(present), *stacked) if len(stacked) == 1 else len(present)
+    if not stacked and not lists and not any(size in tensor.shape for tensor in tensors):
+        stacked = {len(tensor) for tensor in tensors}  # of transformed samples
+    return min(size, *stacked) if len(stacked) == 1 else size
+
+
+def _are_stacked(entries: Sequence[Any], shapes: set[tuple[int, ...]]) -> bool:
+    """Whether the entries are parts of a batch, such as images and classes: tensors of samples, each stacked."""
+    tensors = [entry for entry in entries if isinstance(entry, Tensor) and entry.ndim > 0]
+    if len(tensors) < len(entries) or len({len(tensor) for tensor in tensors}) != 1:
+        return False
+    return any(tuple(tensor.shape[1:]) in shapes for tensor in tensors) and not any(
+        tuple(tensor.shape) in shapes for tensor in tensors
+    )
+
+
+def _are_samples(entries: Sequence[Any], samples: Sequence[Any], shapes: set[tuple[int, ...]]) -> bool:
+    """Whether a list has samples as the data set returns them, or one tensor of each."""
+    if all(isinstance(entry, Tensor) for entry in entries):
+        return bool(entries) and all(entry.ndim > 0 and tuple(entry.shape) in shapes for entry in entries)
+    return {_structure(entry) for entry in entries} == {_structure(sample) for sample in samples}
+
+
+def _structure(sample: Any) -> Any:
+    """The types of what a sample consists of."""
+    if isinstance(sample, Mapping):
+        return type(sample), *map(str, sample)
+    return (type(sample), *map(type, sample)) if isinstance(sample, list | tuple) else type(sample)
 
 
 class KeptBatches(Iterator[Any]):

@@ -179,10 +179,10 @@ class Fit:
         """
         step, logging = self._running_step(), self._run.metrics.training_results
         logging.begin_step(borrowed=self.borrowed, empty=step.count.is_zero, count=step.count.on_device)
-        if self.borrowed:
+        # A rank that has asked to stop is answered in the backward pass, so it may not wait here.
+        if self.borrowed and not self._run.early_stop.wanted and step.knows_nobody_has_samples():
             self._receive(step)
-            if not step.samples.any():  # nothing is left on any rank
-                return SKIPPED if self._module.automatic_optimization else None
+            return SKIPPED if self._module.automatic_optimization else None
         output: Any = None
         try:
             with self._explained(step), self._nothing.handled(step, args[0], partial(self._receive, step)):

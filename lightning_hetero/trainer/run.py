@@ -91,6 +91,8 @@ class Run:
     def end(self) -> None:
         """Leave the Trainer as it was."""
         self._patches.close()
+        if not self.trainer.interrupted:
+            self.job.group.waits.end_run()
 
     def planner_for(self, global_batch: int, first: bool) -> SplitPlanner:
         """The planner for a training loader's global batch; all ranks call this together.

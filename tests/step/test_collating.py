@@ -56,6 +56,36 @@ KEPT: dict[str, tuple[Any, list[Any], int]] = {
         pairs(3, 3, 8, 8),
         2,
     ),
+    "a tensor for each image's label": (
+        lambda samples: ([x for x, _ in samples], [{"labels": torch.tensor([y])} for _, y in samples]),
+        [(torch.zeros(3, 4 + k, 5), k) for k in range(4)],
+        4,
+    ),
+    "the same, of which one is left out": (
+        lambda samples: ([x for x, _ in samples[1:]], [{"labels": torch.tensor([y])} for _, y in samples[1:]]),
+        [(torch.zeros(3, 4 + k, 5), k) for k in range(4)],
+        3,
+    ),
+    "a list of resized images": (
+        lambda samples: [x[:, :2, :2] for x, _ in samples],
+        pairs(5, 3, 8, 8),
+        5,
+    ),
+    "pairs, of which some are left out": (lambda samples: list(samples[:3]), pairs(5, 3, 8, 8), 3),
+    "as torchvision's detectors take them, some left out": (
+        lambda samples: tuple(zip(*samples[:3], strict=True)),
+        [(torch.zeros(3, 8 + k, 8), {"boxes": torch.zeros(k, 4)}) for k in range(5)],
+        3,
+    ),
+    "two samples, one left out": (first(1), pairs(2, 3, 8, 8), 1),
+    "transformed and stacked, some left out": (
+        lambda samples: {
+            "x": torch.stack([x[:, :2, :2] for x, _ in samples[:2]]),
+            "y": torch.nn.functional.one_hot(torch.tensor([y for _, y in samples[:2]]), 7),
+        },
+        pairs(5, 3, 8, 8),
+        2,
+    ),
     "None": (readable, [*pairs(3, 5), None, None], 3),
     "None in a list": (lambda samples: [s for s in samples if s is not None], [*pairs(3, 3, 8, 8), None], 3),
     "no batch": (lambda _: None, pairs(3, 5), 0),

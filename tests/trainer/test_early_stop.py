@@ -147,3 +147,23 @@ def test_wherever_it_is_set() -> None:
         "on two ranks one after the other": (3, 3, 1, 2),
         "by EarlyStopping": (10, 10, 2, 3),
     }
+
+
+class StopsBefore(Callback):
+    """Asks on the last rank to stop, just before a step in which ranks borrow."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == trainer.world_size - 1 and batch_idx == 2:
+            trainer.should_stop = True
+
+
+def stopped_before_a_borrowed_step(world_size: int) -> int:
+    trainer = make_trainer(HeteroStrategy(shares=[9, *[1] * (world_size - 1)]), world_size, callbacks=[StopsBefore()])
+    trainer.fit(Regression(), DataLoader(Numbers(12 * world_size + 1), batch_size=4))
+    return trainer.global_step
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_that_borrows_does_not_wait_for_one_that_asks(world_size: int) -> None:
+    """All make the short last step, after which they stop."""
+    assert run_ranks(world_size, stopped_before_a_borrowed_step, world_size) == [4] * world_size

@@ -1,5 +1,6 @@
 """Validation, test and prediction: how fast each rank evaluates, and so how the next evaluation is split."""
 
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -13,6 +14,12 @@ from lightning_hetero.planning.shares import Shares
 from lightning_hetero.sampling.eval_sampler import Scope
 from lightning_hetero.trainer.planner_cache import PlannerCache
 
+_BORROWS = (
+    "borrows another's, so that all take part in what the module exchanges. What it computes then is left out of "
+    "logged values, predictions and the module's metrics, but not of lists and of metrics held elsewhere"
+)
+"""The end of warnings."""
+
 
 @dataclass
 class _EvaluatedLoader:
@@ -24,6 +31,7 @@ class _EvaluatedLoader:
         kept: how many of these its collate function has kept, of the batches loaded so far; empty if it keeps all.
         timings: of the steps so far.
         begun: steps so far.
+        one_loader: False for several loaders side by side.
     """
 
     key: tuple[str, int]
@@ -31,6 +39,7 @@ class _EvaluatedLoader:
     kept: list[int] = field(default_factory=list)
     timings: list[StepTiming | None] = field(default_factory=list)
     begun: int = 0
+    one_loader: bool = True
 
     def samples(self, step: int) -> int:
         """This rank's samples in a step that has been loaded; 0 if it has none of its own."""
@@ -69,9 +78,7 @@ class EvaluationBalancer:
             self._warned = True
             rank_zero_warn(
                 f"a step of the {stage.dataloader_prefix} loader has fewer samples ({min(sizes)}) than there are ranks "
-                f"({self._world_size}): a rank without one borrows another's, so that all take part in what the "
-                "module exchanges. What it computes then is left out of logged values, predictions and the module's "
-                "metrics, but not of lists and of metrics held elsewhere"
+                f"({self._world_size}): a rank without one {_BORROWS}"
             )
         return [splits[size] for size in sizes]
 
@@ -82,12 +89,12 @@ class EvaluationBalancer:
                 return
             pairs = zip_longest(self._loaders.pop().local_batches, local_batches, fillvalue=0)
             local_batches = [max(pair) for pair in pairs]
-        self._loaders.append(_EvaluatedLoader(_key(stage, scope), local_batches))
+        self._loaders.append(_EvaluatedLoader(_key(stage, scope), local_batches, one_loader=not scope.side_by_side))
         self._timer.start()
 
     def load(self, samples: int) -> None:
         """A batch was loaded of which the collate function has kept so many samples; of one that may leave some out."""
-        if self._loaders:
+        if self._loaders and self._loaders[-1].one_loader:
             self._loaders[-1].kept.append(samples)
 
     def begin_batch(self) -> int | None:
@@ -96,7 +103,11 @@ class EvaluationBalancer:
             return None
         loader = self._loaders[-1]
         loader.begun += 1
-        return loader.samples(loader.begun - 1)
+        samples = loader.samples(loader.begun - 1)
+        if samples == 0 and not self._warned:
+            self._warned = True
+            warnings.warn(f"a rank has no samples of its own in a step of an evaluation, and {_BORROWS}", stacklevel=2)
+        return samples
 
     def borrowed_batches(self) -> list[set[int]]:
         """The batches of each loader of this evaluation in which this rank has borrowed other ranks' samples."""

@@ -42,7 +42,7 @@ class HookCallback(Callback):
         hooks: TrainingHooks,
         end_training: Callable[[], None],
         begin_evaluation: Callable[[], None],
-        begin_evaluation_batch: Callable[[Any], None],
+        begin_evaluation_batch: Callable[[], None],
         end_prediction: Callable[[], None],
         end_evaluation: Callable[[], None],
     ) -> None:
@@ -80,16 +80,16 @@ class HookCallback(Callback):
         self._begin_evaluation()
 
     @override
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
-        self._begin_evaluation_batch(batch)
+    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
+        self._begin_evaluation_batch()
 
     @override
-    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
-        self._begin_evaluation_batch(batch)
+    def on_test_batch_start(self, *_: Any, **__: Any) -> None:
+        self._begin_evaluation_batch()
 
     @override
-    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
-        self._begin_evaluation_batch(batch)
+    def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
+        self._begin_evaluation_batch()
 
     @override
     def on_predict_epoch_end(self, *_: Any, **__: Any) -> None:

@@ -133,29 +133,20 @@ class Run:
             with self.log_dirs.recording():
                 _ = self.trainer.log_dir  # a broadcast, whose result the strategy keeps
 
-    def begin_evaluation_batch(self, batch: Any) -> None:
-        """A batch of an evaluation begins, and its hooks follow.
-
-        Raises:
-            RuntimeError: nothing is left of its samples, and there is no other one that could be computed instead.
-        """
-        if batch is NO_SAMPLES:
-            raise RuntimeError(
-                f"the collate function has left nothing of the samples of {self.job.place} in an evaluation, and there "
-                "is no other batch to compute in their place: leave fewer samples out, or choose a larger batch_size"
-            )
+    def begin_evaluation_batch(self) -> None:
+        """A batch of an evaluation begins, and its hooks follow."""
         self._local_batch = self.job.evaluation.begin_batch()
         self.metrics.begin_evaluation_batch(self._local_batch)
 
     def evaluate(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The module's step in an evaluation.
+        """The module's step in an evaluation; not for a batch of which nothing is left, if there is no other.
 
         Raises:
             RankOutOfMemoryError: memory has run out.
         """
         reason = "the batches of a fast rank are larger than the batch_size of an evaluation loader"
         with explained(self.job.place, self._local_batch, reason, "choose a smaller batch_size for it"):
-            output = step(*args, **kwargs)
+            output = step(*args, **kwargs) if not (args and args[0] is NO_SAMPLES) else None
         self.job.evaluation.end_batch()
         return output
 

@@ -5,10 +5,11 @@ skip the step, as one process does.
 """
 
 import dis
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import getattr_static
+from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any, Self
 
@@ -47,32 +48,41 @@ def _zero_loss(module: nn.Module) -> Tensor:
 def may_return_none(module: "pl.LightningModule") -> bool:
     """Whether `training_step`, or a method of the user's that it names, returns None on some paths and not on others.
 
-    It is read from the bytecode, so that ranks need not exchange in each step whether one of them has.
+    It is read from the bytecode, so that ranks need not exchange in each step whether one of them has. What a method of
+    another object returns is not seen.
     """
     methods, pending = {"training_step"}, ["training_step"]
     while pending:
-        function = getattr_static(module, pending.pop(), None)  # a property is not called
-        if not isinstance(function, FunctionType) or function.__module__.startswith(("lightning.", "torch")):
-            continue
-        code = function.__code__
-        if _returns_none_sometimes(code):
-            return True
-        new = {name for name in code.co_names if name not in methods}
-        methods |= new
-        pending += new
+        name = pending.pop()
+        for owner in type(module).__mro__:  # also those that are called by `super()`
+            function = vars(owner).get(name)
+            if not isinstance(function, FunctionType) or function.__module__.startswith(("lightning.", "torch")):
+                continue
+            code = inspect.unwrap(function).__code__
+            if _returns_none_sometimes(code):
+                return True
+            new = {called for called in code.co_names if called not in methods}
+            methods |= new
+            pending += new
     return False
 
 
 def _returns_none_sometimes(code: CodeType) -> bool:
-    found = set()
-    before = None
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "RETURN_CONST":
-            found.add(instruction.argval is None)
-        elif instruction.opname == "RETURN_VALUE" and before is not None:
-            found.add(before.opname == "LOAD_CONST" and before.argval is None)
-        before = instruction
-    return found == {True, False}
+    """Whether None and something else may be returned: directly, by a conditional expression, or in a variable."""
+    instructions = list(dis.get_instructions(code))
+    returns = {one.offset for one in instructions if one.opname == "RETURN_VALUE"}
+    found = {one.argval is None for one in instructions if one.opname == "RETURN_CONST"}
+    none_in, returned = set(), set()  # names of variables
+    for one, after in pairwise(instructions):
+        is_none = one.opname == "LOAD_CONST" and one.argval is None
+        if after.opname == "RETURN_VALUE":
+            found |= {is_none, False} if after.is_jump_target else {is_none}
+            returned |= {one.argval} if one.opname == "LOAD_FAST" else set()
+        elif is_none and after.opname.startswith("JUMP") and after.argval in returns:
+            found.add(True)
+        elif is_none and after.opname == "STORE_FAST":
+            none_in.add(after.argval)
+    return found == {True, False} or bool(none_in & returned)
 
 
 @dataclass(frozen=True)

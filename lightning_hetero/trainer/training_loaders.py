@@ -1,6 +1,7 @@
 """Prepares the training loaders, and looks up this rank's share of each step."""
 # ruff: noqa: SLF001 - a test guards the Trainer's private names used here
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -247,7 +248,16 @@ class TrainingLoaders:
             )
         if not shares:
             return None, None
-        samples = [share.samples(self._group.rank) for share in shares]
+        rank = self._group.rank
+        samples = [share.samples(rank) for share in shares]
+        kept = [held / max(1, share.counts[rank]) for held, share in zip(samples, shares, strict=True)]
+        if len(set(kept)) > 1 and all(share.counts[rank] for share in shares) and not self._warned_inexact:
+            self._warned_inexact = True
+            warnings.warn(
+                f"the collate functions of several training loaders leave out other numbers of samples on rank {rank}: "
+                "one weight serves for all of them, so the gradient is only nearly that of the global batch",
+                stacklevel=2,
+            )
         return shares[0], samples[0] if all(samples) else 0
 
     @property

@@ -196,6 +196,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message="Consider setting `persistent_workers=True`")
     warnings.filterwarnings("ignore", message="a step of the .* loader has fewer samples")
+    warnings.filterwarnings("ignore", message="a rank has no samples of its own in a step of an evaluation")
 
 
 def fit(

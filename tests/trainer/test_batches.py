@@ -297,6 +297,35 @@ class Bare(Logged):
         return self.loss(batch)
 
 
+class Conditional(Logged):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return loss if batch_idx else None
+
+
+class Reversed(Logged):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx else self.loss(batch)
+
+
+class Variable(Logged):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = None
+        if batch_idx:
+            loss = self.loss(batch)
+        return loss
+
+
+class Inherited(Bare):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("module", [Conditional, Reversed, Variable, Inherited])
+def test_ways_to_return_none(module: Any) -> None:
+    assert may_return_none(module())
+
+
 @pytest.mark.parametrize(("module", "may"), [(Always, False), (Skips, True), (Bare, True), (Regression, False)])
 def test_ranks_ask_each_other_where_the_code_may_return_none(module: Any, may: bool) -> None:
     assert may_return_none(module()) is may

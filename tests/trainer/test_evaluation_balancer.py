@@ -111,6 +111,7 @@ def test_batches_that_took_no_time_and_ends_without_a_begin_measure_nothing() ->
     assert balancer.measured() == {}
 
 
+@pytest.mark.filterwarnings("ignore:a rank has no samples of its own")
 def test_loaders_side_by_side_are_one() -> None:
     """A step has as many samples as the loader with the most; a loader that starts again begins nothing."""
     clock = Clock()
@@ -127,6 +128,7 @@ def test_loaders_side_by_side_are_one() -> None:
     assert dict(balancer.measured()) == {("val", 0): [(4, 1.0), (6, 1.0)]}
 
 
+@pytest.mark.filterwarnings("ignore:a rank has no samples of its own")
 def test_batches_of_borrowed_samples_are_known() -> None:
     clock = Clock()
     balancer = balancer_of(clock)

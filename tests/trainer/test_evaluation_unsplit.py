@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_hetero import HeteroStrategy
-from tests.ranks import fails_on_ranks, run_ranks
+from tests.ranks import run_ranks
 from tests.trainer.fits import Numbers, Regression, make_trainer
 from tests.trainer.loading import once, quiet
 
@@ -61,10 +61,12 @@ class Evaluated(Regression):
     def __init__(self) -> None:
         super().__init__()
         self.evaluated: list[list[int]] = []
+        self.meets = True
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.evaluated.append(batch["index"].tolist())
-        self.trainer.strategy.barrier()  # all ranks are in step
+        if self.meets:
+            self.trainer.strategy.barrier()  # all ranks are in step
         self.log("mean", batch["y"].mean())
         self.log("number", float(len(batch["y"])), reduce_fx="sum")
 
@@ -102,12 +104,16 @@ def test_each_sample_is_evaluated_once_and_all_ranks_take_the_same_steps(name: s
         assert sorted(first[2] + second[2]) == expected
 
 
-def unreadable() -> None:
+def unreadable() -> tuple[int, dict[str, float]]:
     quiet()
-    data = DataLoader(Numbers(4), batch_size=4, collate_fn=Readable(0, 1, 2, 3))
-    make_trainer(HeteroStrategy(shares=[3, 1]), 2).validate(Evaluated(), data, verbose=False)
+    module, trainer = Evaluated(), make_trainer(HeteroStrategy(shares=[3, 1]), 2)
+    module.meets = False
+    data = DataLoader(Numbers(4), batch_size=2, collate_fn=Readable(3))
+    trainer.validate(module, data, verbose=False)
+    return len(module.evaluated), {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
-def test_nothing_is_left_at_all() -> None:
-    errors = fails_on_ranks(2, unreadable)
-    assert any("has left nothing of the samples of rank" in error for error in errors.values())
+def test_a_rank_of_which_nothing_is_left_evaluates_nothing() -> None:
+    """There is no other batch that it could compute in its place."""
+    expected = {"mean": pytest.approx(float(Numbers(4).y[:3].mean())), "number": 3.0}
+    assert run_ranks(2, unreadable) == [(1, expected), (0, expected)]

@@ -1,5 +1,6 @@
 """A call that one rank makes alone: one sentence on all ranks, at once or within moments, and never a hang."""
 
+import re
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -211,3 +212,54 @@ def test_a_timeout_names_the_rank_that_is_waited_for() -> None:
         assert said in errors[rank].splitlines()[-1], errors[rank]
         assert "killed" not in errors[rank].splitlines()[-1]
     assert said in errors[2].splitlines()[-1], errors[2]
+
+
+# ---- where the other rank has come to its end ----
+
+
+class AtTheEnd(Callback):
+    """Rank 0 makes a call in which the others don't join, since they are done."""
+
+    def on_test_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            trainer.strategy.barrier()
+
+    def on_fit_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            trainer.strategy.all_gather(torch.zeros(1))
+
+
+class InSetup(Callback):
+    def setup(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if trainer.is_global_zero:
+            trainer.strategy.barrier()
+
+
+class WithTest(Regression):
+    def test_step(self, batch: Any, batch_idx: int) -> None: ...
+
+
+def alone_at_the_end(where: str, folder: str) -> None:
+    data = DataLoader(Numbers(12), batch_size=4)
+    callbacks = {"test": [AtTheEnd()], "fit": [AtTheEnd()], "setup": [InSetup()]}.get(where, [])
+    trainer = make_trainer(HeteroStrategy(shares=[3, 1]), 2, max_epochs=1, callbacks=callbacks)
+    if where in ("test", "setup"):
+        trainer.test(WithTest(), data, verbose=False)
+        return
+    trainer.fit(WithTest(), data)
+    if where == "afterwards" and trainer.is_global_zero:
+        trainer.save_checkpoint(f"{folder}/a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ("test", r"rank 0 \(cpu\) is alone in barrier in on_test_end, while rank 1 \(cpu\) is in the end of the run"),
+        ("fit", r"rank 0 \(cpu\) is alone in all_gather in on_fit_end, while rank 1 \(cpu\) is in the end of the run"),
+        ("afterwards", r"rank 0 \(cpu\) is alone in save_checkpoint, while rank 1 \(cpu\) is in the end of the run"),
+        ("setup", r"rank 0 \(cpu\) is alone in barrier in setup, while rank 1 \(cpu\) is in barrier\('post_setup'\)"),
+    ],
+)
+def test_a_call_that_the_others_do_not_make_any_more(tmp_path: Any, where: str, sentence: str) -> None:
+    error = fails_on_ranks(2, alone_at_the_end, where, str(tmp_path))[0].splitlines()[-1]
+    assert re.search(sentence, error), error

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from lightning_hetero import HeteroStrategy
 from lightning_hetero.trainer.skipped_steps import may_return_none
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, make_trainer, plain_fit, relative_error
@@ -359,3 +360,26 @@ def test_samples_of_an_iterable_data_set_are_those_that_it_had() -> None:
     """In steps of 9 and 3, rank 0 has 9, 9 and 7 samples; the epoch ends with it."""
     for value in run_ranks(2, streamed):
         assert value == pytest.approx(9 / (25 + 9))
+
+
+class Sum(Regression):
+    """A loss of two loaders."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return sum(F.mse_loss(self.net(part["x"]).squeeze(-1), part["y"]) for part in batch.values())
+
+
+def without_the_first(samples: list[Any]) -> Any:
+    return default_collate([sample for sample in samples if sample["index"] != 0])
+
+
+def two_loaders() -> None:
+    loaders = {
+        "a": DataLoader(Numbers(24), batch_size=4, collate_fn=without_the_first),
+        "b": DataLoader(Numbers(24), batch_size=4),
+    }
+    make_trainer(HeteroStrategy(shares=[3, 1]), 2, max_epochs=1).fit(Sum(), loaders)
+
+
+def test_loaders_that_leave_out_other_numbers_of_samples_are_a_warning() -> None:
+    assert "leave out other numbers of samples on rank 0" in fails_on_ranks(2, two_loaders)[0]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_hetero.exchange.waits import Waits
+from lightning_hetero.trainer import job
 from tests.ranks import fails_on_ranks, run_ranks
 from tests.trainer.fits import Numbers, Recipe, Regression, hetero_fit, make_trainer, relative_error
 from tests.trainer.modules import Classifier, Manual
@@ -222,9 +224,15 @@ class Skips(Manual):
             super().training_step(batch, batch_idx)
 
 
+def impatient(recipe: Recipe) -> dict[str, Any]:
+    """Ranks look into a wait that takes a third of a second, not only into one of five."""
+    job.Waits = partial(Waits, long=0.3, interval=0.1)  # in this process, which ends with the test
+    return hetero_fit(recipe, {})
+
+
 def test_one_rank_alone_skips_a_backward_pass() -> None:
     """In manual optimization nothing stops it; the others would wait for its gradients for ever."""
-    errors = fails_on_ranks(2, hetero_fit, Recipe(module=Skips), {})
+    errors = fails_on_ranks(2, impatient, Recipe(module=Skips))
     sentence = (
         r"rank 0 \(cpu\) is in the backward pass of global batch 2, while rank 1 \(cpu\) is in .*: "
         r"rank 1 \(cpu\) skipped a backward pass"

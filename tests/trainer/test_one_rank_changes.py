@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_hetero.exchange.waits import Waits
+from lightning_hetero.trainer import job
 from tests.ranks import fails_on_ranks
 from tests.trainer.changing import TwoParts
 from tests.trainer.fits import Recipe, hetero_fit
@@ -81,6 +83,8 @@ ALONE: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
 
 def fit_alone(name: str) -> None:
     module, trainer, strategy, _ = ALONE[name]
+    # A wait of a third of a second is looked into, not only one of five; in this process, which ends with the test.
+    job.Waits = partial(Waits, long=0.3, interval=0.1)
     hetero_fit(Recipe(module=module, **trainer), {"shares": [3, 1], **strategy})
 
 
